@@ -1,0 +1,117 @@
+"""Denoising training: `python -m prefpaint_jax.pretrain --config=configs/pretrain.py[:mini]`.
+
+No preset: adapts an inpainting model to a folder of pictures. `mini`: makes the embedded model from
+nothing, the VAE first.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(preset: str = "") -> ConfigDict:
+  config = ConfigDict()
+  config.seed = 0
+  config.dtype = "bfloat16"  # what the networks compute in; parameters stay float32
+  config.policy = "stable-diffusion-v1-5/stable-diffusion-inpainting"  # "": a new architecture
+  config.photos = ""  # folder of pictures, any size
+  config.train_share = 1.0  # left share of each picture's width to learn from
+  config.size = 512  # pixels along each side
+  config.crop = (512, 4096)  # sides of the square crops that are resized to it
+  config.faded_share = 0.0  # share of the examples whose hole is faded, for a base of mixed quality
+
+  config.vae = ConfigDict()
+  config.vae.iterations = 0  # 0 keeps the VAE
+  config.vae.batch_size = 8
+  config.vae.learning_rate = 1e-4
+  config.vae.kl_weight = 1e-4  # of the posterior, per latent
+  config.unet = ConfigDict()
+  config.unet.iterations = 5000
+  config.unet.batch_size = 32
+  config.unet.learning_rate = 1e-5
+  config.warmup_iterations = 200
+  config.ema_decay = 0.999  # moving average of the parameters; what is written
+  config.remat = True
+
+  config.mesh = ConfigDict()
+  config.mesh.data = -1
+  config.mesh.fsdp = 1
+  config.checkpoint_every = 500
+  config.log_every = 50
+
+  config.architecture = ConfigDict()
+  if preset == "mini":
+    _mini(config)
+  elif preset:
+    raise ValueError(f"configs/pretrain.py has no preset {preset!r}; it has mini")
+  return config
+
+
+def _mini(config: ConfigDict) -> None:
+  config.update(
+    policy="",
+    photos="mini",
+    train_share=0.78,
+    size=32,
+    crop=(48, 176),
+    faded_share=0.5,
+    dtype="float32",
+    remat=False,
+    checkpoint_every=1000,
+    log_every=100,
+  )
+  config.vae.update(iterations=3000, batch_size=16, learning_rate=2e-3)
+  config.unet.update(iterations=5000, batch_size=64, learning_rate=1e-3)
+  config.architecture = ConfigDict(
+    {
+      "unet": {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 8,
+        "in_channels": 9,
+        "out_channels": 4,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+      },
+      "vae": {
+        "_class_name": "AutoencoderKL",
+        "sample_size": 32,
+        "block_out_channels": (16, 32, 64),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+        "scaling_factor": 1.0,
+      },
+      "text_encoder": {
+        "_class_name": "CLIPTextModel",
+        "architectures": ("CLIPTextModel",),
+        "model_type": "clip_text_model",
+        "vocab_size": 514,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "projection_dim": 32,
+        "bos_token_id": 512,
+        "eos_token_id": 513,
+        "pad_token_id": 513,
+      },
+      "scheduler": {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "prediction_type": "epsilon",
+      },
+    }
+  )

@@ -1,0 +1,429 @@
+"""One iteration of alignment: rollout, score, update; pure functions for jit on any mesh.
+
+DDPO-style policy gradient over the DDIM chain with PPO clipping, each sample weighted by the trust
+in its reward (PrefPaint, arXiv 2410.21966, sec. 4). Rollout and update share one `predict`, one
+dtype and one scoring function, so at equal weights the importance ratio is 1 to rounding.
+"""
+# Shapes: P prompts, S samples each, B = P S samples, T rollout steps, k trained steps of an update,
+# H W pixels, h w latents, D features.
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from prefpaint_jax import bound, diffusion, reward, rl
+from prefpaint_jax.diffusion import Steps, Trajectory
+from prefpaint_jax.inpainter import Modules, Params, Prompts
+from prefpaint_jax.models.reward import RewardNetwork
+
+TRUST_NORMS = ("mahalanobis", "released", "constant", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trust:
+  """γ = clip(exp(b − k·norm), minimum, maximum), or a constant, or 1."""
+
+  norm: str = "mahalanobis"
+  k: float = 0.05
+  b: float = 0.7
+  minimum: float | None = None
+  maximum: float | None = None
+  constant: float = 1.4
+
+  def __post_init__(self):
+    if self.norm not in TRUST_NORMS:
+      raise ValueError(f"trust.norm is {self.norm!r}; give one of {', '.join(TRUST_NORMS)}")
+
+  @property
+  def needs_bound(self) -> bool:
+    return self.norm in ("mahalanobis", "released")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What an iteration does. The fields are those of `configs/rl.py`, which explains them."""
+
+  samples_per_prompt: int
+  num_steps: int
+  train_timesteps: int
+  skip_steps: tuple[int, int]
+  updates_per_iteration: int
+  timesteps_per_pass: int
+  gradient_accumulation: int
+  eta: float
+  clip_range: float
+  advantage_clip: float
+  advantage_std: str
+  log_prob_region: str
+  loss_reduction: str
+  kl_weight: float
+  ema_decay: float
+  behaviour_refresh: int
+  decode_batch: int
+  trust: Trust
+
+  def __post_init__(self):
+    def check(condition: bool, message: str) -> None:
+      if not condition:
+        raise ValueError(message)
+
+    first, last = self.skip_steps
+    trainable = self.num_steps - first - last
+    check(
+      1 <= self.train_timesteps <= trainable,
+      f"train_timesteps is {self.train_timesteps}: of num_steps={self.num_steps}, {trainable} are "
+      f"left by skip_steps={self.skip_steps}",
+    )
+    each, rest = divmod(self.train_timesteps, self.updates_per_iteration)
+    check(
+      rest == 0,
+      f"train_timesteps={self.train_timesteps} does not divide into updates_per_iteration="
+      f"{self.updates_per_iteration}",
+    )
+    check(
+      self.timesteps_per_pass == 0 or each % self.timesteps_per_pass == 0,
+      f"an update of {each} timesteps does not divide into passes of timesteps_per_pass="
+      f"{self.timesteps_per_pass}",
+    )
+    for name, choices in (
+      ("advantage_std", ("batch", "group")),
+      ("log_prob_region", ("all", "hole")),
+      ("loss_reduction", ("mean", "sum")),
+    ):
+      value = getattr(self, name)
+      check(value in choices, f"{name} is {value!r}; give {' or '.join(map(repr, choices))}")
+    for name in ("samples_per_prompt", "gradient_accumulation", "behaviour_refresh"):
+      check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; give 1 or more")
+    check(self.eta > 0, f"eta is {self.eta}: a deterministic chain has no policy gradient")
+
+
+class Frozen(NamedTuple):
+  """Trees that do not change: arguments of every program, never constants inside one."""
+
+  vae: Params
+  reward: Params
+  chol: jax.Array | None  # of the reward's bound, [D, D]
+  context: jax.Array  # [1, L, D], of the empty text
+  base: Params | None  # the UNet before alignment, for the KL term
+
+
+class TrainState(NamedTuple):
+  iteration: jax.Array  # int32 []
+  params: Params
+  opt_state: optax.OptState
+  behaviour: Params | None  # None: the policy itself (refreshed every iteration)
+  ema: Params | None
+  gradients: Params | None  # what accumulates between updates
+
+
+class Scores(NamedTuple):
+  reward: jax.Array  # [B]
+  valid: jax.Array  # bool [B], the reward is finite
+  trust: jax.Array  # [B], γ
+  advantages: jax.Array  # [B]
+
+
+def init_state(
+  settings: Settings, optimizer: optax.GradientTransformation, params: Params
+) -> TrainState:
+  copy = lambda: jax.tree.map(jnp.copy, params)  # a donated buffer may appear once
+  return TrainState(
+    iteration=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    behaviour=copy() if settings.behaviour_refresh > 1 else None,
+    ema=copy() if settings.ema_decay else None,
+    gradients=jax.tree.map(jnp.zeros_like, params) if settings.gradient_accumulation > 1 else None,
+  )
+
+
+def in_chunks(function, size: int, *arrays: jax.Array):
+  """`function` over the leading axis, at most `size` examples at a time (0: all): less memory.
+
+  Examples of one chunk are spread over the batch, so that each device keeps its own.
+  """
+  batch = arrays[0].shape[0]
+  size = max(n for n in range(1, min(size or batch, batch) + 1) if batch % n == 0)
+  count = batch // size
+  if count == 1:
+    return function(*arrays)
+  split = lambda x: x.reshape(size, count, *x.shape[1:]).swapaxes(0, 1)
+  join = lambda x: x.swapaxes(0, 1).reshape(batch, *x.shape[2:])
+  return jax.tree.map(join, jax.lax.map(lambda xs: function(*xs), tuple(map(split, arrays))))
+
+
+def decode(
+  modules: Modules, vae_params: Params, latents: jax.Array, prompts: Prompts, chunk: int
+) -> jax.Array:
+  """Final latents -> images [B, H, W, 3] in [0, 1], the known pixels put back."""
+  images = in_chunks(lambda x: modules.decode(vae_params, x), chunk, latents)
+  return jnp.where(prompts.mask > 0, images, prompts.masked_image)
+
+
+def encode_prompts(
+  modules: Modules, settings: Settings, frozen: Frozen, images: jax.Array, masks: jax.Array
+) -> Prompts:
+  """Images [P, H, W, 3] in [0, 1] and masks [P, H, W, 1] -> Prompts of B samples."""
+
+  def encode(images: jax.Array, masks: jax.Array) -> Prompts:
+    return modules.encode_prompts(frozen.vae, images, masks, context=None)
+
+  prompts = in_chunks(encode, settings.decode_batch, images, masks)
+  return prompts._replace(context=frozen.context).repeat(settings.samples_per_prompt)
+
+
+def region(settings: Settings, prompts: Prompts) -> jax.Array | None:
+  """Weight of each latent in the log-probability: [B, h, w, 1], or None for all alike."""
+  return prompts.mask_latents if settings.log_prob_region == "hole" else None
+
+
+def rollout(
+  modules: Modules,
+  settings: Settings,
+  steps: Steps,
+  policy: Params,
+  frozen: Frozen,
+  images: jax.Array,
+  masks: jax.Array,
+  key: jax.Array,
+) -> tuple[Prompts, Trajectory, jax.Array]:
+  """Paints S samples of each prompt: the prompts as latents, the chain, and images [B, H, W, 3]."""
+  prompts = encode_prompts(modules, settings, frozen, images, masks)
+  noise_key, chain_key = jax.random.split(key)
+  noise = jax.random.normal(noise_key, prompts.masked_latents.shape)
+  predict = lambda latents, t: modules.predict(policy, prompts, latents, t)
+  weight = region(settings, prompts)
+  trajectory = diffusion.rollout(predict, modules.schedule, steps, noise, chain_key, weight)
+  painted = decode(modules, frozen.vae, trajectory.latents[-1], prompts, settings.decode_batch)
+  return prompts, trajectory, painted
+
+
+def paint(
+  modules: Modules,
+  settings: Settings,
+  steps: Steps,
+  policy: Params,
+  frozen: Frozen,
+  images: jax.Array,
+  masks: jax.Array,
+  key: jax.Array,
+) -> jax.Array:
+  """Images [P, H, W, 3] as `rollout` paints them, one of each prompt, keeping no trajectory."""
+  settings = dataclasses.replace(settings, samples_per_prompt=1)
+  prompts = encode_prompts(modules, settings, frozen, images, masks)
+  noise_key, chain_key = jax.random.split(key)
+  noise = jax.random.normal(noise_key, prompts.masked_latents.shape)
+  predict = lambda latents, t: modules.predict(policy, prompts, latents, t)
+  latents = diffusion.sample(predict, modules.schedule, steps, noise, chain_key)
+  return decode(modules, frozen.vae, latents, prompts, settings.decode_batch)
+
+
+def trust_weights(trust: Trust, chol: jax.Array | None, features: jax.Array) -> jax.Array:
+  """γ [B] of features [B, D]."""
+  if trust.norm == "none":
+    return jnp.ones(features.shape[0])
+  if trust.norm == "constant":
+    return jnp.full(features.shape[0], trust.constant)
+  norm = bound.mahalanobis_norm if trust.norm == "mahalanobis" else bound.released_norm
+  return bound.trust_weight(norm(chol, features), trust.k, trust.b, trust.minimum, trust.maximum)
+
+
+def score(
+  network: RewardNetwork,
+  settings: Settings,
+  frozen: Frozen,
+  prompts: Prompts,
+  painted: jax.Array,
+) -> tuple[Scores, dict[str, jax.Array]]:
+  """Rewards, trust weights and advantages of the painted images, and their metrics."""
+  S = settings.samples_per_prompt
+  # Whole prompts per chunk: the masked image of a prompt is embedded once.
+  grouped = painted.reshape(-1, S, *painted.shape[1:])
+
+  def evaluate(images: jax.Array, masked_images: jax.Array):
+    flat = images.reshape(-1, *images.shape[2:])
+    rewards, features = reward.apply(network, frozen.reward, flat, masked_images)
+    return rewards.reshape(-1, S), features.reshape(-1, S, features.shape[-1])
+
+  chunk = -(-settings.decode_batch // S)
+  rewards, features = in_chunks(evaluate, chunk, grouped, prompts.masked_image[::S])
+  rewards, features = rewards.reshape(-1), features.reshape(-1, features.shape[-1])
+  valid = jnp.isfinite(rewards) & jnp.isfinite(features).all(-1)
+  features = jnp.where(valid[:, None], features, 0.0)
+  rewards = jnp.where(valid, rewards, 0.0)
+  trust = trust_weights(settings.trust, frozen.chol, features)
+  advantages = rl.standardise(rewards, valid, S, settings.advantage_std, settings.advantage_clip)
+
+  mean = lambda x: rl.masked_mean(x, valid)
+  centre = mean(rewards)
+  within = jnp.where(valid, rewards, centre).reshape(-1, S)
+  metrics = {
+    "reward/mean": centre,
+    "reward/std": jnp.sqrt(mean((rewards - centre) ** 2)),
+    "reward/min": jnp.min(rewards, where=valid, initial=jnp.inf),
+    "reward/max": jnp.max(rewards, where=valid, initial=-jnp.inf),
+    "reward/nan_fraction": 1.0 - jnp.mean(valid),
+    "trust/mean": mean(trust),
+    "trust/std": jnp.sqrt(mean((trust - mean(trust)) ** 2)),
+    "trust/min": jnp.min(trust, where=valid, initial=jnp.inf),
+    "trust/max": jnp.max(trust, where=valid, initial=-jnp.inf),
+  }
+  if S > 1:
+    metrics["reward/within_prompt_std"] = jnp.mean(jnp.std(within, axis=1, ddof=1))
+  return Scores(rewards, valid, trust, advantages), metrics
+
+
+def policy_loss(
+  modules: Modules,
+  settings: Settings,
+  steps: Steps,
+  params: Params,
+  frozen: Frozen,
+  prompts: Prompts,
+  trajectory: Trajectory,
+  scores: Scores,
+  indices: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Loss [] over all samples and the steps `indices` [k], and metrics as sums over both.
+
+  All steps go through the UNet as one batch of B k, sample-major so that a sharded batch stays.
+  """
+  k, B = indices.shape[0], scores.reward.shape[0]
+  flatten = lambda x: jnp.moveaxis(x, 0, 1).reshape(B * k, *x.shape[2:])
+  per_sample = lambda x: jnp.repeat(x, k, axis=0)
+  step = steps.at(jnp.tile(indices, B))
+  latents = flatten(trajectory.latents[indices])
+  x_prev = flatten(trajectory.latents[indices + 1])
+  old_log_prob = flatten(trajectory.log_probs[indices])
+  repeated = prompts.repeat(k)
+
+  schedule = modules.schedule
+  output = modules.predict(params, repeated, latents, step.timestep)
+  weight = region(settings, repeated)
+  mean = diffusion.predict_mean(schedule, step, latents, output)
+  log_prob = diffusion.log_prob(x_prev, mean, step.sigma, weight)
+  loss, ppo = rl.ppo_loss(
+    log_prob,
+    old_log_prob,
+    per_sample(scores.advantages),
+    per_sample(scores.trust),
+    settings.clip_range,
+  )
+  terms = {
+    "ppo/clip_fraction": ppo["clipped"],
+    "ppo/approx_kl": ppo["approx_kl"],
+    "ppo/ratio_mean": ppo["ratio"],
+    "ppo/policy_loss": loss,
+  }
+  if settings.kl_weight:
+    base_output = modules.predict(frozen.base, repeated, latents, step.timestep)
+    base_mean = diffusion.predict_mean(schedule, step, latents, base_output)
+    kl = diffusion.gaussian_kl(mean, base_mean, step.sigma, weight)
+    loss = loss + settings.kl_weight * kl
+    terms["ppo/kl_to_base"] = kl
+  valid = per_sample(scores.valid)
+  total = lambda x: jnp.sum(jnp.where(valid, x, 0.0))
+  # Divisors come from the whole update, so that passes add up to the true mean.
+  count = jnp.maximum(jnp.sum(scores.valid), 1) * _steps_per_update(settings)
+  divisor = 1.0 if settings.loss_reduction == "sum" else count
+  return total(loss) / divisor, {name: total(x) / count for name, x in terms.items()}
+
+
+def _steps_per_update(settings: Settings) -> int:
+  return settings.train_timesteps // settings.updates_per_iteration
+
+
+def update(
+  modules: Modules,
+  settings: Settings,
+  steps: Steps,
+  optimizer: optax.GradientTransformation,
+  state: TrainState,
+  frozen: Frozen,
+  prompts: Prompts,
+  trajectory: Trajectory,
+  scores: Scores,
+  indices: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One optimiser update from the steps `indices` [k] of a rollout.
+
+  With `gradient_accumulation` n > 1, gradients add up over iterations and only the updates of every
+  n-th iteration step the optimiser, each clearing the sum: the released code's rhythm.
+  """
+  per_pass = settings.timesteps_per_pass or indices.shape[0]
+
+  def gradients_of(some: jax.Array):
+    loss = lambda params: policy_loss(
+      modules, settings, steps, params, frozen, prompts, trajectory, scores, some
+    )
+    return jax.grad(loss, has_aux=True)(state.params)
+
+  passes = indices.reshape(-1, per_pass)
+  if passes.shape[0] == 1:
+    gradients, metrics = gradients_of(indices)
+  else:
+    add = lambda carry, some: (jax.tree.map(jnp.add, carry, gradients_of(some)), None)
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients_of, passes[0])
+    )
+    # XLA's CPU backend computes a convolution's weight gradient some 50 times slower in a loop.
+    unroll = passes.shape[0] if jax.default_backend() == "cpu" else 1
+    (gradients, metrics), _ = jax.lax.scan(add, zeros, passes, unroll=unroll)
+
+  metrics["ppo/grad_norm"] = optax.global_norm(gradients)
+  n = settings.gradient_accumulation
+  if n > 1:
+    gradients = jax.tree.map(jnp.add, state.gradients, gradients)
+    do_step = state.iteration % n == n - 1
+    state = jax.lax.cond(
+      do_step, lambda: _apply(settings, optimizer, state, gradients), lambda: state
+    )
+    kept = jax.tree.map(lambda x: jnp.where(do_step, 0.0, x), gradients)
+    state = state._replace(gradients=kept)
+  else:
+    state = _apply(settings, optimizer, state, gradients)
+  return state, metrics
+
+
+def _apply(
+  settings: Settings,
+  optimizer: optax.GradientTransformation,
+  state: TrainState,
+  gradients: Params,
+) -> TrainState:
+  changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, changes)
+  ema = state.ema
+  if ema is not None:
+    ema = optax.incremental_update(params, ema, 1.0 - settings.ema_decay)
+  return state._replace(params=params, opt_state=opt_state, ema=ema)
+
+
+def end_iteration(settings: Settings, state: TrainState) -> TrainState:
+  """Counts the iteration and, every `behaviour_refresh` of them, refreshes the behaviour policy."""
+  iteration = state.iteration + 1
+  behaviour = state.behaviour
+  if behaviour is not None:
+    refresh = iteration % settings.behaviour_refresh == 0
+    behaviour = jax.tree.map(lambda new, old: jnp.where(refresh, new, old), state.params, behaviour)
+  return state._replace(iteration=iteration, behaviour=behaviour)
+
+
+def make_optimizer(
+  learning_rate: float,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 0.01,
+  clip_norm: float | None = None,
+  warmup_updates: int = 0,
+) -> optax.GradientTransformation:
+  """AdamW with a constant rate after a linear warm-up, and clipping by global norm if asked."""
+  rate = learning_rate
+  if warmup_updates:
+    rate = lambda count: learning_rate * jnp.minimum(1.0, (count + 1) / warmup_updates)
+  adamw = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay)
+  return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw

@@ -1,0 +1,84 @@
+"""What every command shares: flags, a locked config, one-line errors, and the working folder."""
+
+import json
+import sys
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from.")
+
+
+def run(main: Callable[[], None]) -> None:
+  """Runs a command; an error that a user can cause ends in one line."""
+
+  def guarded(argv: list[str]) -> None:
+    if len(argv) > 1:
+      sys.exit(f"error: unexpected argument {argv[1]!r}; options begin with --")
+    logging.set_verbosity(logging.WARNING)
+    try:
+      main()
+    except (ValueError, OSError, ImportError) as error:
+      if _TRACEBACK.value:
+        raise
+      sys.exit(f"error: {error}")
+
+  app.run(guarded)
+
+
+def run_with_config(main: Callable[[ConfigDict, Path], None]) -> None:
+  """Runs `main(config, workdir)` for `--config=FILE[:PRESET] --workdir=DIR [--config.field=x]`."""
+  config = config_flags.DEFINE_config_file("config", None, "Configuration file[:preset].")
+  workdir = flags.DEFINE_string("workdir", None, "Folder of the run; the same folder resumes it.")
+  flags.mark_flags_as_required(["config", "workdir"])
+  run(lambda: main(config.value, Path(workdir.value)))
+
+
+def open_workdir(config: ConfigDict, workdir: Path, free: Collection[str]) -> None:
+  """Writes `config.json`, or checks that a resumed run has the same config.
+
+  Fields in `free`, and those that end in `_every`, may change.
+
+  Raises:
+    ValueError: another field changed; names it.
+  """
+  now = flatten(config.to_dict())
+  file = workdir / "config.json"
+  if file.is_file():
+    before = flatten(json.loads(file.read_text()))
+    changed = [
+      f"{name} was {json.dumps(before.get(name))}, now {json.dumps(now.get(name))}"
+      for name in sorted({*before, *now})
+      if before.get(name) != now.get(name) and name not in free and not name.endswith("_every")
+    ]
+    if changed:
+      raise ValueError(
+        f"{workdir} holds a run with another config ({'; '.join(changed)}); give the same config "
+        "to resume it, or another --workdir"
+      )
+  workdir.mkdir(parents=True, exist_ok=True)
+  partial = file.with_suffix(".partial")
+  partial.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+  partial.replace(file)
+
+
+def read_workdir(workdir: Path) -> ConfigDict:
+  """The config of a run."""
+  file = workdir / "config.json"
+  if not file.is_file():
+    raise ValueError(f"{workdir}: no config.json; give the --workdir of a run")
+  return ConfigDict(json.loads(file.read_text()))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Nested dictionaries -> {"outer.inner": value}, as json would hold the values."""
+  flat = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      flat |= flatten(value, f"{prefix}{name}.")
+    else:
+      flat[prefix + name] = json.loads(json.dumps(value))
+  return flat

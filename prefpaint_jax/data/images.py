@@ -1,0 +1,154 @@
+"""Read, check, resize and join pictures and masks; a bad file ends in one line that names it.
+
+Images are float32 in [0, 1], masks float32 in {0, 1} with 1 = missing, channels last.
+"""
+# Shapes: H W pixels.
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Source = Any  # a PIL image, a path, or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]
+
+_SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+def load_image(source: Source) -> np.ndarray:
+  """Any picture as float32 [H, W, 3] in [0, 1].
+
+  The EXIF orientation is applied, grey is repeated over the channels, 16-bit values keep their
+  depth, transparent pixels are laid on white. Arrays are uint8, uint16, bool, or floats in [0, 1].
+  """
+  return _load_rgb(source, background=1.0)
+
+
+def load_mask(source: Source, size: tuple[int, int] | None = None) -> np.ndarray:
+  """Any picture as a mask, float32 [H, W, 1]: 1 (missing) where it is at least half white, else 0.
+
+  Transparent pixels count as black. `size` is the (height, width) of the mask's image; a mask of
+  another size, without any missing pixel, or without any known one is refused.
+  """
+  mask = (_load_rgb(source, background=0.0).mean(-1, keepdims=True) >= 0.5).astype(np.float32)
+  check_mask(mask, size, _name(source, "mask"))
+  return mask
+
+
+def check_mask(mask: np.ndarray, size: tuple[int, int] | None = None, name: str = "mask") -> None:
+  """Raises unless a mask [H, W, 1] has this (height, width), missing pixels, and known ones."""
+  if size is not None and mask.shape[:2] != tuple(size):
+    raise ValueError(
+      f"{name}: the mask is {_extent(mask.shape)}, its image {_extent(size)}: "
+      "give both the same height and width"
+    )
+  missing = float(np.mean(mask))
+  if missing == 0.0:
+    raise ValueError(
+      f"{name}: the mask is empty (no white pixel): paint what is missing white (255)"
+    )
+  if missing == 1.0:
+    raise ValueError(f"{name}: the mask is full (all white): leave the pixels to keep black (0)")
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """[H, W, C] in [0, 1] -> [*size, C] by Lanczos, antialiased; its overshoot is clipped."""
+  if image.shape[:2] == tuple(size):
+    return image
+  height, width = size
+  channels = [
+    Image.fromarray(channel).resize((width, height), Image.Resampling.LANCZOS)
+    for channel in np.moveaxis(np.asarray(image, np.float32), -1, 0)
+  ]
+  return np.clip(np.stack([np.asarray(channel) for channel in channels], axis=-1), 0.0, 1.0)
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """[H, W, 1] -> [*size, 1] by the nearest pixel, so that a mask stays a mask."""
+  rows, columns = (
+    (2 * np.arange(new) + 1) * old // (2 * new)  # the old pixel under each new one's centre
+    for new, old in zip(size, mask.shape[:2], strict=True)
+  )
+  return mask[rows][:, columns]
+
+
+def paste_back(result, image, mask):
+  """The known pixels of `image`, the missing ones of `result`; NumPy or JAX, batched or not."""
+  return mask * result + (1 - mask) * image
+
+
+def _load_rgb(source: Source, background: float) -> np.ndarray:
+  """[H, W, 3] in [0, 1], transparent pixels laid on a grey level of `background`."""
+  if isinstance(source, str | os.PathLike):
+    pixels = _pil_to_float(_open(source))
+  elif isinstance(source, Image.Image):
+    pixels = _pil_to_float(ImageOps.exif_transpose(source))
+  else:
+    pixels = _array_to_float(np.asarray(source))
+  if pixels.ndim == 2:
+    pixels = pixels[..., None]
+  if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4) or 0 in pixels.shape:
+    raise ValueError(
+      f"{_name(source, 'image')}: the shape is {pixels.shape}: "
+      "give [H, W], or [H, W, C] with 1, 3 or 4 channels"
+    )
+  if pixels.shape[-1] == 4:
+    alpha = pixels[..., 3:]
+    pixels = alpha * pixels[..., :3] + (1 - alpha) * np.float32(background)
+  return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+
+def _open(path: str | os.PathLike) -> Image.Image:
+  """The decoded, upright picture of a file."""
+  if not os.path.exists(path):
+    raise ValueError(f"{os.fspath(path)}: no such file")
+  if not os.path.isfile(path):
+    raise ValueError(f"{os.fspath(path)}: a folder, not a file: name one picture")
+  try:
+    with Image.open(path) as image:
+      image.load()
+      return ImageOps.exif_transpose(image)
+  except UnidentifiedImageError:
+    raise ValueError(f"{os.fspath(path)}: not a picture: give a PNG, JPEG or the like") from None
+  except (OSError, SyntaxError, EOFError, ValueError) as error:  # what PIL's decoders raise
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise ValueError(
+      f"{os.fspath(path)}: the picture is truncated or damaged ({reason}): copy it again"
+    ) from None
+
+
+def _pil_to_float(image: Image.Image) -> np.ndarray:
+  """[H, W] or [H, W, C] in [0, 1]."""
+  if image.mode in _SIXTEEN_BIT_MODES:
+    return np.clip(np.asarray(image).astype(np.float32) / 65535, 0.0, 1.0)
+  if image.mode == "F":
+    return _array_to_float(np.asarray(image))
+  mode = "RGBA" if image.has_transparency_data else "RGB"
+  return np.asarray(image.convert(mode)).astype(np.float32) / 255
+
+
+def _array_to_float(array: np.ndarray) -> np.ndarray:
+  """The same shape in [0, 1]."""
+  if array.dtype == bool:
+    return array.astype(np.float32)
+  if array.dtype in (np.uint8, np.uint16):
+    return array.astype(np.float32) / np.iinfo(array.dtype).max
+  if not np.issubdtype(array.dtype, np.floating):
+    raise ValueError(f"image: an array of {array.dtype}: give uint8, uint16, or floats in [0, 1]")
+  low, high = float(array.min(initial=0.0)), float(array.max(initial=0.0))
+  if not (low >= 0.0 and high <= 1.0):  # written so that NaN fails too
+    raise ValueError(f"image: values from {low:g} to {high:g}: give uint8, or floats in [0, 1]")
+  return array.astype(np.float32)
+
+
+def _name(source: Source, otherwise: str) -> str:
+  """What to call a source in an error."""
+  if isinstance(source, str | os.PathLike):
+    return os.fspath(source)
+  return getattr(source, "filename", "") or otherwise
+
+
+def _extent(shape) -> str:
+  return f"{shape[0]}x{shape[1]}"

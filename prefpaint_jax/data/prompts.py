@@ -1,0 +1,372 @@
+"""Prompts: incomplete pictures with their masks, to build from photographs, to open, and to feed.
+
+A prompt is a dict {id: str, kind: int (index into masks.KINDS), image: float32 [H, W, 3] in [0, 1],
+mask: float32 [H, W, 1], 1 = missing}. Under the mask the image holds the true content where that is
+known, else black: whoever conditions on a prompt must multiply it by (1 - mask).
+"""
+# Shapes: H W pixels, b prompts of one process.
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from prefpaint_jax import mini
+from prefpaint_jax.data import images, masks
+
+SPLITS = ("train", "test")
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class Prompt(TypedDict):
+  id: str
+  kind: int
+  image: np.ndarray
+  mask: np.ndarray
+
+
+# --------------------------------------------------------------------------------------------- open
+
+
+def open_prompts(
+  source: str | Path, split: str, size: int | tuple[int, int] | None = None
+) -> Sequence[Prompt]:
+  """The prompts of one split, to be indexed in any order; decoded when asked for.
+
+  `source` is one of
+    "mini"            the embedded 32x32 set;
+    FOLDER            what `build_prompts` wrote, or any tfds data set with its features;
+    FOLDER            masks/ID_mask.png with, for each, images/ID.png (the whole picture) or
+                      masks_color/ID_mask_color.png (the hole blacked). train.txt and test.txt in
+                      it list the IDs of the splits, one a line; with neither, any split is all;
+    FOLDER:LIST.txt   the same with the IDs of that list (in the folder, or a path).
+
+  `size`, a side or (height, width), resizes what is read: images antialiased, masks by the nearest
+  pixel.
+  """
+  size = (size, size) if isinstance(size, int) else size
+  folder, listing = Path(mini.locate(source, "prompts")), None
+  if not folder.exists() and ":" in str(source) and str(source).endswith(".txt"):
+    head, _, tail = str(source).rpartition(":")
+    folder, listing = Path(head), tail
+  if not folder.is_dir():
+    raise ValueError(
+      f"prompts: {folder} is not a folder: give 'mini', a folder, or FOLDER:LIST.txt"
+    )
+  if (folder / "masks").is_dir():
+    return _FolderPrompts(folder, _read_ids(folder, split, listing), size)
+  return _RecordPrompts(folder, split, size)
+
+
+class _RecordPrompts(Sequence):
+  """Prompts of a tfds folder, read without TensorFlow."""
+
+  def __init__(self, folder: Path, split: str, size: tuple[int, int] | None):
+    found = [
+      info.parent
+      for depth in ("", "*/", "*/*/")
+      for info in folder.glob(depth + "dataset_info.json")
+    ]
+    if len(found) != 1:
+      raise ValueError(
+        f"prompts: {folder} holds neither masks/ nor one tfds data set (found {len(found)}): "
+        "name the folder of one data set"
+      )
+    builder = tfds.builder_from_directory(found[0])
+    if split not in builder.info.splits:
+      raise ValueError(
+        f"prompts: {found[0]} has no split {split!r}: it has {', '.join(builder.info.splits)}"
+      )
+    as_stored = {name: tfds.decode.SkipDecoding() for name in ("image", "mask")}
+    self._records = builder.as_data_source(split=split, decoders=as_stored)
+    self._size = size
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> Prompt:
+    record = self._records[range(len(self))[index]]
+    image, mask = (Image.open(io.BytesIO(record[name])) for name in ("image", "mask"))
+    image, mask = images.load_image(image), images.load_mask(mask)
+    return _prompt(record["id"].decode(), image, mask, self._size, int(record["kind"]))
+
+
+class _FolderPrompts(Sequence):
+  """Prompts of a folder of picture files."""
+
+  def __init__(self, folder: Path, ids: list[str], size: tuple[int, int] | None):
+    mask_files, whole, masked = (
+      {file.name for file in (folder / name).glob("*.png")}
+      for name in ("masks", "images", "masks_color")
+    )
+    self._files = []
+    for id_ in ids:
+      if f"{id_}_mask.png" not in mask_files:
+        raise ValueError(
+          f"{folder / 'masks' / id_}_mask.png: no such file, but {id_} is listed: "
+          "add the mask or drop the ID"
+        )
+      if f"{id_}.png" in whole:
+        image = folder / "images" / f"{id_}.png"
+      elif f"{id_}_mask_color.png" in masked:
+        image = folder / "masks_color" / f"{id_}_mask_color.png"
+      else:
+        raise ValueError(
+          f"{folder}: neither images/{id_}.png nor masks_color/{id_}_mask_color.png is there: "
+          f"add one or drop {id_}"
+        )
+      self._files.append((id_, image, folder / "masks" / f"{id_}_mask.png"))
+    self._size = size
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def __getitem__(self, index: int) -> Prompt:
+    id_, image_file, mask_file = self._files[index]
+    image = images.load_image(image_file)
+    return _prompt(id_, image, images.load_mask(mask_file, image.shape[:2]), self._size)
+
+
+def _prompt(
+  id_: str,
+  image: np.ndarray,
+  mask: np.ndarray,
+  size: tuple[int, int] | None,
+  kind: int | None = None,
+) -> Prompt:
+  """A prompt at `size`; its kind is seen from the mask when it is not known."""
+  kind = masks.mask_kind(mask) if kind is None else kind
+  if size is not None and size != image.shape[:2]:
+    image, mask = images.resize_image(image, size), images.resize_mask(mask, size)
+    images.check_mask(mask, size, f"prompt {id_} at {size[0]}x{size[1]}")
+  return Prompt(id=id_, kind=kind, image=image, mask=mask)
+
+
+def _read_ids(folder: Path, split: str, listing: str | None) -> list[str]:
+  """The IDs of a split, in the order of their list."""
+  if listing is not None:
+    file = folder / listing if (folder / listing).exists() else Path(listing)
+  else:
+    file = folder / f"{split}.txt"
+    if not any((folder / f"{name}.txt").exists() for name in SPLITS):
+      ids = sorted(path.name.removesuffix("_mask.png") for path in folder.glob("masks/*_mask.png"))
+      if not ids:
+        raise ValueError(f"{folder / 'masks'}: no ID_mask.png in it: put the masks there")
+      return ids
+  if not file.is_file():
+    raise ValueError(f"{file}: no such list of prompts: write one ID a line into it")
+  ids = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+  if not ids:
+    raise ValueError(f"{file}: the list of prompts is empty: write one ID a line into it")
+  return ids
+
+
+# --------------------------------------------------------------------------------------------- feed
+
+
+def prompt_loader(
+  prompts: Sequence[Prompt],
+  batch_size: int,
+  seed: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  shuffle: bool = True,
+) -> grain.DatasetIterator:
+  """Endless batches {id: str [b], kind: int32 [b], image: [b, H, W, 3], mask: [b, H, W, 1]}.
+
+  Every epoch is shuffled anew from `seed`. The order is one for all processes: global batch i is
+  the i-th run of `batch_size` prompts, of which this process gets every `process_count`-th, so b
+  is batch_size / process_count. The iterator's `get_state()` and `set_state()` resume exactly.
+  """
+  if batch_size < 1 or batch_size % process_count:
+    raise ValueError(
+      f"batch_size is {batch_size} over {process_count} processes: "
+      f"give a positive multiple of {process_count}"
+    )
+  if len(prompts) < batch_size:
+    raise ValueError(
+      f"{len(prompts)} prompts are fewer than batch_size {batch_size}: "
+      "add prompts or lower batch_size"
+    )
+  order = grain.MapDataset.source(prompts).seed(seed)
+  if shuffle:
+    order = order.shuffle()
+  mine = order.repeat().slice(slice(process_index, None, process_count))
+  batches = mine.batch(batch_size // process_count, batch_fn=stack)
+  # An element is a whole batch: a few in flight hide the decoding; grain's default is 500.
+  return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)))
+
+
+def stack(prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+  """Prompts of one size as one batch."""
+  first = prompts[0]
+  for prompt in prompts:
+    if prompt["image"].shape != first["image"].shape:
+      sizes = [f"{p['id']} is {p['image'].shape[0]}x{p['image'].shape[1]}" for p in (first, prompt)]
+      raise ValueError(f"prompts of two sizes in one batch: {', '.join(sizes)}: give a size")
+  return {
+    "id": np.array([prompt["id"] for prompt in prompts]),
+    "kind": np.array([prompt["kind"] for prompt in prompts], np.int32),
+    "image": np.stack([prompt["image"] for prompt in prompts]),
+    "mask": np.stack([prompt["mask"] for prompt in prompts]),
+  }
+
+
+# -------------------------------------------------------------------------------------------- build
+
+
+def build_prompts(
+  output_dir: str | Path,
+  photos_dir: str | Path,
+  num_train: int,
+  num_test: int,
+  size: int = 32,
+  seed: int = 0,
+  train_share: float = 0.78,
+  crop: tuple[int, int] = (48, 176),
+) -> Path:
+  """Cuts prompts from a folder of photographs into a tfds data set and returns its folder.
+
+  The same arguments give the same prompts. See `crop_prompts` for how they are cut.
+  """
+  photos = load_photos(photos_dir)
+  numbers = {"train": num_train, "test": num_test}
+  builder = Prompts(
+    {
+      split: crop_prompts(photos, split, number, size, seed, train_share, crop)
+      for split, number in numbers.items()
+    },
+    data_dir=output_dir,
+    file_format="array_record",
+  )
+  folder = Path(builder.data_dir)
+  if folder.exists():
+    raise ValueError(f"{folder}: prompts are there already: give another folder or delete that one")
+  with tempfile.TemporaryDirectory() as downloads:  # stays empty
+    builder.download_and_prepare(download_dir=downloads)
+  return folder
+
+
+def load_photos(photos_dir: str | Path) -> dict[str, np.ndarray]:
+  """{name: [H, W, 3]} of every picture in a folder, by name."""
+  files = sorted(f for f in Path(photos_dir).glob("*") if f.suffix.lower() in PHOTO_SUFFIXES)
+  if not files:
+    raise ValueError(f"{photos_dir}: no {', '.join(PHOTO_SUFFIXES)} in it: give a folder of photos")
+  return {file.stem: images.load_image(file) for file in files}
+
+
+def crop_prompts(
+  photos: Mapping[str, np.ndarray],
+  split: str,
+  number: int,
+  size: int = 32,
+  seed: int = 0,
+  train_share: float = 0.78,
+  crop: tuple[int, int] = (48, 176),
+  min_std: float = 0.04,
+) -> Iterator[Prompt]:
+  """Square crops of random photos {name: [H, W, 3]} at `size`, with masks of both kinds in turn.
+
+  Crops for "train" lie wholly in the left `train_share` of a photo's width and those for "test"
+  wholly to the right of it, so the splits share no pixel. A crop's side is drawn from `crop` as
+  far as the photo allows; half are mirrored. Crops that are nearly one colour (no channel has a
+  standard deviation of `min_std`) are drawn again.
+  """
+  rng = np.random.default_rng([seed, SPLITS.index(split)])
+  names = sorted(photos)
+  made = 0
+  for _ in range(100 * number):
+    if made == number:
+      return
+    name = names[rng.integers(len(names))]
+    image = random_crop(rng, photos[name], split, train_share, crop)
+    image = images.resize_image(image, (size, size))
+    if image.std(axis=(0, 1)).max() < min_std:
+      continue
+    kind = made % len(masks.KINDS)
+    draw_mask = (masks.outpainting_mask, masks.warping_mask)[kind]
+    mask = draw_mask(rng, size, size)
+    yield Prompt(id=f"{split}_{made:05d}_{name}", kind=kind, image=image, mask=mask)
+    made += 1
+  if made < number:
+    raise ValueError(f"photos: nearly all crops for {split!r} are one colour: add other photos")
+
+
+def random_crop(
+  rng: np.random.Generator,
+  photo: np.ndarray,
+  split: str,
+  train_share: float,
+  crop: tuple[int, int],
+) -> np.ndarray:
+  """A square [side, side, 3] of the split's part of a photo [H, W, 3], mirrored half the time."""
+  height, width = photo.shape[:2]
+  border = round(train_share * width)
+  left, right = {"train": (0, border), "test": (border, width)}[split]
+  longest = min(crop[1], height, right - left)
+  if longest < 1:
+    raise ValueError(f"photo of {height}x{width}: train_share {train_share} leaves {split!r} none")
+  side = int(rng.integers(min(crop[0], longest), longest + 1))
+  top = int(rng.integers(height - side + 1))
+  start = int(rng.integers(left, right - side + 1))
+  square = photo[top : top + side, start : start + side]
+  return square[:, ::-1] if rng.random() < 0.5 else square
+
+
+class Prompts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """Writes prompts as a tfds data set (array_record); read it with `open_prompts`."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  # Where tfds would look for the checksums of downloads, of which there are none; its own search
+  # imports a package that it does not install.
+  code_path = None
+
+  def __init__(self, splits: Mapping[str, Iterable[Prompt]], **kwargs):
+    self._prompts = splits
+    super().__init__(**kwargs)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description="Incomplete pictures and the masks of what is missing (white).",
+      features=tfds.features.FeaturesDict(
+        {
+          "id": tfds.features.Text(),
+          "kind": tfds.features.ClassLabel(names=list(masks.KINDS)),
+          "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+          "mask": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+        }
+      ),
+      disable_shuffling=True,
+    )
+
+  def _split_generators(self, dl_manager):
+    return {split: self._generate_examples(prompts) for split, prompts in self._prompts.items()}
+
+  def _generate_examples(self, prompts):
+    for number, prompt in enumerate(prompts):
+      yield (
+        number,
+        {
+          "id": prompt["id"],
+          "kind": prompt["kind"],
+          "image": _png(prompt["image"]),
+          "mask": _png(prompt["mask"][..., 0]),
+        },
+      )
+
+
+def _png(image: np.ndarray) -> io.BytesIO:
+  """[H, W] or [H, W, 3] in [0, 1] as an encoded PNG; raw arrays would need TensorFlow."""
+  file = io.BytesIO()
+  Image.fromarray(np.round(255 * image).astype(np.uint8)).save(file, "png", optimize=True)
+  file.seek(0)
+  return file

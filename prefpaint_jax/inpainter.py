@@ -1,0 +1,383 @@
+"""Inpainter: a Stable Diffusion inpainting pipeline, its parameters and its tokenizer.
+
+`Modules` holds the pure functions (they run under any jit, on any mesh); `Inpainter` is the bundle
+a user holds: load, paint, save. A *prompt* is an incomplete image and its mask; the text is optional.
+Shapes: B prompts, S samples per prompt, H W pixels, h w latents, L text tokens, D text width.
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prefpaint_jax import diffusion, mini
+from prefpaint_jax.data import images as image_io
+from prefpaint_jax.diffusion import Schedule, Steps
+from prefpaint_jax.models.clip import CLIPTextModel
+from prefpaint_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+from prefpaint_jax.models.unet import UNet2DConditionModel
+from prefpaint_jax.models.vae import AutoencoderKL
+from prefpaint_jax.weights import folder as weights
+
+Params = Any  # a tree of arrays
+NETWORKS = ("unet", "vae", "text_encoder")
+
+
+class Prompts(NamedTuple):
+  """What a policy is given: incomplete images, and the text they share or have each."""
+
+  mask: jax.Array  # [B, H, W, 1], 1 = missing
+  masked_image: jax.Array  # [B, H, W, 3] in [0, 1], the hole black
+  mask_latents: jax.Array  # [B, h, w, 1]
+  masked_latents: jax.Array  # [B, h, w, 4], scaled
+  context: jax.Array  # [1 or B, L, D]
+
+  def repeat(self, samples: int) -> "Prompts":
+    """Each prompt `samples` times in a row; a context shared by all stays shared."""
+    if samples == 1:
+      return self
+    repeated = Prompts(*(jnp.repeat(x, samples, axis=0) for x in self))
+    shared = self.context.shape[0] == 1
+    return repeated._replace(context=self.context) if shared else repeated
+
+
+@dataclasses.dataclass(frozen=True)
+class Modules:
+  """The networks and the noise schedule: hashable, without parameters."""
+
+  unet: UNet2DConditionModel
+  vae: AutoencoderKL
+  text_encoder: CLIPTextModel
+  schedule: Schedule
+
+  @property
+  def native_size(self) -> int:
+    """Pixels along each side of the square images that the UNet was made for."""
+    size = self.unet.config.sample_size or 64
+    return (size if isinstance(size, int) else min(size)) * self.vae.config.factor
+
+  def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
+    factor = self.vae.config.factor
+    if height % factor or width % factor:
+      raise ValueError(f"images are {height}x{width}: both sides must be multiples of {factor}")
+    return batch, height // factor, width // factor, self.vae.config.latent_channels
+
+  def encode_prompts(
+    self, vae_params: Params, images: jax.Array, masks: jax.Array, context: jax.Array
+  ) -> Prompts:
+    """Images [B, H, W, 3] in [0, 1], masks [B, H, W, 1] -> Prompts; what the hole holds is unused."""
+    factor = self.vae.config.factor
+    known = 1.0 - masks
+    # On the VAE's scale of [-1, 1] the hole is grey, as in training; the reward sees it black.
+    mean, _ = self.vae.apply(
+      {"params": vae_params}, (2.0 * images - 1.0) * known, method=AutoencoderKL.encode
+    )
+    return Prompts(
+      mask=masks,
+      masked_image=images * known,
+      mask_latents=masks[:, ::factor, ::factor],
+      masked_latents=mean * self.vae.config.scaling_factor,
+      context=context,
+    )
+
+  def predict(
+    self, unet_params: Params, prompts: Prompts, latents: jax.Array, timestep: jax.Array
+  ) -> jax.Array:
+    """The UNet's output for noisy latents [B, h, w, 4] at timestep [] or [B], in float32."""
+    sample = jnp.concatenate([latents, prompts.mask_latents, prompts.masked_latents], axis=-1)
+    output = self.unet.apply({"params": unet_params}, sample, timestep, prompts.context)
+    return output.astype(jnp.float32)
+
+  def predict_guided(
+    self,
+    unet_params: Params,
+    prompts: Prompts,
+    empty_context: jax.Array,
+    guidance_scale: jax.Array,
+    latents: jax.Array,
+    timestep: jax.Array,
+  ) -> jax.Array:
+    """Classifier-free guidance (Ho & Salimans 2022) away from the empty text, as one batch."""
+    B = latents.shape[0]
+    spread = lambda context: jnp.broadcast_to(context, (B, *context.shape[1:]))
+    context = jnp.concatenate([spread(empty_context), spread(prompts.context)])
+    doubled = Prompts(*(jnp.concatenate([x, x]) for x in prompts[:-1]), context)
+    output = self.predict(unet_params, doubled, jnp.concatenate([latents, latents]), timestep)
+    return output[:B] + guidance_scale * (output[B:] - output[:B])
+
+  def decode(self, vae_params: Params, latents: jax.Array) -> jax.Array:
+    """Scaled latents [B, h, w, 4] -> images [B, H, W, 3] in [0, 1]."""
+    decoded = self.vae.apply(
+      {"params": vae_params},
+      latents / self.vae.config.scaling_factor,
+      method=AutoencoderKL.decode,
+    )
+    return jnp.clip(0.5 * decoded + 0.5, 0.0, 1.0)
+
+  def init(self, key: jax.Array) -> dict[str, Params]:
+    """Fresh parameters for all networks; under `jax.eval_shape`, their shapes."""
+    unet, vae, text = self.unet.config, self.vae.config, self.text_encoder.config
+    keys = jax.random.split(key, 3)
+    # Big enough for every level; parameter shapes do not depend on it.
+    side = 2 ** len(unet.block_out_channels)
+    sample = jnp.zeros((1, side, side, unet.in_channels))
+    context = jnp.zeros((1, 1, unet.cross_attention_dim))
+    image = jnp.zeros((1, 2 * vae.factor, 2 * vae.factor, 3))
+    tokens = jnp.zeros((1, text.max_position_embeddings), jnp.int32)
+    return {
+      "unet": self.unet.init(keys[0], sample, jnp.zeros((1,)), context)["params"],
+      "vae": self.vae.init(keys[1], image)["params"],
+      "text_encoder": self.text_encoder.init(keys[2], tokens)["params"],
+    }
+
+
+def make_modules(
+  configs: dict[str, dict], dtype: str = "float32", remat: bool = False, where: str = "pipeline"
+) -> Modules:
+  """Modules from the folder's configs: unet, vae, text_encoder, scheduler."""
+  unet, vae = UNetConfig.from_dict(configs["unet"]), VAEConfig.from_dict(configs["vae"])
+  text = CLIPTextConfig.from_dict(configs["text_encoder"])
+  latents = vae.latent_channels
+  if unet.in_channels != 2 * latents + 1:
+    raise ValueError(
+      f"{where}: the UNet has {unet.in_channels} input channels, an inpainting UNet has "
+      f"{2 * latents + 1}; use an inpainting checkpoint"
+    )
+  if unet.cross_attention_dim != text.hidden_size:
+    raise ValueError(
+      f"{where}: the UNet attends to {unet.cross_attention_dim} features, the text encoder gives "
+      f"{text.hidden_size}; the folder mixes two models"
+    )
+  kind = jnp.dtype(dtype)
+  return Modules(
+    UNet2DConditionModel(unet, kind, remat),
+    AutoencoderKL(vae, kind),
+    CLIPTextModel(text, kind),
+    Schedule.from_config(configs["scheduler"]),
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("modules", "num_samples", "guided", "report"))
+def _paint(
+  modules: Modules,
+  params: dict[str, Params],
+  images: jax.Array,
+  masks: jax.Array,
+  context: jax.Array,
+  empty_context: jax.Array,
+  guidance_scale: jax.Array,
+  latents: jax.Array,
+  key: jax.Array,
+  steps: Steps,
+  num_samples: int,
+  guided: bool,
+  report: Callable[[], None] | None,
+) -> jax.Array:
+  prompts = modules.encode_prompts(params["vae"], images, masks, context).repeat(num_samples)
+
+  def predict(latents: jax.Array, timestep: jax.Array) -> jax.Array:
+    if report is not None:
+      jax.debug.callback(lambda _: report(), timestep)
+    if guided:
+      return modules.predict_guided(
+        params["unet"], prompts, empty_context, guidance_scale, latents, timestep
+      )
+    return modules.predict(params["unet"], prompts, latents, timestep)
+
+  final = diffusion.sample(predict, modules.schedule, steps, latents, key)
+  return modules.decode(params["vae"], final)
+
+
+class Inpainter:
+  """An inpainting model: `Inpainter.from_pretrained(name)`, then `inpainter(image, mask, ...)`.
+
+  Attributes:
+    modules: the networks and the schedule (pure functions).
+    params: {"unet", "vae", "text_encoder"} trees of float32 arrays.
+    configs: the raw json of unet, vae, text_encoder and scheduler, written back as they were.
+    tokenizer_files: file name -> content of the folder's `tokenizer/`.
+  """
+
+  def __init__(
+    self,
+    modules: Modules,
+    params: dict[str, Params],
+    configs: dict[str, dict],
+    tokenizer_files: dict[str, bytes],
+  ):
+    self.modules, self.params = modules, params
+    self.configs, self.tokenizer_files = configs, tokenizer_files
+
+  @classmethod
+  def from_pretrained(
+    cls,
+    name: str | Path,
+    dtype: str = "float32",
+    remat: bool = False,
+    variant: str | None = None,
+  ) -> "Inpainter":
+    """Loads a diffusers folder, a hub name, or the embedded "mini".
+
+    Args:
+      name: folder or hub name, e.g. "stable-diffusion-v1-5/stable-diffusion-inpainting".
+      dtype: what the networks compute in; parameters stay float32.
+      remat: recompute the UNet's blocks in the backward pass.
+      variant: file variant such as "fp16"; only needed when several are there.
+    """
+    path = weights.resolve_pipeline(mini.locate(name, "policy"))
+    configs = {part: weights.read_config(path / part) for part in NETWORKS}
+    configs["scheduler"] = weights.read_config(path / "scheduler", "scheduler_config.json")
+    modules = make_modules(configs, dtype, remat, where=str(name))
+    shapes = jax.eval_shape(modules.init, jax.random.key(0))
+    params = {part: weights.load_params(path / part, shapes[part], variant) for part in NETWORKS}
+    files = sorted((path / "tokenizer").glob("*"))
+    tokenizer_files = {file.name: file.read_bytes() for file in files if file.is_file()}
+    if not tokenizer_files:
+      raise ValueError(
+        f"{path / 'tokenizer'}: no files; copy the tokenizer of the base model there"
+      )
+    return cls(modules, params, configs, tokenizer_files)
+
+  def save_pretrained(self, folder: str | Path) -> None:
+    """Writes a folder that this class and stock diffusers open."""
+    folder = Path(folder)
+    library = {
+      "unet": ["diffusers", "UNet2DConditionModel"],
+      "vae": ["diffusers", "AutoencoderKL"],
+      "text_encoder": ["transformers", "CLIPTextModel"],
+      "tokenizer": ["transformers", "CLIPTokenizer"],
+      "scheduler": ["diffusers", self.configs["scheduler"].get("_class_name", "DDIMScheduler")],
+    }
+    index = {"_class_name": "StableDiffusionInpaintPipeline", "_diffusers_version": "0.30.0"}
+    index |= library | {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    index |= {"requires_safety_checker": False}
+    _write_json(folder / "model_index.json", index)
+    _write_json(folder / "scheduler" / "scheduler_config.json", self.configs["scheduler"])
+    for part in NETWORKS:
+      _write_json(folder / part / "config.json", self.configs[part])
+      weights.save_params(folder / part, self.params[part])
+    self._write_tokenizer(folder / "tokenizer")
+
+  def _write_tokenizer(self, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in self.tokenizer_files.items():
+      (folder / name).write_bytes(content)
+
+  @functools.cached_property
+  def tokenizer(self):
+    from transformers import CLIPTokenizer  # slow to import: only when a text is needed
+
+    folder = Path(tempfile.mkdtemp(prefix="tokenizer"))
+    try:
+      self._write_tokenizer(folder)
+      return CLIPTokenizer.from_pretrained(folder)
+    finally:
+      shutil.rmtree(folder)
+
+  def encode_text(self, texts: Sequence[str]) -> jax.Array:
+    """Texts -> their context [B, L, D]; longer ones are cut."""
+    length = self.modules.text_encoder.config.max_position_embeddings
+    tokens = self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
+    ids = jnp.asarray(tokens["input_ids"], jnp.int32)
+    encode = jax.jit(self.modules.text_encoder.apply)
+    return encode({"params": self.params["text_encoder"]}, ids).astype(jnp.float32)
+
+  @functools.cached_property
+  def empty_context(self) -> jax.Array:
+    """The context [1, L, D] of the empty text, computed once."""
+    return self.encode_text([""])
+
+  def working_size(self, height: int, width: int) -> tuple[int, int]:
+    """Where an image is painted: its shorter side native, both multiples of the factor."""
+    factor, scale = self.modules.vae.config.factor, self.modules.native_size / min(height, width)
+    fit = lambda side: max(factor, round(side * scale / factor) * factor)
+    return fit(height), fit(width)
+
+  def __call__(
+    self,
+    image: Any,
+    mask: Any,
+    *,
+    key: jax.Array | None = None,
+    num_steps: int = 50,
+    eta: float = 0.0,
+    text: str | Sequence[str] = "",
+    guidance_scale: float = 7.5,
+    latents: Any = None,
+    num_samples: int = 1,
+    paste_back: bool = True,
+    report: Callable[[], None] | None = None,
+  ) -> np.ndarray:
+    """Paints the missing parts of one image or of several of the same size.
+
+    Images are painted with their shorter side at the model's own size and brought back to theirs.
+
+    Args:
+      image: PIL image, path or array [H, W, 3] (uint8, or float in [0, 1]), or a list of B of them.
+      mask: the same, white (1) = missing; one mask serves all images.
+      key: `jax.random.key`; default `jax.random.key(0)`.
+      num_steps: DDIM steps.
+      eta: 0 is deterministic given the initial noise; 1 adds the full noise of the chain.
+      text: one text for all, or B texts. The empty text needs no guidance, so none is computed.
+      guidance_scale: strength of the text; 1 is none.
+      latents: initial noise [B*S, h, w, 4] in place of the key's.
+      num_samples: S, inpaintings of each image.
+      paste_back: put the known pixels back.
+      report: called at each step, for a progress bar.
+
+    Returns:
+      float32 [B*S, H, W, 3] in [0, 1], the S samples of an image in a row.
+    """
+    images, masks = image_io.load_pairs(image, mask)
+    B, H, W, _ = images.shape
+    size = self.working_size(H, W)
+    small_images = np.stack([image_io.resize_image(x, size) for x in images])
+    small_masks = np.stack([image_io.resize_mask(x, size) for x in masks])
+
+    texts = [text] if isinstance(text, str) else list(text)
+    if len(texts) not in (1, B):
+      raise ValueError(f"{len(texts)} texts for {B} images; give one, or one for each")
+    empty = self.empty_context
+    guided = guidance_scale != 1 and any(texts)
+    context = self.encode_text(texts) if any(texts) else empty
+
+    key = jax.random.key(0) if key is None else key
+    noise_key, chain_key = jax.random.split(key)
+    shape = self.modules.latent_shape(B * num_samples, *size)
+    if latents is None:
+      latents = jax.random.normal(noise_key, shape)
+    elif np.shape(latents) != shape:
+      raise ValueError(f"latents are {np.shape(latents)}; these images need {shape}")
+    painted = _paint(
+      self.modules,
+      self.params,
+      small_images,
+      small_masks,
+      context,
+      empty,
+      float(guidance_scale),
+      latents,
+      chain_key,
+      diffusion.ddim_steps(self.modules.schedule, num_steps, eta),
+      num_samples=num_samples,
+      guided=guided,
+      report=report,
+    )
+    painted = np.stack([image_io.resize_image(x, (H, W)) for x in np.asarray(painted)])
+    if paste_back:
+      images, masks = (np.repeat(x, num_samples, axis=0) for x in (images, masks))
+      painted = image_io.paste_back(painted, images, masks)
+    return painted
+
+
+def _write_json(path: Path, content: dict) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,172 @@
+"""CLIP's text encoder and vision tower (Radford et al. 2021), with the names of transformers.
+
+Shapes: B batch, L tokens, D width, P projection width, H W pixels.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from prefpaint_jax.models.blocks import Dtype
+from prefpaint_jax.models.config import CLIPTextConfig, CLIPVisionConfig
+
+CLIPConfig = CLIPTextConfig | CLIPVisionConfig
+
+
+def activation(name: str, x: jax.Array) -> jax.Array:
+  return x * nn.sigmoid(1.702 * x) if name == "quick_gelu" else nn.gelu(x, approximate=False)
+
+
+class SelfAttention(nn.Module):
+  """Multi-head self-attention over [B, L, D], every projection with a bias."""
+
+  num_heads: int
+  is_causal: bool = False
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    B, L, D = x.shape
+
+    def project(name: str) -> jax.Array:
+      y = nn.Dense(D, dtype=self.dtype, name=name)(x)
+      return y.reshape(B, L, self.num_heads, D // self.num_heads)
+
+    query, key, value = project("q_proj"), project("k_proj"), project("v_proj")
+    y = jax.nn.dot_product_attention(query, key, value, is_causal=self.is_causal)
+    return nn.Dense(D, dtype=self.dtype, name="out_proj")(y.reshape(B, L, D))
+
+
+class MLP(nn.Module):
+  config: CLIPConfig
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    hidden = nn.Dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(x)
+    hidden = activation(self.config.hidden_act, hidden)
+    return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
+
+
+class EncoderLayer(nn.Module):
+  config: CLIPConfig
+  is_causal: bool
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    norm = functools.partial(nn.LayerNorm, epsilon=self.config.layer_norm_eps, dtype=self.dtype)
+    attention = SelfAttention(
+      self.config.num_attention_heads, self.is_causal, self.dtype, name="self_attn"
+    )
+    x = x + attention(norm(name="layer_norm1")(x))
+    return x + MLP(self.config, self.dtype, name="mlp")(norm(name="layer_norm2")(x))
+
+
+class Encoder(nn.Module):
+  config: CLIPConfig
+  is_causal: bool
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for i in range(self.config.num_hidden_layers):
+      x = EncoderLayer(self.config, self.is_causal, self.dtype, name=f"layers_{i}")(x)
+    return x
+
+
+class TextEmbeddings(nn.Module):
+  config: CLIPTextConfig
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, input_ids: jax.Array) -> jax.Array:
+    config = self.config
+    embed = functools.partial(nn.Embed, features=config.hidden_size, dtype=self.dtype)
+    tokens = embed(config.vocab_size, name="token_embedding")(input_ids)
+    positions = embed(config.max_position_embeddings, name="position_embedding")
+    return tokens + positions(jnp.arange(input_ids.shape[1]))
+
+
+class TextTransformer(nn.Module):
+  config: CLIPTextConfig
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, input_ids: jax.Array) -> jax.Array:
+    config = self.config
+    x = TextEmbeddings(config, self.dtype, name="embeddings")(input_ids)
+    x = Encoder(config, True, self.dtype, name="encoder")(x)
+    norm = nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")
+    return norm(x)
+
+
+class CLIPTextModel(nn.Module):
+  """Token ids [B, L] -> last hidden state [B, L, D] after the final normalisation."""
+
+  config: CLIPTextConfig
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, input_ids: jax.Array) -> jax.Array:
+    return TextTransformer(self.config, self.dtype, name="text_model")(input_ids)
+
+
+class VisionEmbeddings(nn.Module):
+  config: CLIPVisionConfig
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, pixels: jax.Array) -> jax.Array:
+    config = self.config
+    patch, D = config.patch_size, config.hidden_size
+    patches = nn.Conv(
+      D,
+      (patch, patch),
+      (patch, patch),
+      "VALID",
+      use_bias=False,
+      dtype=self.dtype,
+      name="patch_embedding",
+    )(pixels.astype(self.dtype))
+    patches = patches.reshape(pixels.shape[0], -1, D)
+    first = self.param("class_embedding", nn.initializers.normal(0.02), (D,))
+    first = jnp.broadcast_to(first.astype(self.dtype), (pixels.shape[0], 1, D))
+    x = jnp.concatenate([first, patches], axis=1)
+    length = (config.image_size // patch) ** 2 + 1
+    positions = nn.Embed(length, D, dtype=self.dtype, name="position_embedding")
+    return x + positions(jnp.arange(length))
+
+
+class VisionTransformer(nn.Module):
+  config: CLIPVisionConfig
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, pixels: jax.Array) -> jax.Array:
+    config = self.config
+    norm = functools.partial(nn.LayerNorm, epsilon=config.layer_norm_eps, dtype=self.dtype)
+    x = VisionEmbeddings(config, self.dtype, name="embeddings")(pixels)
+    x = norm(name="pre_layrnorm")(x)  # the misspelling is part of the file format
+    x = Encoder(config, False, self.dtype, name="encoder")(x)
+    return norm(name="post_layernorm")(x[:, 0])
+
+
+class CLIPVisionModelWithProjection(nn.Module):
+  """Normalised pixels [B, H, W, 3] of the configured size -> image embedding [B, P], any length."""
+
+  config: CLIPVisionConfig
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, pixels: jax.Array) -> jax.Array:
+    size = self.config.image_size
+    if pixels.shape[1:] != (size, size, 3):
+      raise ValueError(f"CLIP vision takes [B, {size}, {size}, 3]; got {pixels.shape}")
+    pooled = VisionTransformer(self.config, self.dtype, name="vision_model")(pixels)
+    project = nn.Dense(
+      self.config.projection_dim, use_bias=False, dtype=self.dtype, name="visual_projection"
+    )
+    return project(pooled)

@@ -1,0 +1,74 @@
+"""The reward network of PrefPaint: CLIP embeds the inpainted and the masked image, a head scores.
+
+Shapes: B batch, H W pixels, P projection width of CLIP, T tokens (1 or 2), D features.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from prefpaint_jax.models.blocks import Dtype
+from prefpaint_jax.models.clip import CLIPVisionModelWithProjection, SelfAttention
+from prefpaint_jax.models.config import RewardConfig
+
+
+class EncoderLayer(nn.Module):
+  """A post-norm transformer encoder layer with ReLU (torch.nn.TransformerEncoderLayer)."""
+
+  config: RewardConfig
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+    config = self.config
+    drop = nn.Dropout(config.encoder_dropout, deterministic=deterministic)
+
+    attention = SelfAttention(config.num_heads, dtype=self.dtype, name="self_attn")(x)
+    x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm1")(x + drop(attention))
+    hidden = nn.relu(nn.Dense(config.feedforward_dim, dtype=self.dtype, name="linear1")(x))
+    hidden = nn.Dense(x.shape[-1], dtype=self.dtype, name="linear2")(drop(hidden))
+    return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm2")(x + drop(hidden))
+
+
+class Head(nn.Module):
+  """Flattened tokens [B, 2P] -> reward [B] and the features z [B, D] that it is linear in."""
+
+  config: RewardConfig
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, deterministic: bool) -> tuple[jax.Array, jax.Array]:
+    config = self.config
+    activate = nn.gelu if config.activation == "gelu" else lambda y: y
+    x = activate(nn.Dense(config.hidden_dim, dtype=self.dtype, name="layers_0")(x))
+    x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
+    z = activate(nn.Dense(config.feature_dim, dtype=self.dtype, name="layers_2")(x))
+    z = z.astype(jnp.float32)  # the bound is about wᵀz: keep both exact whatever the compute type
+    reward = nn.Dense(1, use_bias=False, name="last_layer")(z)[:, 0]
+    return reward, z
+
+
+class RewardNetwork(nn.Module):
+  """(inpainted [B, H, W, 3], masked [B or B/S, H, W, 3]), CLIP-normalised -> reward [B], z [B, D].
+
+  S consecutive inpaintings may share one masked image. Reward and features are float32.
+  """
+
+  config: RewardConfig
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, pixels: jax.Array, masked_pixels: jax.Array, deterministic: bool = True
+  ) -> tuple[jax.Array, jax.Array]:
+    config = self.config
+    B = pixels.shape[0]
+    # One pass over both kinds of picture; a masked image that several inpaintings share, once.
+    clip = CLIPVisionModelWithProjection(config.vision, self.dtype, name="clip")
+    embeddings = clip(jnp.concatenate([pixels, masked_pixels]))
+    masked = jnp.repeat(embeddings[B:], B // masked_pixels.shape[0], axis=0)
+    tokens = jnp.stack([embeddings[:B], masked], axis=1)
+    tokens = tokens.reshape(B, config.num_tokens, -1)
+    tokens = EncoderLayer(config, self.dtype, name="encoder_layer")(tokens, deterministic)
+    reward, z = Head(config, self.dtype, name="mlp")(tokens.reshape(B, -1), deterministic)
+    return (reward - config.shift) / config.scale, z

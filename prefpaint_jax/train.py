@@ -1,0 +1,285 @@
+"""Aligns an inpainting model with a learned reward.
+
+  python -m prefpaint_jax.train --config=configs/rl.py:mini --workdir=runs/mini
+
+The workdir receives config.json, metrics.jsonl, TensorBoard events, pictures of the same held-out
+prompts, and checkpoints; the same command resumes an interrupted run exactly.
+"""
+# Shapes: P prompts of an iteration, N held-out prompts, H W pixels.
+
+import contextlib
+import dataclasses
+import functools
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from prefpaint_jax import alignment, app, diffusion, evaluate, metrics, rl, sharding, simulation
+from prefpaint_jax.alignment import Frozen, Settings, TrainState, Trust
+from prefpaint_jax.checkpoint import Checkpoints
+from prefpaint_jax.data import prompts as prompt_io
+from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.reward import RewardModel
+
+
+def settings_from(config: ConfigDict) -> Settings:
+  names = [field.name for field in dataclasses.fields(Settings) if field.name != "trust"]
+  values = {name: config[name] for name in names}
+  values["skip_steps"] = tuple(config.skip_steps)
+  return Settings(**values, trust=Trust(**config.trust))
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[int]]:
+  """Collects SIGTERM and SIGINT instead of dying of them; a second one has its usual effect."""
+  received: list[int] = []
+  before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+  def note(number: int, _) -> None:
+    received.append(number)
+    signal.signal(number, before[number])
+
+  for number in before:
+    signal.signal(number, note)
+  try:
+    yield received
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def train(config: ConfigDict, workdir: Path) -> TrainState:
+  ### Settings: refuse what cannot work before anything is loaded.
+  settings = settings_from(config)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  sharding.check_batch(config.batch_size, mesh)
+  sharding.check_batch(config.num_samples, mesh)
+  if not config.prompts:
+    raise ValueError(
+      "config.prompts is empty: give --config.prompts=FOLDER, or use the mini preset"
+    )
+  app.open_workdir(config, workdir, free=("num_iterations",))
+  process, processes = jax.process_index(), jax.process_count()
+  is_writer = process == 0
+
+  ### Data: prompts to learn from, and the same held-out ones for every picture.
+  loader = prompt_io.prompt_loader(
+    prompt_io.open_prompts(config.prompts, "train", config.size),
+    config.batch_size,
+    config.seed,
+    process,
+    processes,
+  )
+  held_out = prompt_io.open_prompts(config.prompts, "test", config.size)
+
+  ### Models: the policy, its reward and the bound on it. All arrays are arguments of the programs.
+  policy = Inpainter.from_pretrained(config.policy, config.dtype, config.remat)
+  judge = RewardModel.from_pretrained(config.reward, config.bound or None, config.dtype)
+  if settings.trust.needs_bound and judge.bound is None:
+    raise ValueError(
+      f"trust.norm={settings.trust.norm!r} needs a bound, {config.reward} has none: give "
+      "--config.bound=FILE or --config.trust.norm=none"
+    )
+  modules, network = policy.modules, judge.network
+  modules.latent_shape(1, config.size, config.size)  # refuses a size that does not fit
+  steps = diffusion.ddim_steps(modules.schedule, settings.num_steps, settings.eta)
+  optimizer = alignment.make_optimizer(
+    config.learning_rate,
+    config.adam_b1,
+    config.adam_b2,
+    config.adam_eps,
+    config.weight_decay,
+    config.clip_norm,
+    config.warmup_updates,
+  )
+  everywhere = sharding.replicated(mesh)
+  base = jax.device_put(policy.params["unet"], everywhere)
+  frozen = Frozen(
+    vae=jax.device_put(policy.params["vae"], everywhere),
+    reward=jax.device_put(judge.params, everywhere),
+    chol=None
+    if judge.bound is None
+    else jax.device_put(judge.bound.chol.astype(np.float32), everywhere),
+    context=jax.device_put(policy.empty_context, everywhere),
+    base=base if settings.kl_weight else None,
+  )
+
+  ### Programs: one per stage, each compiled once.
+  init = functools.partial(alignment.init_state, settings, optimizer)
+  shapes = jax.eval_shape(init, base)
+  layout = sharding.specs(shapes, sharding.DEFAULT_RULES, mesh)
+  rollout = jax.jit(functools.partial(alignment.rollout, modules, settings, steps))
+  paint = jax.jit(functools.partial(alignment.paint, modules, settings, steps))
+  score = jax.jit(functools.partial(alignment.score, network, settings))
+  update = jax.jit(
+    functools.partial(alignment.update, modules, settings, steps, optimizer),
+    donate_argnums=0,
+    out_shardings=(layout, None),
+  )
+  end_iteration = jax.jit(
+    functools.partial(alignment.end_iteration, settings), donate_argnums=0, out_shardings=layout
+  )
+
+  @jax.jit
+  def draw_timesteps(key: jax.Array) -> list[jax.Array]:
+    first, last = settings.skip_steps
+    drawn = rl.draw_timesteps(
+      key, settings.num_steps, settings.train_timesteps, first, settings.num_steps - last
+    )
+    return jnp.split(drawn, settings.updates_per_iteration)
+
+  ### State: fresh, or exactly where an earlier run stopped.
+  checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+  if checkpoints.latest() is None:
+    state = jax.jit(init, out_shardings=layout)(base)
+  else:
+    abstract = jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, layout
+    )
+    state, position, _ = checkpoints.restore(abstract)
+    loader.set_state(position)
+  start = int(state.iteration)
+  writer = metrics.MetricsWriter(workdir, is_writer)
+  writer.truncate(start)
+
+  ### Pictures of held-out prompts, with the same noise every time.
+  sample_key, comparison_key, loop_key = jax.random.split(jax.random.key(config.seed), 3)
+
+  def held_out_batch(first: int) -> dict[str, np.ndarray]:
+    indices = [(first + i) % len(held_out) for i in range(config.num_samples)]
+    return prompt_io.stack([held_out[i] for i in indices])
+
+  def paint_and_score(params, batch, key) -> tuple[np.ndarray, np.ndarray]:
+    """Images [N, H, W, 3] and rewards [N] of a batch that every process holds whole."""
+    part = np.array_split(np.arange(config.num_samples), processes)[process]
+    images, masks = sharding.to_global(mesh, (batch["image"][part], batch["mask"][part]))
+    painted = paint(params, frozen, images, masks, key)
+    rewards = judge_rewards(frozen.reward, painted, images * (1.0 - masks))
+    return multihost_utils.process_allgather((painted, rewards), tiled=True)
+
+  @jax.jit
+  def judge_rewards(params, painted, masked_images):
+    return alignment.reward.apply(network, params, painted, masked_images)[0]
+
+  sample_batch = held_out_batch(0)
+  base_sample = paint_and_score(base, sample_batch, sample_key) if config.sample_every else None
+
+  def write_sample(iteration: int) -> None:
+    now = paint_and_score(state.params, sample_batch, sample_key)
+    if not is_writer:
+      return
+    # The hole is shown grey, apart from black.
+    shown = np.where(sample_batch["mask"] > 0, 0.5, sample_batch["image"])
+    labels = [""] * len(shown) + [f"{r:.2f}" for r in (*base_sample[1], *now[1])]
+    grid = metrics.image_grid(
+      np.concatenate([shown, base_sample[0], now[0]]),
+      columns=len(shown),
+      scale=max(1, 64 // config.size),
+      labels=labels,
+    )
+    text = {"rows": "prompt, base, now", "iteration": str(iteration)}
+    metrics.save_png(workdir / "samples" / f"{iteration:06d}.png", grid, text)
+    writer.image(iteration, "samples", grid)
+
+  ### The loop. Each wait below is for work behind which the device already has more to do.
+  images_per_iteration = config.batch_size * settings.samples_per_prompt
+  bar = metrics.progress(config.num_iterations, start, visible=is_writer)
+  late = None  # the update metrics of the iteration before, with what was known of it then
+  updated_at = time.perf_counter()
+
+  def finish(iteration: int, known: dict, update_metrics: list, scored_at: float) -> float:
+    """Waits for an iteration's update and writes its line; returns when the update was done."""
+    collected = jax.device_get(update_metrics)
+    done_at = time.perf_counter()
+    line = dict(known)
+    line |= {name: float(np.mean([m[name] for m in collected])) for name in collected[0]}
+    line["time/update_s"] = done_at - scored_at
+    line["time/iteration_s"] = line["time/rollout_s"] + line["time/update_s"]
+    line["images_per_s"] = images_per_iteration / line["time/iteration_s"]
+    writer.write(iteration, line)
+    bar.set_postfix_str(
+      f"reward {line['reward/mean']:+.3f}, {line['images_per_s']:.1f} images/s", refresh=False
+    )
+    bar.update()
+    return done_at
+
+  with stop_requests() as stop:
+    if start == 0 and config.sample_every:
+      write_sample(0)
+      updated_at = time.perf_counter()
+    for iteration in range(start, config.num_iterations):
+      rollout_key, timestep_key = jax.random.split(jax.random.fold_in(loop_key, iteration))
+      batch = next(loader)
+      images, masks = sharding.to_global(mesh, (batch["image"], batch["mask"]))
+      behaviour = state.params if state.behaviour is None else state.behaviour
+      prompts, trajectory, painted = rollout(behaviour, frozen, images, masks, rollout_key)
+      scores, score_metrics = score(frozen, prompts, painted)
+      if late is not None:
+        updated_at = finish(*late)
+      update_metrics = []
+      for indices in draw_timesteps(timestep_key):
+        state, one = update(state, frozen, prompts, trajectory, scores, indices)
+        update_metrics.append(one)
+      state = end_iteration(state)
+
+      known = {name: float(value) for name, value in jax.device_get(score_metrics).items()}
+      scored_at = time.perf_counter()
+      known["time/rollout_s"] = scored_at - updated_at
+      late = iteration + 1, known, update_metrics, scored_at
+      done = iteration + 1
+      too_many_nan = known["reward/nan_fraction"] > config.max_nan_fraction
+      last = bool(stop) or too_many_nan or done == config.num_iterations
+      is_due = lambda every, done=done, last=last: every and (done % every == 0 or last)
+      if is_due(config.checkpoint_every) or is_due(config.sample_every):
+        finish(*late)
+        late = None
+        if is_due(config.checkpoint_every):
+          checkpoints.save(done, state, loader.get_state(), {})
+        if is_due(config.sample_every):
+          write_sample(done)
+        updated_at = time.perf_counter()
+      if last:
+        break
+    if late is not None:
+      finish(*late)
+    bar.close()
+    checkpoints.close()
+    writer.close()
+    if start < config.num_iterations and too_many_nan:
+      raise ValueError(
+        f"iteration {done}: {known['reward/nan_fraction']:.0%} of the rewards are not finite, "
+        f"max_nan_fraction is {config.max_nan_fraction:.0%}; the run was saved and stopped"
+      )
+    if stop:
+      print(f"stopped after iteration {done} and saved; the same command goes on")
+      return state
+
+  ### The result: every held-out prompt painted by base and policy with the same noise.
+  chunks = config.final_prompts // config.num_samples
+  judged: dict[str, list[np.ndarray]] = {"base": [], "policy": []}
+  truths: dict[str, list[np.ndarray]] = {"base": [], "policy": []}
+  for chunk in range(chunks):
+    held = held_out_batch(chunk * config.num_samples)
+    key = jax.random.fold_in(comparison_key, chunk)
+    for name, params in (("base", base), ("policy", state.params)):
+      painted, rewards = paint_and_score(params, held, key)
+      judged[name].append(rewards)
+      if config.simulated_preference:
+        truths[name].append(simulation.true_preference(painted, held["mask"])["combined"])
+  if chunks and is_writer:
+    print(f"{chunks * config.num_samples} held-out prompts, policy against base, same noise:")
+    for title, results in (("learned reward", judged), ("true preference", truths)):
+      if results["base"]:
+        print(evaluate.describe(title, *map(np.concatenate, (results["policy"], results["base"]))))
+  return state
+
+
+if __name__ == "__main__":
+  app.run_with_config(train)

@@ -1,0 +1,253 @@
+"""Prompts: cut without sharing a pixel, opened from every layout, fed in one order to everyone."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prefpaint_jax.data import masks, prompts
+
+
+@pytest.fixture(scope="module")
+def photos_dir(tmp_path_factory):
+  """Two photos whose red channel tells the column and whose green channel tells the row."""
+  folder = tmp_path_factory.mktemp("photos")
+  rng = np.random.default_rng(0)
+  rows, columns = np.mgrid[:90, :200].astype(np.uint8)
+  for name in ("one", "two"):
+    noise = rng.integers(0, 256, rows.shape, np.uint8)
+    Image.fromarray(np.stack([columns, rows, noise], -1)).save(folder / f"{name}.png")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def built(photos_dir, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("built")
+  prompts.build_prompts(folder, photos_dir, num_train=12, num_test=6, size=16)
+  return folder
+
+
+@pytest.fixture
+def released(tmp_path):
+  """A folder of picture files: a, b with the hole blacked, c whole; c is larger."""
+  for name in ("masks", "masks_color", "images"):
+    (tmp_path / name).mkdir()
+  rng = np.random.default_rng(1)
+  for index, (id_, size) in enumerate((("a", 16), ("b", 16), ("c", 24))):
+    image = rng.integers(1, 256, (size, size, 3), np.uint8)
+    draw = (masks.outpainting_mask, masks.warping_mask)[index % 2]
+    mask = draw(index, size, size)[..., 0].astype(np.uint8)
+    Image.fromarray(255 * mask).save(tmp_path / "masks" / f"{id_}_mask.png")
+    if id_ == "c":
+      Image.fromarray(image).save(tmp_path / "images" / "c.png")
+    else:
+      image = image * (1 - mask[..., None])
+      Image.fromarray(image).save(tmp_path / "masks_color" / f"{id_}_mask_color.png")
+  return tmp_path
+
+
+class Numbered:
+  """A sequence of n tiny prompts that say their own index."""
+
+  def __init__(self, number):
+    self.number = number
+
+  def __len__(self):
+    return self.number
+
+  def __getitem__(self, index):
+    image = np.full((2, 2, 3), index, np.float32)
+    return prompts.Prompt(id=str(index), kind=index % 2, image=image, mask=image[..., :1])
+
+
+def ids(batch):
+  return batch["id"].astype(int).tolist()
+
+
+def test_train_and_test_crops_share_no_column(photos_dir):
+  photos = prompts.load_photos(photos_dir)
+  rng = np.random.default_rng(0)
+  border = round(0.78 * 200)
+  for photo in photos.values():
+    for _ in range(200):
+      columns = 255 * prompts.random_crop(rng, photo, "train", 0.78, (20, 60))[..., 0]
+      assert columns.max() <= border - 1 + 1e-3
+      square = prompts.random_crop(rng, photo, "test", 0.78, (20, 60))
+      assert (255 * square[..., 0]).min() >= border - 1e-3
+      assert 20 <= square.shape[0] == square.shape[1] <= 200 - border  # as far as the strip allows
+
+
+def test_flips_happen_half_of_the_time(photos_dir):
+  photo = prompts.load_photos(photos_dir)["one"]
+  rng = np.random.default_rng(0)
+  crops = [prompts.random_crop(rng, photo, "train", 0.78, (20, 60)) for _ in range(400)]
+  mirrored = np.mean([crop[0, 0, 0] > crop[0, -1, 0] for crop in crops])
+  assert 0.4 < mirrored < 0.6
+
+
+def test_one_coloured_crops_are_drawn_again_and_one_coloured_photos_refused():
+  photo = np.full((60, 100, 3), 0.5, np.float32)
+  with pytest.raises(ValueError, match="one colour"):
+    list(prompts.crop_prompts({"grey": photo}, "train", 3, crop=(20, 40)))
+  photo[:, :30] = np.random.default_rng(0).random((60, 30, 3))
+  made = list(prompts.crop_prompts({"half": photo}, "train", 20, size=16, crop=(20, 40)))
+  assert min(prompt["image"].std(axis=(0, 1)).max() for prompt in made) >= 0.04
+
+
+def test_what_is_opened_is_what_was_cut(built, photos_dir):
+  photos = prompts.load_photos(photos_dir)
+  for split, number in (("train", 12), ("test", 6)):
+    opened = prompts.open_prompts(built, split)
+    cut = list(prompts.crop_prompts(photos, split, number, size=16))
+    assert len(opened) == number
+    for ours, theirs in zip(opened, cut, strict=True):
+      assert (ours["id"], ours["kind"]) == (theirs["id"], theirs["kind"])
+      np.testing.assert_array_equal(ours["mask"], theirs["mask"])
+      np.testing.assert_allclose(ours["image"], theirs["image"], atol=0.51 / 255)
+    assert [p["kind"] for p in opened] == [0, 1] * (number // 2)
+    assert all(masks.mask_kind(p["mask"]) == p["kind"] for p in opened)
+
+
+def test_building_twice_gives_the_same_prompts_and_never_mixes_two_sets(
+  built, photos_dir, tmp_path
+):
+  prompts.build_prompts(tmp_path, photos_dir, num_train=12, num_test=6, size=16)
+  for split in prompts.SPLITS:
+    again, before = prompts.open_prompts(tmp_path, split), prompts.open_prompts(built, split)
+    for ours, theirs in zip(again, before, strict=True):
+      assert (ours["id"], ours["kind"]) == (theirs["id"], theirs["kind"])
+      np.testing.assert_array_equal(ours["image"], theirs["image"])
+      np.testing.assert_array_equal(ours["mask"], theirs["mask"])
+  assert [path.name for path in tmp_path.iterdir()] == ["prompts"]
+  with pytest.raises(ValueError, match="there already"):
+    prompts.build_prompts(tmp_path, photos_dir, num_train=2, num_test=2, size=16)
+
+
+def test_building_and_reading_import_no_tensorflow(built):
+  code = (
+    "import sys; from prefpaint_jax.data import prompts;"
+    f"prompts.open_prompts({str(built)!r}, 'test')[0];"
+    "sys.exit('tensorflow' in sys.modules or 'torch' in sys.modules)"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_embedded_set_is_complete_and_balanced():
+  for split in prompts.SPLITS:
+    opened = prompts.open_prompts("mini", split)
+    assert len(opened) >= 512
+    sample = [opened[index] for index in range(64)]
+    assert {prompt["image"].shape for prompt in sample} == {(32, 32, 3)}
+    assert sum(prompt["kind"] for prompt in sample) == 32
+    assert all(prompt["id"].startswith(split) for prompt in sample)
+  with pytest.raises(IndexError):
+    opened[len(opened)]
+  assert opened[-1]["id"] == opened[len(opened) - 1]["id"]
+
+
+def test_folder_of_pictures_opens_with_and_without_lists(released):
+  everything = prompts.open_prompts(released, "train")
+  assert [p["id"] for p in everything] == ["a", "b", "c"]
+  assert [p["kind"] for p in everything] == [0, 1, 0]  # seen from the masks
+  for prompt in everything:
+    hole = prompt["mask"][..., 0] == 1
+    assert (prompt["image"][~hole] > 0).all()
+    assert (prompt["image"][hole] > 0).all() == (prompt["id"] == "c")
+  (released / "train.txt").write_text("c\n\na\n")
+  (released / "mine.txt").write_text("b\n")
+  assert [p["id"] for p in prompts.open_prompts(released, "train")] == ["c", "a"]
+  assert [p["id"] for p in prompts.open_prompts(f"{released}:mine.txt", "train")] == ["b"]
+  elsewhere = prompts.open_prompts(f"{released}:{released / 'train.txt'}", "test")
+  assert [p["id"] for p in elsewhere] == ["c", "a"]
+
+
+def test_size_resizes_on_the_fly(released, built):
+  for source in (released, built):
+    for prompt in prompts.open_prompts(source, "test", size=20):
+      assert prompt["image"].shape == (20, 20, 3) and prompt["mask"].shape == (20, 20, 1)
+      assert set(np.unique(prompt["mask"])) == {0.0, 1.0}
+  assert prompts.open_prompts(released, "test", size=(20, 12))[0]["image"].shape == (20, 12, 3)
+
+
+def test_mistakes_in_folders_end_in_one_line(released, built, tmp_path_factory):
+  empty = tmp_path_factory.mktemp("empty")
+
+  def expect(pattern, source, split="train"):
+    with pytest.raises(ValueError, match=pattern) as error:
+      list(prompts.open_prompts(source, split))
+    assert "\n" not in str(error.value)
+
+  expect("not a folder", released / "gone")
+  expect("neither masks/ nor one tfds data set", empty)
+  expect("has no split 'valid': it has", built, "valid")
+  expect(r"mine\.txt: no such list", f"{released}:mine.txt")
+  (released / "train.txt").write_text("\n")
+  expect(r"train\.txt: the list of prompts is empty", released)
+  expect(r"test\.txt: no such list", released, "test")
+  (released / "train.txt").write_text("a\nz\n")
+  expect(r"z_mask\.png: no such file, but z is listed", released)
+  (released / "train.txt").write_text("a\n")
+  shutil.copy(released / "masks" / "c_mask.png", released / "masks" / "a_mask.png")
+  expect(r"a_mask\.png: the mask is 24x24, its image 16x16", released)
+  (released / "masks_color" / "a_mask_color.png").unlink()
+  expect(r"neither images/a\.png nor masks_color/a_mask_color\.png", released)
+
+
+def test_every_epoch_has_every_prompt_once_in_a_new_order():
+  loader = prompts.prompt_loader(Numbered(12), batch_size=4, seed=3)
+  epochs = [[index for _ in range(3) for index in ids(next(loader))] for _ in range(3)]
+  assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+  assert len({tuple(epoch) for epoch in epochs}) == 3
+  plain = prompts.prompt_loader(Numbered(12), batch_size=4, seed=3, shuffle=False)
+  assert [ids(next(plain)) for _ in range(4)][3] == [0, 1, 2, 3]
+
+
+def test_batches_have_their_shapes_and_depend_on_the_seed_alone():
+  def first(seed):
+    return next(prompts.prompt_loader(Numbered(10), batch_size=4, seed=seed))
+
+  batch = first(0)
+  assert batch["image"].shape == (4, 2, 2, 3) and batch["mask"].shape == (4, 2, 2, 1)
+  assert batch["kind"].dtype == np.int32 and batch["image"].dtype == np.float32
+  np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], ids(batch))
+  assert ids(first(0)) == ids(batch) != ids(first(1))
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_together_see_the_global_batches(process_count):
+  whole = prompts.prompt_loader(Numbered(10), batch_size=8, seed=5)
+  parts = [
+    prompts.prompt_loader(Numbered(10), 8, 5, process_index=index, process_count=process_count)
+    for index in range(process_count)
+  ]
+  for _ in range(5):  # over the ends of epochs
+    expected = ids(next(whole))
+    batches = [ids(next(part)) for part in parts]
+    assert [batches[i % process_count][i // process_count] for i in range(8)] == expected
+
+
+def test_resumed_loader_goes_on_exactly():
+  def fresh():
+    return prompts.prompt_loader(Numbered(10), batch_size=4, seed=1)
+
+  loader = fresh()
+  for _ in range(3):
+    next(loader)
+  state = loader.get_state()
+  rest = [ids(next(loader)) for _ in range(6)]
+  resumed = fresh()
+  resumed.set_state(state)
+  assert [ids(next(resumed)) for _ in range(6)] == rest
+
+
+def test_mistakes_in_batches_end_in_one_line(released):
+  with pytest.raises(ValueError, match="multiple of 3"):
+    prompts.prompt_loader(Numbered(10), batch_size=4, seed=0, process_count=3)
+  with pytest.raises(ValueError, match="10 prompts are fewer than batch_size 16"):
+    prompts.prompt_loader(Numbered(10), batch_size=16, seed=0)
+  loader = prompts.prompt_loader(prompts.open_prompts(released, "train"), batch_size=3, seed=0)
+  with pytest.raises(ValueError, match="prompts of two sizes in one batch"):
+    next(loader)
