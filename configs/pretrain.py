@@ -59,7 +59,7 @@ def _mini(config: ConfigDict) -> None:
     log_every=100,
   )
   config.vae.update(iterations=3000, batch_size=16, learning_rate=2e-3)
-  config.unet.update(iterations=5000, batch_size=64, learning_rate=1e-3)
+  config.unet.update(iterations=4000, batch_size=64, learning_rate=1e-3)
   config.architecture = ConfigDict(
     {
       "unet": {
@@ -69,8 +69,8 @@ def _mini(config: ConfigDict) -> None:
         "out_channels": 4,
         "block_out_channels": (32, 64),
         "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         "cross_attention_dim": 32,
         "attention_head_dim": 4,
         "norm_num_groups": 8,
@@ -95,7 +95,7 @@ def _mini(config: ConfigDict) -> None:
         "intermediate_size": 64,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
-        "max_position_embeddings": 77,
+        "max_position_embeddings": 16,
         "hidden_act": "quick_gelu",
         "projection_dim": 32,
         "bos_token_id": 512,

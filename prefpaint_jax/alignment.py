@@ -176,8 +176,15 @@ def encode_prompts(
 
 
 def region(settings: Settings, prompts: Prompts) -> jax.Array | None:
-  """Weight of each latent in the log-probability: [B, h, w, 1], or None for all alike."""
-  return prompts.mask_latents if settings.log_prob_region == "hole" else None
+  """Weight of each latent in the log-probability: [B, h, w, 1], or None for all alike.
+
+  A latent belongs to the hole if any pixel of its own is missing.
+  """
+  if settings.log_prob_region == "all":
+    return None
+  B, h, w, _ = prompts.mask_latents.shape
+  factor = prompts.mask.shape[1] // h
+  return prompts.mask.reshape(B, h, factor, w, factor, 1).max((2, 4))
 
 
 def rollout(

@@ -1,7 +1,7 @@
 """Inpainter: a Stable Diffusion inpainting pipeline, its parameters and its tokenizer.
 
 `Modules` holds the pure functions (they run under any jit, on any mesh); `Inpainter` is the bundle
-a user holds: load, paint, save. A *prompt* is an incomplete image and its mask; the text is optional.
+a user holds: load, paint, save. A *prompt* is an incomplete image and its mask; text is optional.
 Shapes: B prompts, S samples per prompt, H W pixels, h w latents, L text tokens, D text width.
 """
 
@@ -73,7 +73,7 @@ class Modules:
   def encode_prompts(
     self, vae_params: Params, images: jax.Array, masks: jax.Array, context: jax.Array
   ) -> Prompts:
-    """Images [B, H, W, 3] in [0, 1], masks [B, H, W, 1] -> Prompts; what the hole holds is unused."""
+    """Images [B, H, W, 3] in [0, 1], masks [B, H, W, 1] -> Prompts; the hole is not looked at."""
     factor = self.vae.config.factor
     known = 1.0 - masks
     # On the VAE's scale of [-1, 1] the hole is grey, as in training; the reward sees it black.
@@ -246,8 +246,8 @@ class Inpainter:
       )
     return cls(modules, params, configs, tokenizer_files)
 
-  def save_pretrained(self, folder: str | Path) -> None:
-    """Writes a folder that this class and stock diffusers open."""
+  def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
+    """Writes a folder that this class and stock diffusers open; `dtype` is that of the files."""
     folder = Path(folder)
     library = {
       "unet": ["diffusers", "UNet2DConditionModel"],
@@ -263,7 +263,7 @@ class Inpainter:
     _write_json(folder / "scheduler" / "scheduler_config.json", self.configs["scheduler"])
     for part in NETWORKS:
       _write_json(folder / part / "config.json", self.configs[part])
-      weights.save_params(folder / part, self.params[part])
+      weights.save_params(folder / part, self.params[part], dtype)
     self._write_tokenizer(folder / "tokenizer")
 
   def _write_tokenizer(self, folder: Path) -> None:

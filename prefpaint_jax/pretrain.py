@@ -170,8 +170,8 @@ def fit(
   return jax.device_get(state.ema)
 
 
-def byte_tokenizer() -> dict[str, bytes]:
-  """A CLIP tokenizer of single bytes, alone and at the end of a word, without merges."""
+def byte_tokenizer(length: int = 77) -> dict[str, bytes]:
+  """A CLIP tokenizer of single bytes without merges; `length` tokens a text."""
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   rest = [byte for byte in range(256) if byte not in printable]
   # As in GPT-2's byte-level vocabulary, bytes that do not print take characters from 256 on.
@@ -180,7 +180,7 @@ def byte_tokenizer() -> dict[str, bytes]:
   tokens = symbols + [symbol + "</w>" for symbol in symbols] + marks
   special = dict(zip(("bos_token", "eos_token"), marks, strict=True))
   special |= {"unk_token": marks[1], "pad_token": marks[1]}
-  config = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+  config = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": length}
   config |= {"do_lower_case": True, "add_prefix_space": False, "errors": "replace"}
   to_bytes = lambda content: (json.dumps(content, ensure_ascii=False) + "\n").encode()
   return {
@@ -195,8 +195,9 @@ def new_inpainter(config: ConfigDict) -> Inpainter:
   """An untrained pipeline of `config.architecture`."""
   configs = json.loads(json.dumps(config.architecture.to_dict()))
   modules = make_modules(configs, config.dtype, config.remat, where="config.architecture")
+  length = modules.text_encoder.config.max_position_embeddings
   params = jax.jit(modules.init)(jax.random.key(config.seed))
-  return Inpainter(modules, params, configs, byte_tokenizer())
+  return Inpainter(modules, params, configs, byte_tokenizer(length))
 
 
 def pretrain(config: ConfigDict, workdir: Path) -> None:

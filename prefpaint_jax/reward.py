@@ -41,13 +41,15 @@ def preprocess(images: jax.Array, size: int) -> jax.Array:
 
 
 def apply(
-  network: RewardNetwork, params: Any, images: jax.Array, masked_images: jax.Array
+  network: RewardNetwork, params: Any, images: jax.Array, masked_images: jax.Array, **options: Any
 ) -> tuple[jax.Array, jax.Array]:
-  """Reward [B] and features [B, D] of images [B, H, W, 3] given masked images [M, H, W, 3]."""
+  """Reward [B] and features [B, D] of images [B, H, W, 3] given masked images [M, H, W, 3].
+
+  `options` go to the network: deterministic, rngs.
+  """
   size = network.config.vision.image_size
-  return network.apply(
-    {"params": params}, preprocess(images, size), preprocess(masked_images, size)
-  )
+  pixels, masked_pixels = preprocess(images, size), preprocess(masked_images, size)
+  return network.apply({"params": params}, pixels, masked_pixels, **options)
 
 
 @functools.partial(jax.jit, static_argnames="network")
@@ -83,15 +85,15 @@ class RewardModel:
       check_bound(loaded, network.config.feature_dim)
     return cls(network, params, loaded)
 
-  def save_pretrained(self, folder: str | Path) -> None:
+  def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
     """Writes `config.json`, `model.safetensors` and, if there is a bound, `bound.safetensors`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(dataclasses.asdict(self.network.config), indent=2, sort_keys=True)
     (folder / "config.json").write_text(config + "\n")
-    weights.save_params(folder, self.params)
+    weights.save_params(folder, self.params, dtype)
     if self.bound is not None:
-      save_bound(folder / "bound.safetensors", self.bound)
+      save_bound(self.bound, folder)
 
   def score(self, images: Any, masked_images: Any) -> tuple[np.ndarray, np.ndarray]:
     """Reward [B] and features [B, D] of inpaintings [B, H, W, 3] in [0, 1].

@@ -98,6 +98,30 @@ def fade(
   return images + share * (faded.clip(0, 1) - images)
 
 
+def perturb(rng: np.random.Generator, images: np.ndarray, masks: np.ndarray) -> np.ndarray:
+  """Spoils what is under the masks at random: candidates wider than any one policy paints.
+
+  Each picture [B, H, W, 3] gets a random contrast, saturation, brightness and tint, and some of
+  them blur or noise; a quarter is faded. Known pixels stay the same.
+  """
+  count = len(images)
+  draw = lambda low, high: rng.uniform(low, high, (count, 1, 1, 1)).astype(np.float32)
+  some = lambda share: (rng.random((count, 1, 1, 1)) < share).astype(np.float32)
+  grey = luma(images)[..., None]
+  mean = (grey * masks).sum((1, 2), keepdims=True) / masks.sum((1, 2), keepdims=True)
+  saturation, contrast = np.exp(draw(-1.2, 0.7)), np.exp(draw(-0.9, 0.5))
+  coloured = grey + (1 + some(0.5) * (saturation - 1)) * (images - grey)
+  changed = mean + (1 + some(0.5) * (contrast - 1)) * (coloured - mean)
+  tint = rng.normal(0, 0.08, (count, 1, 1, 3)).astype(np.float32)
+  changed = changed + some(0.4) * tint + some(0.4) * draw(-0.2, 0.2)
+  blurred = ndimage.gaussian_filter(changed, (0, 1.0, 1.0, 0))
+  changed = changed + some(0.15) * (blurred - changed)
+  noise = rng.normal(0, 1, images.shape).astype(np.float32)
+  changed = changed + some(0.15) * draw(0.0, 0.08) * noise
+  changed = images + masks * (np.clip(changed, 0, 1) - images)
+  return fade(changed, masks, some(0.25)[:, 0, 0, 0] * draw(0.3, 1.0)[:, 0, 0, 0])
+
+
 # ---------------------------------------------------------------------------------- the deviations
 
 

@@ -100,7 +100,8 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     config.warmup_updates,
   )
   everywhere = sharding.replicated(mesh)
-  base = jax.device_put(policy.params["unet"], everywhere)
+  base = jax.device_put(policy.params.pop("unet"), everywhere)
+  keeps_base = bool(settings.kl_weight or config.sample_every or config.final_prompts)
   frozen = Frozen(
     vae=jax.device_put(policy.params["vae"], everywhere),
     reward=jax.device_put(judge.params, everywhere),
@@ -138,13 +139,15 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
   ### State: fresh, or exactly where an earlier run stopped.
   checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
   if checkpoints.latest() is None:
-    state = jax.jit(init, out_shardings=layout)(base)
+    fresh = jax.jit(init, out_shardings=layout, donate_argnums=() if keeps_base else 0)
+    state = fresh(base)
   else:
     abstract = jax.tree.map(
       lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, layout
     )
     state, position, _ = checkpoints.restore(abstract)
     loader.set_state(position)
+  base = base if keeps_base else None
   start = int(state.iteration)
   writer = metrics.MetricsWriter(workdir, is_writer)
   writer.truncate(start)

@@ -7,6 +7,7 @@ Images are float32 in [0, 1], masks float32 in {0, 1} with 1 = missing, channels
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,34 @@ def load_mask(source: Source, size: tuple[int, int] | None = None) -> np.ndarray
   mask = (_load_rgb(source, background=0.0).mean(-1, keepdims=True) >= 0.5).astype(np.float32)
   check_mask(mask, size, _name(source, "mask"))
   return mask
+
+
+def load_pairs(
+  image: Source | Sequence[Source], mask: Source | Sequence[Source]
+) -> tuple[np.ndarray, np.ndarray]:
+  """One picture and its mask, or B (lists, or arrays [B, H, W, C]): images [B, H, W, 3] and masks [B, H, W, 1].
+
+  One mask serves all images; they are all of one size.
+  """
+  sources, mask_sources = _listed(image), _listed(mask)
+  if not sources or len(mask_sources) not in (1, len(sources)):
+    raise ValueError(
+      f"{len(mask_sources)} masks for {len(sources)} images: give one for all, or one for each"
+    )
+  images = [load_image(source) for source in sources]
+  for source, other in zip(sources, images, strict=True):
+    if other.shape != images[0].shape:
+      raise ValueError(
+        f"{_name(source, 'image')}: the image is {_extent(other.shape)}, the first of the list "
+        f"{_extent(images[0].shape)}: give images of one size, or one at a time"
+      )
+  masks = [load_mask(source, images[0].shape[:2]) for source in mask_sources]
+  return np.stack(images), np.stack(masks * (len(images) // len(masks)))
+
+
+def _listed(source: Source | Sequence[Source]) -> list[Source]:
+  several = isinstance(source, list | tuple) or getattr(source, "ndim", 0) == 4
+  return list(source) if several else [source]
 
 
 def check_mask(mask: np.ndarray, size: tuple[int, int] | None = None, name: str = "mask") -> None:

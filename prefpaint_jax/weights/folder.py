@@ -173,10 +173,11 @@ def load_params(
   return names.to_tree(load_tensors(folder, stem, variant), template, what=str(folder))
 
 
-def save_params(folder: str | Path, params: names.Params) -> None:
+def save_params(folder: str | Path, params: names.Params, dtype: str = "float32") -> None:
   """Writes one network's parameters, under names that old and new stock libraries know."""
   stem = names.kind_of(params).stem
-  save_tensors(Path(folder) / f"{stem}.safetensors", names.to_torch(params))
+  tensors = {name: tensor.astype(dtype, copy=False) for name, tensor in names.to_torch(params).items()}
+  save_tensors(Path(folder) / f"{stem}.safetensors", tensors)
 
 
 def load_reward(path: str | Path, template: names.Params) -> names.Params:
