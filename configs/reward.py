@@ -15,9 +15,7 @@ def get_config(preset: str = "mini") -> ConfigDict:
 
   # Candidates.
   config.photos = "mini"  # folder of pictures
-  config.train_share = (
-    0.78  # left share of each picture to learn from; the rest is held out
-  )
+  config.train_share = 0.78  # left share of each picture to learn from; the rest is held out
   config.size = 32
   config.crop = (48, 176)
   config.policies = ("mini",)  # who paints; they take turns
@@ -35,16 +33,16 @@ def get_config(preset: str = "mini") -> ConfigDict:
   config.network = ConfigDict(
     {
       "vision": {
-        "hidden_size": 96,
-        "intermediate_size": 384,
+        "hidden_size": 128,
+        "intermediate_size": 512,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "image_size": 32,
-        "patch_size": 4,
+        "patch_size": 8,
         "projection_dim": 128,
         "hidden_act": "quick_gelu",
       },
-      "num_tokens": 1,
+      "fusion": "early",
       "num_heads": 8,
       "feedforward_dim": 256,
       "hidden_dim": 128,
@@ -56,7 +54,7 @@ def get_config(preset: str = "mini") -> ConfigDict:
   )
 
   # Fit.
-  config.iterations = 4000
+  config.iterations = 3500
   config.batch_size = 16  # prompts, each with all its candidates
   config.learning_rate = 1e-3
   config.warmup_iterations = 200

@@ -98,7 +98,6 @@ def _mini(config: ConfigDict) -> None:
     train_timesteps=8,
     skip_steps=(0, 2),
     updates_per_iteration=2,
-    timesteps_per_pass=0,
     decode_batch=0,
     learning_rate=2e-4,
     clip_range=1e-3,

@@ -266,7 +266,6 @@ def score(
 
   mean = lambda x: rl.masked_mean(x, valid)
   centre = mean(rewards)
-  within = jnp.where(valid, rewards, centre).reshape(-1, S)
   metrics = {
     "reward/mean": centre,
     "reward/std": jnp.sqrt(mean((rewards - centre) ** 2)),
@@ -279,7 +278,9 @@ def score(
     "trust/max": jnp.max(trust, where=valid, initial=-jnp.inf),
   }
   if S > 1:
-    metrics["reward/within_prompt_std"] = jnp.mean(jnp.std(within, axis=1, ddof=1))
+    groups = valid.reshape(-1, S)
+    within = jnp.std(rewards.reshape(-1, S), axis=1, ddof=1, where=groups)
+    metrics["reward/within_prompt_std"] = rl.masked_mean(within, groups.sum(1) > 1)
   return Scores(rewards, valid, trust, advantages), metrics
 
 
@@ -302,10 +303,14 @@ def policy_loss(
   flatten = lambda x: jnp.moveaxis(x, 0, 1).reshape(B * k, *x.shape[2:])
   per_sample = lambda x: jnp.repeat(x, k, axis=0)
   step = steps.at(jnp.tile(indices, B))
-  latents = flatten(trajectory.latents[indices])
-  x_prev = flatten(trajectory.latents[indices + 1])
+  valid = per_sample(scores.valid)
+  # A sample without a reward may be NaN throughout, and in a gradient 0 · NaN is NaN.
+  if_valid = lambda x: jnp.where(valid[:, None, None, None], x, 0.0)
+  latents = if_valid(flatten(trajectory.latents[indices]))
+  x_prev = if_valid(flatten(trajectory.latents[indices + 1]))
   old_log_prob = flatten(trajectory.log_probs[indices])
   repeated = prompts.repeat(k)
+  repeated = repeated._replace(masked_latents=if_valid(repeated.masked_latents))
 
   schedule = modules.schedule
   output = modules.predict(params, repeated, latents, step.timestep)
@@ -318,6 +323,7 @@ def policy_loss(
     per_sample(scores.advantages),
     per_sample(scores.trust),
     settings.clip_range,
+    valid,
   )
   terms = {
     "ppo/clip_fraction": ppo["clipped"],
@@ -331,7 +337,6 @@ def policy_loss(
     kl = diffusion.gaussian_kl(mean, base_mean, step.sigma, weight)
     loss = loss + settings.kl_weight * kl
     terms["ppo/kl_to_base"] = kl
-  valid = per_sample(scores.valid)
   total = lambda x: jnp.sum(jnp.where(valid, x, 0.0))
   # Divisors come from the whole update, so that passes add up to the true mean.
   count = jnp.maximum(jnp.sum(scores.valid), 1) * _steps_per_update(settings)
@@ -380,7 +385,7 @@ def update(
     unroll = passes.shape[0] if jax.default_backend() == "cpu" else 1
     (gradients, metrics), _ = jax.lax.scan(add, zeros, passes, unroll=unroll)
 
-  metrics["ppo/grad_norm"] = optax.global_norm(gradients)
+  metrics["ppo/grad_norm"] = optax.tree.norm(gradients)
   n = settings.gradient_accumulation
   if n > 1:
     gradients = jax.tree.map(jnp.add, state.gradients, gradients)

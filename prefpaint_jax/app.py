@@ -1,6 +1,8 @@
 """What every command shares: flags, a locked config, one-line errors, and the working folder."""
 
+import difflib
 import json
+import re
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -24,9 +26,42 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError, ImportError) as error:
       if _TRACEBACK.value:
         raise
-      sys.exit(f"error: {error}")
+      sys.exit(f"error: {_one_line(error)}")
 
-  app.run(guarded)
+  app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """What is left of the command line once its flags are read."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    reason = _one_line(error)
+  except (AttributeError, KeyError):  # of ml_collections, for a field that the config lacks
+    reason = _unknown_field(argv)
+    if reason is None:
+      raise
+  sys.exit(f"error: {reason}")
+
+
+def _unknown_field(argv: list[str]) -> str | None:
+  """The first `--config.field` that the config lacks, and the nearest that it has."""
+  lines = "\n".join(argv)
+  source = re.search(r"^--?config[=\n](.+)$", lines, re.MULTILINE)
+  known = flatten(flags.FLAGS["config"].parser.parse(source[1]).to_dict()) if source else {}
+  for name in re.findall(r"^--?(?:no)?config\.([\w.]+)", lines if known else "", re.MULTILINE):
+    if name not in known:
+      nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+      return f"--config.{name}: no such field; the nearest is --config.{nearest}"
+  return None
+
+
+def _one_line(error: Exception) -> str:
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  first, *others = lines or [type(error).__name__]
+  # Where a library quotes a traceback, only its end tells what is wrong.
+  others = others[-1:] if any(line.startswith("Traceback") for line in others) else others
+  return " ".join([first, *others])
 
 
 def run_with_config(main: Callable[[ConfigDict, Path], None]) -> None:
@@ -40,14 +75,15 @@ def run_with_config(main: Callable[[ConfigDict, Path], None]) -> None:
 def open_workdir(config: ConfigDict, workdir: Path, free: Collection[str]) -> None:
   """Writes `config.json`, or checks that a resumed run has the same config.
 
-  Fields in `free`, and those that end in `_every`, may change.
+  Fields in `free`, and those that end in `_every`, may change; any field may where no checkpoint
+  was written yet, so that a start that failed can be tried again.
 
   Raises:
     ValueError: another field changed; names it.
   """
   now = flatten(config.to_dict())
   file = workdir / "config.json"
-  if file.is_file():
+  if file.is_file() and any((workdir / "checkpoints").glob("*")):
     before = flatten(json.loads(file.read_text()))
     changed = [
       f"{name} was {json.dumps(before.get(name))}, now {json.dumps(now.get(name))}"

@@ -103,10 +103,10 @@ def to_global(mesh: Mesh, local_tree: Any) -> Any:
   )
 
 
-def check_batch(batch: int, mesh: Mesh) -> None:
+def check_batch(batch: int, mesh: Mesh, field: str = "batch_size") -> None:
   """Raises ValueError unless `batch` examples divide over the devices of `mesh`."""
   if batch < 1 or batch % mesh.size:
     raise ValueError(
-      f"batch_size {batch} does not divide over {mesh.size} devices: "
+      f"{field} {batch} does not divide over {mesh.size} devices: "
       f"give a positive multiple of {mesh.size}"
     )

@@ -1,4 +1,6 @@
-"""Tiny models and made-up data in the real formats, so that everything can be tried in seconds.
+"""Random models and made-up data in the real formats: tiny for tests, full-size to measure.
+
+  python -m prefpaint_jax.testing --output=full_size   # Stable Diffusion 1.5's size, 5 GB
 
 Every parameter is random, also those that start at zero or one, so that none can hide.
 """
@@ -146,14 +148,65 @@ def tiny_prompts(number: int, seed: int = 0, size: int = SIZE) -> tuple[np.ndarr
   return pictures, np.stack([draw[i % 2](rng, size, size) for i in range(number)])
 
 
-def write_tiny_world(folder: str | Path, train: int = 8, test: int = 4) -> dict[str, str]:
+def write_tiny_world(folder: str | Path, train: int = 16, test: int = 8) -> dict[str, str]:
   """Writes a policy, a reward with its bound, and prompts; returns their paths by these names."""
-  paths = {name: Path(folder) / name for name in ("policy", "reward", "prompts")}
-  tiny_inpainter().save_pretrained(paths["policy"])
-  tiny_reward().save_pretrained(paths["reward"])
-  for split, number, seed in zip(SPLITS, (train, test), (0, 1), strict=True):
+  return _write_world(Path(folder), tiny_inpainter(), tiny_reward(), (train, test), SIZE)
+
+
+def write_full_size_world(folder: str | Path) -> dict[str, str]:
+  """The same at the size of Stable Diffusion 1.5 inpainting and of the released reward."""
+  configs = full_size_configs()
+  modules = make_modules(configs)
+  shapes = jax.eval_shape(modules.init, jax.random.key(0))
+  policy = Inpainter(modules, random_params(shapes), configs, byte_tokenizer())
+  config = RewardConfig()
+  features = np.random.default_rng(0).normal(size=(1000, config.feature_dim))
+  params = random_params(network_shapes(config))
+  judge = RewardModel(RewardNetwork(config), params, Bound.fit(features, lam=0.01))
+  return _write_world(Path(folder), policy, judge, (16, 8), modules.native_size)
+
+
+def full_size_configs() -> dict[str, dict[str, Any]]:
+  """Stable Diffusion 1.5 inpainting, but for the vocabulary, which is that of single bytes."""
+  configs = tiny_configs()
+  configs["unet"] |= {
+    "sample_size": 64,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+  }
+  configs["vae"] |= {
+    "sample_size": 512,
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
+  }
+  configs["text_encoder"] |= {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+  }
+  return configs
+
+
+def _write_world(
+  folder: Path, policy: Inpainter, judge: RewardModel, numbers: tuple[int, int], size: int
+) -> dict[str, str]:
+  paths = {name: folder / name for name in ("policy", "reward", "prompts")}
+  policy.save_pretrained(paths["policy"])
+  judge.save_pretrained(paths["reward"])
+  for split, number, seed in zip(SPLITS, numbers, (0, 1), strict=True):
     ids = [f"{split}_{i:03d}" for i in range(number)]
-    for name, picture, mask in zip(ids, *tiny_prompts(number, seed), strict=True):
+    for name, picture, mask in zip(ids, *tiny_prompts(number, seed, size), strict=True):
       to_bytes = lambda x: np.round(255 * x).astype(np.uint8)
       save_png(paths["prompts"] / "images" / f"{name}.png", to_bytes(picture))
       save_png(paths["prompts"] / "masks" / f"{name}_mask.png", to_bytes(mask[..., 0]))
@@ -162,16 +215,16 @@ def write_tiny_world(folder: str | Path, train: int = 8, test: int = 4) -> dict[
 
 
 def tiny_training(world: dict[str, str]) -> dict[str, Any]:
-  """Fields of `configs/rl.py` for a run of seconds in such a world on one device, by dotted name.
+  """Fields of `configs/rl.py` for a run of seconds in such a world, on up to eight devices.
 
-  For `config.update_from_flattened_dict(...)`, or `--config.NAME=VALUE` each.
+  By dotted name, for `config.update_from_flattened_dict(...)`, or `--config.NAME=VALUE` each.
   """
   return world | {
     "size": SIZE,
     "dtype": "float32",
     "remat": False,
     "num_iterations": 4,
-    "batch_size": 4,
+    "batch_size": 8,
     "samples_per_prompt": 2,
     "num_steps": 3,
     "train_timesteps": 2,
@@ -179,8 +232,16 @@ def tiny_training(world: dict[str, str]) -> dict[str, Any]:
     "decode_batch": 0,
     "learning_rate": 1e-3,
     "clip_range": 1e-2,
-    "mesh.data": 1,
     "checkpoint_every": 2,
     "sample_every": 2,
-    "num_samples": 2,
+    "num_samples": 8,
   }
+
+
+if __name__ == "__main__":
+  from absl import flags
+
+  from prefpaint_jax import app
+
+  _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
+  app.run(lambda: print(*write_full_size_world(_OUTPUT.value).values(), sep="\n"))

@@ -60,7 +60,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
   settings = settings_from(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   sharding.check_batch(config.batch_size, mesh)
-  sharding.check_batch(config.num_samples, mesh)
+  sharding.check_batch(config.num_samples, mesh, "num_samples")
   if not config.prompts:
     raise ValueError(
       "config.prompts is empty: give --config.prompts=FOLDER, or use the mini preset"

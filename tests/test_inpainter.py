@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from prefpaint_jax import testing
+from prefpaint_jax.data.images import load_pairs
 from prefpaint_jax.inpainter import Inpainter
 
 STEPS = 10
@@ -314,6 +315,17 @@ def test_masks_that_cannot_be_are_refused(inpainter, prompt):
     inpainter(image, np.zeros_like(mask))
   with refused("mask is full"):
     inpainter(image, np.ones_like(mask))
+
+
+def test_one_mask_serves_all_images_which_are_of_one_size():
+  images, masks = testing.tiny_prompts(3)
+  loaded, holes = load_pairs(list(images), masks[0])
+  np.testing.assert_array_equal(loaded, images)
+  np.testing.assert_array_equal(holes, np.repeat(masks[:1], 3, axis=0))
+  with refused("2 masks for 3 images"):
+    load_pairs(list(images), list(masks[:2]))
+  with refused("the image is 4x8, the first of the list 8x8"):
+    load_pairs([images[0], images[1, :4]], masks[0])
 
 
 def test_as_many_texts_as_images_or_one(inpainter, prompt):

@@ -41,7 +41,7 @@ def load_mask(source: Source, size: tuple[int, int] | None = None) -> np.ndarray
 def load_pairs(
   image: Source | Sequence[Source], mask: Source | Sequence[Source]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """One picture and its mask, or B (lists, or arrays [B, H, W, C]): images [B, H, W, 3] and masks [B, H, W, 1].
+  """One picture and its mask, or B (lists or arrays): images [B, H, W, 3], masks [B, H, W, 1].
 
   One mask serves all images; they are all of one size.
   """

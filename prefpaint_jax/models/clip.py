@@ -163,7 +163,7 @@ class CLIPVisionModelWithProjection(nn.Module):
   @nn.compact
   def __call__(self, pixels: jax.Array) -> jax.Array:
     size = self.config.image_size
-    if pixels.shape[1:] != (size, size, 3):
+    if pixels.shape[1:3] != (size, size):
       raise ValueError(f"CLIP vision takes [B, {size}, {size}, 3]; got {pixels.shape}")
     pooled = VisionTransformer(self.config, self.dtype, name="vision_model")(pixels)
     project = nn.Dense(

@@ -206,7 +206,11 @@ class RewardConfig:
   """The reward network: a CLIP tower and a head. The defaults are the released PrefPaint reward."""
 
   vision: CLIPVisionConfig = CLIPVisionConfig()
-  num_tokens: int = 1  # 1: both embeddings in one token (released); 2: one token each
+  # How the inpainted and the masked image meet. "late" (released): each is embedded by itself.
+  # "early": as the channels of one picture, so that attention sees the filling beside its
+  # surroundings.
+  fusion: str = "late"
+  num_tokens: int = 1  # of late fusion; 1: both embeddings in one token (released); 2: one each
   num_heads: int = 16  # of the encoder layer
   feedforward_dim: int = 1024  # of the encoder layer
   hidden_dim: int = 512
@@ -221,6 +225,8 @@ class RewardConfig:
   def from_dict(cls, config: dict[str, Any]) -> "RewardConfig":
     config = dict(config, vision=CLIPVisionConfig.from_dict(config.get("vision", {})))
     self = _read(cls, config, {}, "reward")
+    if self.fusion not in ("late", "early"):
+      raise ValueError(f"reward config: fusion={self.fusion!r}; give 'late' or 'early'")
     if self.num_tokens not in (1, 2):
       raise ValueError(f"reward config: num_tokens={self.num_tokens}; give 1 or 2")
     if self.activation not in ("identity", "gelu"):

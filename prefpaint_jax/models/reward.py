@@ -31,7 +31,7 @@ class EncoderLayer(nn.Module):
 
 
 class Head(nn.Module):
-  """Flattened tokens [B, 2P] -> reward [B] and the features z [B, D] that it is linear in."""
+  """Flattened tokens [B, T P] -> reward [B] and the features z [B, D] that it is linear in."""
 
   config: RewardConfig
   dtype: Dtype = jnp.float32
@@ -63,12 +63,16 @@ class RewardNetwork(nn.Module):
   ) -> tuple[jax.Array, jax.Array]:
     config = self.config
     B = pixels.shape[0]
-    # One pass over both kinds of picture; a masked image that several inpaintings share, once.
+    S = B // masked_pixels.shape[0]
     clip = CLIPVisionModelWithProjection(config.vision, self.dtype, name="clip")
-    embeddings = clip(jnp.concatenate([pixels, masked_pixels]))
-    masked = jnp.repeat(embeddings[B:], B // masked_pixels.shape[0], axis=0)
-    tokens = jnp.stack([embeddings[:B], masked], axis=1)
-    tokens = tokens.reshape(B, config.num_tokens, -1)
+    if config.fusion == "early":
+      masked_pixels = jnp.repeat(masked_pixels, S, axis=0)
+      tokens = clip(jnp.concatenate([pixels, masked_pixels], axis=-1))[:, None]
+    else:
+      # One pass over both kinds of picture; a masked image that several inpaintings share, once.
+      embeddings = clip(jnp.concatenate([pixels, masked_pixels]))
+      masked = jnp.repeat(embeddings[B:], S, axis=0)
+      tokens = jnp.stack([embeddings[:B], masked], axis=1).reshape(B, config.num_tokens, -1)
     tokens = EncoderLayer(config, self.dtype, name="encoder_layer")(tokens, deterministic)
     reward, z = Head(config, self.dtype, name="mlp")(tokens.reshape(B, -1), deterministic)
     return (reward - config.shift) / config.scale, z

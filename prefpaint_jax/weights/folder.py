@@ -176,7 +176,9 @@ def load_params(
 def save_params(folder: str | Path, params: names.Params, dtype: str = "float32") -> None:
   """Writes one network's parameters, under names that old and new stock libraries know."""
   stem = names.kind_of(params).stem
-  tensors = {name: tensor.astype(dtype, copy=False) for name, tensor in names.to_torch(params).items()}
+  tensors = {
+    name: tensor.astype(dtype, copy=False) for name, tensor in names.to_torch(params).items()
+  }
   save_tensors(Path(folder) / f"{stem}.safetensors", tensors)
 
 

@@ -1,0 +1,431 @@
+"""Whole runs of a tiny world: what they write, and that whatever stops one loses nothing."""
+
+import json
+import logging
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from prefpaint_jax import metrics, testing
+from prefpaint_jax.checkpoint import Checkpoints
+from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.train import train
+
+ROOT = Path(__file__).parents[1]
+get_config = runpy.run_path(str(ROOT / "configs" / "rl.py"))["get_config"]
+
+# Everything that a state can hold, and a checkpoint (at 3) in the middle of all rhythms.
+RHYTHMS = {
+  "num_iterations": 5,
+  "checkpoint_every": 3,
+  "gradient_accumulation": 2,
+  "behaviour_refresh": 4,
+  "ema_decay": 0.5,
+  "final_prompts": 8,
+}
+BARE = {"sample_every": 0, "checkpoint_every": 0, "final_prompts": 0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+  """All runs of this file, in this process and others, share their compiled programs."""
+  before = {
+    "jax_disable_most_optimizations": False,
+    "jax_compilation_cache_dir": jax.config.jax_compilation_cache_dir,
+    "jax_persistent_cache_min_compile_time_secs": 1.0,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+  }
+  values = True, str(tmp_path_factory.mktemp("compiled")), 0.0, -1
+  now = dict(zip(before, values, strict=True))
+  for name, value in now.items():
+    jax.config.update(name, value)
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in now.items():
+      patch.setenv(name.upper(), str(value).lower() if value is True else str(value))
+    yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> dict[str, str]:
+  return testing.write_tiny_world(tmp_path_factory.mktemp("world"))
+
+
+def make_config(world: dict[str, str], **changes) -> ConfigDict:
+  config = get_config()
+  config.update_from_flattened_dict(testing.tiny_training(world) | changes)
+  return config.lock()
+
+
+class Run:
+  """A finished run, what it printed, and how often each of its programs was compiled."""
+
+  def __init__(self, config: ConfigDict, workdir: Path):
+    self.config, self.workdir = config, workdir
+    compiled = []
+    handler = logging.Handler()
+    handler.emit = lambda record: compiled.append(record.getMessage())
+    logger = logging.getLogger("jax._src.dispatch")
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    try:
+      self.state = train(config, workdir)
+    finally:
+      logger.removeHandler(handler)
+      logger.setLevel(level)
+      logger.propagate = propagate
+    names = re.findall(r"Finished XLA compilation of jit\((\w+)\)", "\n".join(compiled))
+    self.compiled = {name: names.count(name) for name in names}
+
+  def lines(self) -> list[dict]:
+    text = (self.workdir / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def numbers(lines: list[dict]) -> list[dict]:
+  """Without what depends on the clock."""
+  return [
+    {k: v for k, v in line.items() if not k.startswith("time/") and k != "images_per_s"}
+    for line in lines
+  ]
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory) -> Run:
+  """The uninterrupted run that others are compared with."""
+  return Run(make_config(world, **RHYTHMS), tmp_path_factory.mktemp("run") / "workdir")
+
+
+def assert_same_run(workdir: Path, state, expected: Run) -> None:
+  leaves, tree = jax.tree.flatten(jax.device_get(state))
+  expected_leaves, expected_tree = jax.tree.flatten(jax.device_get(expected.state))
+  assert tree == expected_tree
+  for ours, theirs in zip(leaves, expected_leaves, strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert numbers(lines) == numbers(expected.lines())
+  pictures = sorted(path.name for path in (expected.workdir / "samples").iterdir())
+  assert sorted(path.name for path in (workdir / "samples").iterdir()) == pictures
+  for name in pictures:
+    ours, theirs = (
+      np.asarray(Image.open(w / "samples" / name)) for w in (workdir, expected.workdir)
+    )
+    np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
+def command(name: str, *arguments: str) -> list[str]:
+  return [sys.executable, "-m", f"prefpaint_jax.{name}", *arguments]
+
+
+def training_command(config: dict, workdir: Path) -> list[str]:
+  fields = [f"--config.{name}={value}" for name, value in config.items()]
+  return command("train", f"--config={ROOT}/configs/rl.py", f"--workdir={workdir}", *fields)
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess:
+  return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+# ------------------------------------------------------------------------------------ a whole run
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_it_promises(finished):
+  workdir, lines = finished.workdir, finished.lines()
+  assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5]
+  promised = {
+    "reward/mean",
+    "reward/std",
+    "reward/nan_fraction",
+    "trust/mean",
+    "trust/std",
+    "ppo/clip_fraction",
+    "ppo/approx_kl",
+    "ppo/ratio_mean",
+    "ppo/grad_norm",
+    "time/rollout_s",
+    "time/update_s",
+    "time/iteration_s",
+    "images_per_s",
+  }
+  assert all(promised <= line.keys() for line in lines)
+  assert all(value is not None for line in lines for value in line.values())
+  assert sorted(path.name for path in (workdir / "samples").iterdir()) == [
+    f"{iteration:06d}.png" for iteration in (0, 2, 4, 5)
+  ]
+  assert Checkpoints(workdir / "checkpoints").latest() == 5
+  assert list((workdir / "tensorboard").iterdir())
+  assert json.loads((workdir / "config.json").read_text())["ema_decay"] == 0.5
+
+
+@pytest.mark.slow
+def test_policy_that_paints_and_learns_is_one_until_the_first_step(finished):
+  before, first_step = finished.lines()[:2]
+  assert before["ppo/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+  assert before["ppo/clip_fraction"] == 0.0
+  # The second iteration steps after each of its two updates: its second sees another policy.
+  assert first_step["ppo/ratio_mean"] != before["ppo/ratio_mean"]
+
+
+@pytest.mark.slow
+def test_every_program_is_compiled_once(finished):
+  programs = ("rollout", "score", "update", "end_iteration", "paint", "judge_rewards")
+  assert {name: finished.compiled.get(name) for name in programs} == dict.fromkeys(programs, 1)
+
+
+@pytest.mark.slow
+def test_another_seed_gives_other_numbers(world, finished, tmp_path):
+  changes = {"seed": 1, "num_iterations": 1} | BARE
+  other = Run(make_config(world, **RHYTHMS | changes), tmp_path)
+  assert not any((tmp_path / name).exists() for name in ("samples", "checkpoints"))
+  assert other.lines()[0]["reward/mean"] != finished.lines()[0]["reward/mean"]
+
+
+# ------------------------------------------------------------------------------ killed and resumed
+
+
+@pytest.mark.slow
+def test_crashed_and_resumed_equals_uninterrupted(world, finished, tmp_path, monkeypatch):
+  write = metrics.MetricsWriter.write
+
+  def write_and_crash(self, iteration, scalars):
+    write(self, iteration, scalars)
+    if iteration == 4:
+      raise RuntimeError("power cut")
+
+  config = make_config(world, **RHYTHMS)
+  with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+    patch.setattr(metrics.MetricsWriter, "write", write_and_crash)
+    train(config, tmp_path)
+  checkpoints = Checkpoints(tmp_path / "checkpoints")
+  for _ in range(100):  # the save that was under way when the run crashed
+    if checkpoints.latest() == 3:
+      break
+    time.sleep(0.1)
+  assert checkpoints.latest() == 3
+  assert_same_run(tmp_path, train(config, tmp_path), finished)
+
+
+@pytest.mark.slow
+def test_terminated_and_resumed_equals_uninterrupted(world, finished, tmp_path):
+  arguments = training_command(testing.tiny_training(world) | RHYTHMS, tmp_path)
+  started = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+  for _ in range(1200):
+    if (tmp_path / "samples" / "000000.png").exists() or started.poll() is not None:
+      break
+    time.sleep(0.1)
+  started.send_signal(signal.SIGTERM)
+  printed, _ = started.communicate(timeout=120)
+  assert started.returncode == 0
+  stopped_after = Checkpoints(tmp_path / "checkpoints").latest()
+  assert stopped_after < 5
+  assert f"stopped after iteration {stopped_after} and saved" in printed
+  # A picture of the iteration where it happened to stop is none of the uninterrupted run.
+  if stopped_after not in (2, 4):
+    (tmp_path / "samples" / f"{stopped_after:06d}.png").unlink()
+  assert_same_run(tmp_path, train(make_config(world, **RHYTHMS), tmp_path), finished)
+
+
+@pytest.mark.slow
+def test_finished_run_may_go_on_but_not_with_another_config(world, finished, tmp_path):
+  workdir = tmp_path / "copy"
+  shutil.copytree(finished.workdir, workdir)
+  config = make_config(world, **RHYTHMS | {"learning_rate": 0.5, "trust.norm": "none"})
+  with pytest.raises(ValueError, match=r"learning_rate was 0\.001, now 0\.5; trust\.norm was"):
+    train(config, workdir)
+  longer = {"num_iterations": 6, "checkpoint_every": 6, "sample_every": 0}
+  state = train(make_config(world, **RHYTHMS | longer), workdir)
+  assert int(state.iteration) == 6
+  assert json.loads((workdir / "config.json").read_text())["num_iterations"] == 6
+
+
+def test_start_that_failed_may_be_tried_again_with_another_config(world, tmp_path):
+  with pytest.raises(ValueError, match="no such folder"):
+    train(make_config(world, policy="/nowhere"), tmp_path)
+  with pytest.raises(ValueError, match="no such folder"):
+    train(make_config(world, policy="/elsewhere"), tmp_path)
+
+
+# ------------------------------------------------------------------------------ errors of a user
+
+
+def test_batch_that_does_not_divide_over_the_devices_is_refused(world, tmp_path):
+  with pytest.raises(ValueError, match="batch_size 12 does not divide over 8 devices"):
+    train(make_config(world, batch_size=12), tmp_path)
+  with pytest.raises(ValueError, match="num_samples 3 does not divide over 8 devices"):
+    train(make_config(world, num_samples=3), tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("changes", "match"),
+  [
+    ({"prompts": ""}, r"config\.prompts is empty"),
+    ({"prompts": "/nowhere"}, "/nowhere is not a folder"),
+    ({"batch_size": 24}, "16 prompts are fewer than batch_size 24"),
+    ({"train_timesteps": 4}, "train_timesteps is 4: of num_steps=3"),
+    ({"updates_per_iteration": 3}, "does not divide into updates_per_iteration=3"),
+    ({"eta": 0.0}, "eta is 0.0: a deterministic chain"),
+    ({"size": 9}, "images are 9x9: both sides must be multiples of 2"),
+    ({"trust.norm": "l2"}, r"trust\.norm is 'l2'"),
+  ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_compiled(world, changes, match, tmp_path):
+  with pytest.raises(ValueError, match=rf"\A[^\n]*{match}[^\n]*\Z"):
+    train(make_config(world, **changes), tmp_path)
+  assert not (tmp_path / "checkpoints").exists()
+
+
+def test_trust_that_needs_a_bound_is_refused_without_one(world, tmp_path):
+  shutil.copytree(world["reward"], tmp_path / "reward")
+  (tmp_path / "reward" / "bound.safetensors").unlink()
+  config = make_config(world, reward=str(tmp_path / "reward"))
+  with pytest.raises(ValueError, match=r"trust\.norm='mahalanobis' needs a bound, .* has none"):
+    train(config, tmp_path / "workdir")
+
+
+@pytest.mark.slow
+def test_rewards_that_are_not_finite_stop_the_run_which_is_saved(world, tmp_path):
+  judge = testing.tiny_reward()
+  judge.params["mlp"]["last_layer"]["kernel"][0] = np.nan
+  judge.save_pretrained(tmp_path / "reward")
+  changes = BARE | {"checkpoint_every": 2, "weight_decay": 0.0}
+  config = make_config(world, reward=str(tmp_path / "reward"), **changes)
+  with pytest.raises(ValueError, match="iteration 1: 100% of the rewards are not finite"):
+    train(config, tmp_path / "workdir")
+  checkpoints = Checkpoints(tmp_path / "workdir" / "checkpoints")
+  assert checkpoints.latest() == 1
+  # No reward, no step.
+  base = Inpainter.from_pretrained(world["policy"]).params["unet"]
+  assert jax.tree.all(jax.tree.map(np.array_equal, checkpoints.load("params"), base))
+  (line,) = (tmp_path / "workdir" / "metrics.jsonl").read_text().splitlines()
+  assert json.loads(line)["reward/nan_fraction"] == 1.0
+
+
+@pytest.mark.parametrize(
+  ("argument", "expected"),
+  [
+    ("--config.learning_rat=3", "--config.learning_rat: no such field; .* --config.learning_rate"),
+    ("--config.trust.nrm=none", "--config.trust.nrm: no such field; .* --config.trust.norm"),
+    ("--config.seed=abc", "flag --config.seed=abc: .*"),
+    ("--config.prompts=", "config.prompts is empty.*"),
+  ],
+)
+def test_wrong_command_line_ends_in_one_line(argument, expected, tmp_path):
+  ended = run_command(*training_command({}, tmp_path), argument)
+  assert ended.returncode == 1
+  assert re.fullmatch(f"error: {expected}\n", ended.stderr), ended.stderr
+
+
+# -------------------------------------------------------------------------- export and inpainting
+
+
+@pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory) -> Path:
+  output = tmp_path_factory.mktemp("exported") / "model"
+  ended = run_command(*command("export", f"--workdir={finished.workdir}", f"--output={output}"))
+  assert ended.returncode == 0, ended.stderr
+  return output
+
+
+@pytest.mark.slow
+def test_export_is_the_moving_average_in_the_base_pipeline(world, finished, exported):
+  ours, base = Inpainter.from_pretrained(exported), Inpainter.from_pretrained(world["policy"])
+  same = lambda a, b: jax.tree.all(jax.tree.map(np.array_equal, a, b))
+  assert same(ours.params["unet"], jax.device_get(finished.state.ema))
+  assert not same(ours.params["unet"], jax.device_get(finished.state.params))
+  assert same(ours.params["vae"], base.params["vae"])
+  assert same(ours.params["text_encoder"], base.params["text_encoder"])
+  assert ours.configs == base.configs and ours.tokenizer_files == base.tokenizer_files
+
+
+@pytest.mark.slow
+def test_export_opens_and_paints_in_stock_diffusers(exported):
+  torch = pytest.importorskip("torch", reason="stock diffusers needs torch: pip install torch")
+  diffusers = pytest.importorskip("diffusers")
+  torch.set_num_threads(1)
+  pipeline = diffusers.AutoPipelineForInpainting.from_pretrained(exported)
+  pipeline.set_progress_bar_config(disable=True)
+  images, masks = testing.tiny_prompts(1)
+  painted = pipeline(
+    prompt="",
+    image=Image.fromarray(np.uint8(255 * images[0])),
+    mask_image=Image.fromarray(np.uint8(255 * masks[0, ..., 0])),
+    height=testing.SIZE,
+    width=testing.SIZE,
+    num_inference_steps=2,
+    output_type="np",
+  ).images
+  assert painted.shape == (1, testing.SIZE, testing.SIZE, 3) and np.isfinite(painted).all()
+
+
+@pytest.mark.slow
+def test_export_into_a_folder_in_use_is_refused(finished, exported):
+  ended = run_command(*command("export", f"--workdir={finished.workdir}", f"--output={exported}"))
+  assert ended.returncode == 1
+  assert ended.stderr == f"error: {exported} is not empty: name a new folder\n"
+
+
+@pytest.mark.slow
+def test_inpaint_command_writes_scored_pictures_that_keep_what_is_known(world, tmp_path):
+  images, masks = testing.tiny_prompts(1)
+  picture, hole = np.uint8(255 * images[0]), np.uint8(255 * masks[0, ..., 0])
+  Image.fromarray(picture).save(tmp_path / "image.png")
+  Image.fromarray(hole).save(tmp_path / "mask.png")
+  arguments = command(
+    "inpaint",
+    f"--model={world['policy']}",
+    f"--image={tmp_path}/image.png",
+    f"--mask={tmp_path}/mask.png",
+    f"--output={tmp_path}/out/painted.png",
+    f"--reward={world['reward']}",
+    "--num_samples=2",
+    "--num_steps=2",
+    "--seed=3",
+    "--eta=1",
+    "--text=a tree",
+  )
+  ended = run_command(*arguments)
+  assert ended.returncode == 0, ended.stderr
+  names = [tmp_path / "out" / f"painted_{i}.png" for i in range(2)]
+  painted = [np.asarray(Image.open(name)) for name in names]
+  for sample in painted:
+    np.testing.assert_array_equal(sample[hole == 0], picture[hole == 0])
+  assert (painted[0] != painted[1]).any()
+  rewards = [Image.open(name).text["reward"] for name in names]
+  assert ended.stdout == "".join(
+    f"{name} reward {reward}\n" for name, reward in zip(names, rewards, strict=True)
+  )
+  # The same from Python.
+  inpainter = Inpainter.from_pretrained(world["policy"])
+  again = inpainter(
+    picture, hole, key=jax.random.key(3), num_steps=2, eta=1.0, text="a tree", num_samples=2
+  )
+  np.testing.assert_allclose(np.stack(painted), 255 * again, atol=1)
+
+
+@pytest.mark.parametrize(
+  ("changes", "expected"),
+  [
+    ({"output": "out.jpg"}, r"--output=out\.jpg: give a name that ends in \.png"),
+    ({"image": "missing.png"}, r"missing\.png: no such file"),
+  ],
+)
+def test_wrong_inpaint_command_ends_in_one_line(changes, expected):
+  given = {"image": "a.png", "mask": "b.png", "output": "c.png"} | changes
+  ended = run_command(*command("inpaint", *(f"--{name}={value}" for name, value in given.items())))
+  assert ended.returncode == 1
+  assert re.fullmatch(f"error: {expected}\n", ended.stderr), ended.stderr
