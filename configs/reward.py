@@ -22,8 +22,8 @@ def get_config(preset: str = "mini") -> ConfigDict:
   config.num_steps = 10
   config.eta = 1.0
   config.num_prompts = 4000
-  config.painted = 2  # candidates of each prompt that a policy paints
-  config.perturbed = 3  # and that are perturbations of those, or of the picture itself
+  config.painted = 3  # candidates of each prompt that a policy paints
+  config.perturbed = 2  # and that are perturbations of those, or of the picture itself
   config.num_annotators = 3
   config.annotator_noise = 0.7  # standard deviation of one annotator's error, of scores 0 to 7
   config.held_out_prompts = 384  # with four painted candidates each
@@ -54,7 +54,7 @@ def get_config(preset: str = "mini") -> ConfigDict:
   )
 
   # Fit.
-  config.iterations = 3500
+  config.iterations = 3000
   config.batch_size = 16  # prompts, each with all its candidates
   config.learning_rate = 1e-3
   config.warmup_iterations = 200

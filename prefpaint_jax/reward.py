@@ -16,12 +16,8 @@ import numpy as np
 from prefpaint_jax import mini
 from prefpaint_jax.bound import FILE_NAME, Bound, check_bound, load_bound, save_bound
 from prefpaint_jax.models.config import RewardConfig
-from prefpaint_jax.models.reward import RewardNetwork
+from prefpaint_jax.models.reward import CLIP_MEAN, CLIP_STD, RewardNetwork
 from prefpaint_jax.weights import folder as weights
-
-# Mean and standard deviation of CLIP's training images, per channel of RGB in [0, 1].
-CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def preprocess(images: jax.Array, size: int) -> jax.Array:
@@ -118,7 +114,11 @@ def read_bound(path: str | Path) -> Bound:
     import torch
   except ImportError as error:
     raise ValueError(f"{path}: a torch file; install torch to read it") from error
-  stored = torch.load(path, map_location="cpu", weights_only=True)
+  try:
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+  except Exception as error:  # torch's readers raise whatever a damaged file makes of them
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    raise ValueError(f"{path}: cannot be read ({reason}); get it again") from error
   tensors = list(stored.values()) if isinstance(stored, dict) else [stored]
   if len(tensors) != 1:
     raise ValueError(f"{path}: holds {len(tensors)} tensors; give the file of the inverse of V")

@@ -109,7 +109,7 @@ def perturb(rng: np.random.Generator, images: np.ndarray, masks: np.ndarray) -> 
   some = lambda share: (rng.random((count, 1, 1, 1)) < share).astype(np.float32)
   grey = luma(images)[..., None]
   mean = (grey * masks).sum((1, 2), keepdims=True) / masks.sum((1, 2), keepdims=True)
-  saturation, contrast = np.exp(draw(-1.2, 0.7)), np.exp(draw(-0.9, 0.5))
+  saturation, contrast = np.exp(draw(-1.2, 0.8)), np.exp(draw(-0.9, 0.8))
   coloured = grey + (1 + some(0.5) * (saturation - 1)) * (images - grey)
   changed = mean + (1 + some(0.5) * (contrast - 1)) * (coloured - mean)
   tint = rng.normal(0, 0.08, (count, 1, 1, 3)).astype(np.float32)

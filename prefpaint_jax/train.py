@@ -65,6 +65,11 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     raise ValueError(
       "config.prompts is empty: give --config.prompts=FOLDER, or use the mini preset"
     )
+  if config.final_prompts % config.num_samples:
+    raise ValueError(
+      f"final_prompts {config.final_prompts} does not divide by num_samples {config.num_samples}, "
+      "which are painted at a time"
+    )
   app.open_workdir(config, workdir, free=("num_iterations",))
   process, processes = jax.process_index(), jax.process_count()
   is_writer = process == 0
@@ -213,7 +218,12 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     bar.update()
     return done_at
 
-  with stop_requests() as stop:
+  with (
+    stop_requests() as stop,
+    contextlib.closing(checkpoints),
+    contextlib.closing(writer),
+    contextlib.closing(bar),
+  ):
     if start == 0 and config.sample_every:
       write_sample(0)
       updated_at = time.perf_counter()
@@ -252,9 +262,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         break
     if late is not None:
       finish(*late)
-    bar.close()
-    checkpoints.close()
-    writer.close()
+    checkpoints.wait()
     if start < config.num_iterations and too_many_nan:
       raise ValueError(
         f"iteration {done}: {known['reward/nan_fraction']:.0%} of the rewards are not finite, "

@@ -6,10 +6,16 @@ Shapes: B batch, H W pixels, P projection width of CLIP, T tokens (1 or 2), D fe
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from prefpaint_jax.models.blocks import Dtype
 from prefpaint_jax.models.clip import CLIPVisionModelWithProjection, SelfAttention
 from prefpaint_jax.models.config import RewardConfig
+
+# Mean and standard deviation of CLIP's training images, per channel of RGB in [0, 1].
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+BLACK = (0.5 / 255.0 - CLIP_MEAN) / CLIP_STD  # the darkest byte, once normalised
 
 
 class EncoderLayer(nn.Module):
@@ -67,7 +73,9 @@ class RewardNetwork(nn.Module):
     clip = CLIPVisionModelWithProjection(config.vision, self.dtype, name="clip")
     if config.fusion == "early":
       masked_pixels = jnp.repeat(masked_pixels, S, axis=0)
-      tokens = clip(jnp.concatenate([pixels, masked_pixels], axis=-1))[:, None]
+      hole = jnp.all(masked_pixels <= BLACK, axis=-1, keepdims=True).astype(pixels.dtype)
+      channels = [pixels * hole, masked_pixels * (1.0 - hole), hole]
+      tokens = clip(jnp.concatenate(channels, axis=-1))[:, None]
     else:
       # One pass over both kinds of picture; a masked image that several inpaintings share, once.
       embeddings = clip(jnp.concatenate([pixels, masked_pixels]))

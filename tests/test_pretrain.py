@@ -1,0 +1,81 @@
+"""Denoising training: the command makes a pipeline from nothing, and resumes exactly."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from prefpaint_jax import pretrain, testing
+from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.metrics import save_png
+
+CONFIG = Path(__file__).parent.parent / "configs" / "pretrain.py"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("photos")
+  for i, picture in enumerate(testing.tiny_prompts(3, size=40)[0]):
+    save_png(folder / f"{i}.png", np.round(255 * picture).astype(np.uint8))
+  return str(folder)
+
+
+def tiny_config(photos: str):
+  spec = importlib.util.spec_from_file_location("pretrain_config", CONFIG)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config("mini")
+  architecture = testing.tiny_configs()
+  with config.unlocked():
+    config.architecture = architecture
+  config.update_from_flattened_dict(
+    {
+      "photos": photos,
+      "size": testing.SIZE,
+      "crop": (8, 20),
+      "mesh.data": 1,
+      "log_every": 1,
+      "checkpoint_every": 2,
+      "warmup_iterations": 1,
+      "vae.iterations": 2,
+      "vae.batch_size": 2,
+      "unet.iterations": 4,
+      "unet.batch_size": 2,
+    }
+  )
+  return config
+
+
+@pytest.mark.slow
+def test_makes_a_pipeline_and_resumes_exactly(tmp_path, photos, monkeypatch):
+  pretrain.pretrain(tiny_config(photos), tmp_path / "whole")
+
+  class Killed(Exception):
+    pass
+
+  original, calls = pretrain.Checkpoints.save, []
+
+  def save_then_die(self, step, *rest):
+    original(self, step, *rest)
+    calls.append(step)
+    if calls == [2, 2]:  # the VAE's only checkpoint, then the UNet's first
+      self.close()
+      raise Killed
+
+  monkeypatch.setattr(pretrain.Checkpoints, "save", save_then_die)
+  with pytest.raises(Killed):
+    pretrain.pretrain(tiny_config(photos), tmp_path / "killed")
+  pretrain.pretrain(tiny_config(photos), tmp_path / "killed")
+
+  whole, resumed = (
+    Inpainter.from_pretrained(tmp_path / name / "pipeline") for name in ("whole", "killed")
+  )
+  jax.tree.map(np.testing.assert_array_equal, whole.params, resumed.params)
+  assert whole.configs["vae"]["scaling_factor"] == resumed.configs["vae"]["scaling_factor"] != 1.0
+
+
+def test_no_photos_is_one_clear_line(tmp_path):
+  with pytest.raises(ValueError, match=r"config\.photos is empty"):
+    pretrain.pretrain(tiny_config(""), tmp_path)
