@@ -23,6 +23,7 @@ from prefpaint_jax import mini
 from prefpaint_jax.data import images, masks
 
 SPLITS = ("train", "test")
+ENDLESS = 2**31  # epochs; grain's own endless repetition overflows for a batch of one
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -199,7 +200,7 @@ def prompt_loader(
   order = grain.MapDataset.source(prompts).seed(seed)
   if shuffle:
     order = order.shuffle()
-  mine = order.repeat().slice(slice(process_index, None, process_count))
+  mine = order.repeat(ENDLESS).slice(slice(process_index, None, process_count))
   batches = mine.batch(batch_size // process_count, batch_fn=stack)
   # An element is a whole batch: a few in flight hide the decoding; grain's default is 500.
   return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)))
