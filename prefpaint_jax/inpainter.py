@@ -8,6 +8,7 @@ Shapes: B prompts, S samples per prompt, H W pixels, h w latents, L text tokens,
 import dataclasses
 import functools
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -273,6 +274,7 @@ class Inpainter:
 
   @functools.cached_property
   def tokenizer(self):
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not missed here
     from transformers import CLIPTokenizer  # slow to import: only when a text is needed
 
     folder = Path(tempfile.mkdtemp(prefix="tokenizer"))

@@ -216,6 +216,11 @@ def test_batches_have_their_shapes_and_depend_on_the_seed_alone():
   assert ids(first(0)) == ids(batch) != ids(first(1))
 
 
+def test_batches_of_one_are_fed():
+  loader = prompts.prompt_loader(Numbered(3), batch_size=1, seed=0)
+  assert sorted(ids(next(loader))[0] for _ in range(3)) == [0, 1, 2]
+
+
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_processes_together_see_the_global_batches(process_count):
   whole = prompts.prompt_loader(Numbered(10), batch_size=8, seed=5)
