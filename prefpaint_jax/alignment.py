@@ -187,6 +187,15 @@ def region(settings: Settings, prompts: Prompts) -> jax.Array | None:
   return prompts.mask.reshape(B, h, factor, w, factor, 1).max((2, 4))
 
 
+def _start_chain(modules, settings, policy, frozen, images, masks, key):
+  """How a chain begins: prompts, the policy as a `predict`, its noise, and the key of its steps."""
+  prompts = encode_prompts(modules, settings, frozen, images, masks)
+  noise_key, chain_key = jax.random.split(key)
+  noise = jax.random.normal(noise_key, prompts.masked_latents.shape)
+  predict = lambda latents, t: modules.predict(policy, prompts, latents, t)
+  return prompts, predict, noise, chain_key
+
+
 def rollout(
   modules: Modules,
   settings: Settings,
@@ -198,12 +207,9 @@ def rollout(
   key: jax.Array,
 ) -> tuple[Prompts, Trajectory, jax.Array]:
   """Paints S samples of each prompt: the prompts as latents, the chain, and images [B, H, W, 3]."""
-  prompts = encode_prompts(modules, settings, frozen, images, masks)
-  noise_key, chain_key = jax.random.split(key)
-  noise = jax.random.normal(noise_key, prompts.masked_latents.shape)
-  predict = lambda latents, t: modules.predict(policy, prompts, latents, t)
+  prompts, predict, noise, key = _start_chain(modules, settings, policy, frozen, images, masks, key)
   weight = region(settings, prompts)
-  trajectory = diffusion.rollout(predict, modules.schedule, steps, noise, chain_key, weight)
+  trajectory = diffusion.rollout(predict, modules.schedule, steps, noise, key, weight)
   painted = decode(modules, frozen.vae, trajectory.latents[-1], prompts, settings.decode_batch)
   return prompts, trajectory, painted
 
@@ -220,11 +226,8 @@ def paint(
 ) -> jax.Array:
   """Images [P, H, W, 3] as `rollout` paints them, one of each prompt, keeping no trajectory."""
   settings = dataclasses.replace(settings, samples_per_prompt=1)
-  prompts = encode_prompts(modules, settings, frozen, images, masks)
-  noise_key, chain_key = jax.random.split(key)
-  noise = jax.random.normal(noise_key, prompts.masked_latents.shape)
-  predict = lambda latents, t: modules.predict(policy, prompts, latents, t)
-  latents = diffusion.sample(predict, modules.schedule, steps, noise, chain_key)
+  prompts, predict, noise, key = _start_chain(modules, settings, policy, frozen, images, masks, key)
+  latents = diffusion.sample(predict, modules.schedule, steps, noise, key)
   return decode(modules, frozen.vae, latents, prompts, settings.decode_batch)
 
 
