@@ -35,14 +35,13 @@ def tiny_config(photos: str):
       "photos": photos,
       "size": testing.SIZE,
       "crop": (8, 20),
-      "mesh.data": 1,
       "log_every": 1,
       "checkpoint_every": 2,
       "warmup_iterations": 1,
       "vae.iterations": 2,
-      "vae.batch_size": 2,
+      "vae.batch_size": 8,
       "unet.iterations": 4,
-      "unet.batch_size": 2,
+      "unet.batch_size": 8,
     }
   )
   return config
