@@ -266,10 +266,11 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     if start < config.num_iterations and too_many_nan:
       raise ValueError(
         f"iteration {done}: {known['reward/nan_fraction']:.0%} of the rewards are not finite, "
-        f"max_nan_fraction is {config.max_nan_fraction:.0%}; the run was saved and stopped"
+        f"max_nan_fraction is {config.max_nan_fraction:.0%}; the run was stopped"
       )
     if stop:
-      print(f"stopped after iteration {done} and saved; the same command goes on")
+      saved = " and saved; the same command goes on" if config.checkpoint_every else ""
+      print(f"stopped after iteration {done}{saved}")
       return state
 
   ### The result: every held-out prompt painted by base and policy with the same noise.
