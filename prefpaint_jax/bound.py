@@ -1,21 +1,24 @@
 """Reward-error bound of a linear head: V = λI + Σ zzᵀ, ‖z‖_{V⁻¹}, and the trust weight γ.
 
 For r = wᵀz fitted by ridge regression on features z_i, |wᵀz − w*ᵀz| ≤ C ‖z‖_{V⁻¹} (Abbasi-Yadkori
-et al. 2011, theorem 2; PrefPaint, arXiv 2410.21966). V is accumulated, factored and stored in
-float64 on the host; what runs per sample on the device takes the Cholesky factor.
+et al. 2011, theorem 2; PrefPaint, arXiv 2410.21966). V is accumulated batch by batch, factored and
+stored in float64 on the host; what runs per sample on the device takes the Cholesky factor.
 """
 # Shapes: N training samples, B batch, D features.
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.scipy.linalg import solve_triangular
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from scipy.linalg import cho_solve
 
 FILE_NAME = "bound.safetensors"
 _SCALARS = {"lam": float, "count": int, "noise_scale": float, "norm_bound": float}
@@ -52,6 +55,53 @@ def _square(matrix: np.ndarray | jax.Array, name: str) -> np.ndarray:
   if not np.isfinite(matrix).all():
     raise ValueError(f"{name} has entries that are not finite: check where it comes from")
   return (matrix + matrix.T) / 2
+
+
+class Moments(NamedTuple):
+  """All that ridge regression has to know of its samples, however many: sums in float64."""
+
+  gram: np.ndarray  # Σ zzᵀ [D, D]
+  cross: np.ndarray  # Σ y z [D]
+  squares: np.ndarray  # Σ y² []
+  count: np.ndarray  # N []
+
+  @classmethod
+  def zeros(cls, width: int) -> "Moments":
+    """Of no samples yet."""
+    return cls(np.zeros((width, width)), np.zeros(width), np.zeros(()), np.zeros(()))
+
+  @classmethod
+  def of(cls, features: np.ndarray | jax.Array, targets: np.ndarray | jax.Array) -> "Moments":
+    """Of features [B, D] and their targets [B], the normalised scores."""
+    features, targets = (np.asarray(x, np.float64) for x in (features, targets))
+    if targets.shape != features.shape[:1]:
+      raise ValueError(
+        f"targets have shape {targets.shape}, features {features.shape}: give one to each sample"
+      )
+    if not np.isfinite(targets).all():
+      bad = int((~np.isfinite(targets)).sum())
+      raise ValueError(f"{bad} of {len(targets)} targets are not finite: leave them out")
+    count = np.float64(len(targets))
+    return cls(gram(features), features.T @ targets, targets @ targets, count)
+
+  def __add__(self, other: "Moments") -> "Moments":
+    """Of both sets of samples together; of the same memory as each."""
+    return Moments(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+  def add(self, features: np.ndarray | jax.Array, targets: np.ndarray | jax.Array) -> "Moments":
+    """With one more batch of features [B, D] and targets [B]."""
+    return self + Moments.of(features, targets)
+
+
+def sum_over_processes(moments: Moments) -> Moments:
+  """The moments of all processes together, the same to the last bit on each; all must call this."""
+  sums = np.concatenate([np.ravel(part) for part in moments])
+  # As the bytes that they are: JAX would round float64 to float32 on the way.
+  gathered = multihost_utils.process_allgather(sums.view(np.uint32))
+  total = np.ascontiguousarray(gathered).view(np.float64).sum(axis=0)
+  ends = np.cumsum([part.size for part in moments])[:-1]
+  parts = zip(np.split(total, ends), moments, strict=True)
+  return Moments(*(flat.reshape(part.shape) for flat, part in parts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +161,42 @@ class Bound:
   def matrix(self) -> np.ndarray:
     """V [D, D] float64."""
     return self.chol @ self.chol.T
+
+
+def ridge(moments: Moments, lam: float) -> np.ndarray:
+  """The w [D] float64 that minimises Σ (y − wᵀz)² + λ‖w‖²."""
+  bound = Bound.from_gram(moments.gram, moments.count, lam)
+  return cho_solve((bound.chol, True), moments.cross)
+
+
+def residual_scale(moments: Moments, w: np.ndarray) -> float:
+  """Root mean square of y − wᵀz over the samples that the moments are of.
+
+  Of samples that w was not fitted on it is an estimate of R that counts the error of w in; of the
+  training samples it is too small, by about sqrt(1 − D/N).
+  """
+  if not moments.count > 0:
+    raise ValueError("the residuals of no samples have no scale: give held-out samples")
+  # The three terms cancel to 1e-16 of Σ y²: residuals below 1e-8 of the targets are not resolved.
+  squares = moments.squares - 2 * w @ moments.cross + w @ moments.gram @ w
+  return float(np.sqrt(max(squares, 0.0) / moments.count))
+
+
+def refit(
+  moments: Moments, lam: float, held_out: Moments | None = None, norm_bound: float | None = None
+) -> tuple[np.ndarray, Bound]:
+  """The head w [D] of ridge regression and the bound on its error.
+
+  Args:
+    moments: of the training samples.
+    lam: λ.
+    held_out: of samples to estimate R from; default: the training samples.
+    norm_bound: S; default: ‖w‖, which stands for the unknown ‖w*‖ and may be smaller.
+  """
+  w = ridge(moments, lam)
+  noise_scale = residual_scale(moments if held_out is None else held_out, w)
+  norm_bound = float(np.linalg.norm(w)) if norm_bound is None else norm_bound
+  return w, Bound.from_gram(moments.gram, moments.count, lam, noise_scale, norm_bound)
 
 
 def check_bound(bound: Bound, width: int) -> None:

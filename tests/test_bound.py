@@ -1,6 +1,11 @@
 """The error bound against scipy, brute force and closed forms."""
 
 import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +15,7 @@ import scipy.linalg
 import scipy.stats
 
 from prefpaint_jax import bound as bounds
-from prefpaint_jax.bound import Bound
+from prefpaint_jax.bound import Bound, Moments
 
 
 def features(count=200, width=12, seed=0):
@@ -49,6 +54,118 @@ def test_gram_does_not_lose_small_directions_beside_large_ones():
   z = np.array([[1e4, 0.0], [1.0, 1e-3]] * 50, np.float32)
   exact = 50 * np.float64(np.float32(1e-3)) ** 2
   np.testing.assert_allclose(bounds.gram(z)[1, 1], exact, rtol=1e-12)
+
+
+def scored(count=200, width=12, seed=0):
+  """Features [count, width] and noisy linear targets [count], both float32."""
+  rng = np.random.default_rng(seed)
+  z, head = features(count, width, seed), np.random.default_rng(99).standard_normal(width)
+  return z, (z @ head + 0.5 * rng.standard_normal(count)).astype(np.float32), head
+
+
+def test_moments_of_a_stream_equal_the_direct_sums():
+  z, y, _ = scored(100_000, 8)
+  z *= np.geomspace(1, 1e-4, 8, dtype=np.float32)
+  streamed = Moments.zeros(8)
+  for start in range(0, len(z), 96):
+    streamed = streamed.add(jnp.asarray(z[start : start + 96]), y[start : start + 96])
+  exact_z, exact_y = z.astype(np.float64), y.astype(np.float64)
+  expected = (exact_z.T @ exact_z, exact_z.T @ exact_y, exact_y @ exact_y, 100_000)
+  for found, wanted in zip(streamed, expected, strict=True):
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, wanted, rtol=1e-9)
+  merged = Moments.of(z[:60_000], y[:60_000]) + Moments.of(z[60_000:], y[60_000:])
+  np.testing.assert_allclose(merged.gram, streamed.gram, rtol=1e-9)
+
+
+@pytest.mark.parametrize("count", [200, 5])
+def test_ridge_equals_least_squares_on_the_augmented_system(count):
+  z, y, _ = scored(count)
+  augmented = np.concatenate([z, np.sqrt(0.3) * np.eye(12)])
+  expected = scipy.linalg.lstsq(augmented, np.concatenate([y, np.zeros(12)]))[0]
+  np.testing.assert_allclose(bounds.ridge(Moments.of(z, y), 0.3), expected, rtol=1e-8)
+
+
+def test_residual_scale_equals_the_residuals_one_by_one():
+  (z, y, _), (other_z, other_y, _) = scored(), scored(50, seed=3)
+  w = bounds.ridge(Moments.of(z, y), 0.3)
+  expected = np.sqrt(np.mean((other_y - other_z @ w) ** 2))
+  assert bounds.residual_scale(Moments.of(other_z, other_y), w) == pytest.approx(expected, rel=1e-8)
+  perfect = Moments.of(z, z.astype(np.float64) @ w)
+  assert bounds.residual_scale(perfect, w) < 1e-6  # Rounding may leave a negative sum of squares.
+
+
+def test_refit_recovers_head_and_noise_and_bounds_its_own_error():
+  z, y, head = scored(10_000)
+  w, fitted = bounds.refit(Moments.of(z[:5000], y[:5000]), 0.3, Moments.of(z[5000:], y[5000:]))
+  np.testing.assert_allclose(w, head, atol=0.15)
+  np.testing.assert_allclose(fitted.matrix, Bound.fit(z[:5000], 0.3).matrix, rtol=1e-9)
+  assert fitted.noise_scale == pytest.approx(0.5, rel=0.03) and fitted.count == 5000
+  assert fitted.norm_bound == pytest.approx(np.linalg.norm(w), rel=1e-12)
+  error = np.sqrt((w - head) @ fitted.matrix @ (w - head))  # sup of |wᵀz − w*ᵀz| / ‖z‖
+  assert error <= bounds.confidence(fitted, 0.01)
+
+
+def test_noise_of_held_out_samples_is_not_hidden_by_overfitting():
+  z, y, _ = scored(1024)
+  train, held_out = Moments.of(z[:24], y[:24]), Moments.of(z[24:], y[24:])
+  own, honest = bounds.refit(train, 1e-3)[1], bounds.refit(train, 1e-3, held_out, norm_bound=7)[1]
+  assert own.noise_scale < 0.5 < honest.noise_scale
+  assert honest.norm_bound == 7
+
+
+TWO_PROCESSES = """
+  import sys
+  import jax, numpy as np
+  folder, port, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
+  from prefpaint_jax.bound import Moments, sum_over_processes
+
+  data = np.load(f"{folder}/data.npz")
+  own = slice(0, 130) if index == 0 else slice(130, None)
+  np.savez(f"{folder}/{index}.npz", *sum_over_processes(Moments.of(data["z"][own], data["y"][own])))
+"""
+
+
+def test_two_processes_have_the_moments_of_one_to_the_last_bit(tmp_path):
+  z, y, _ = scored()
+  np.savez(tmp_path / "data.npz", z=z, y=y)
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  script, environment = textwrap.dedent(TWO_PROCESSES), os.environ | {"XLA_FLAGS": ""}
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", script, str(tmp_path), str(port), str(index)],
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  try:
+    for process in processes:
+      output, _ = process.communicate(timeout=120)
+      assert process.returncode == 0, output[-2000:]
+  finally:
+    for process in processes:
+      process.kill()
+  first, second = (list(np.load(tmp_path / f"{i}.npz").values()) for i in range(2))
+  one_after_the_other = Moments.of(z[:130], y[:130]) + Moments.of(z[130:], y[130:])
+  for mine, theirs, expected in zip(first, second, one_after_the_other, strict=True):
+    assert mine.dtype == np.float64 and mine.shape == expected.shape
+    np.testing.assert_array_equal(mine, theirs)
+    np.testing.assert_allclose(mine, expected, rtol=1e-15)
+  for mine, whole in zip(first, Moments.of(z, y), strict=True):
+    np.testing.assert_allclose(mine, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_one_process_has_its_own_moments():
+  moments = Moments.of(*scored()[:2])
+  for summed, own in zip(bounds.sum_over_processes(moments), moments, strict=True):
+    np.testing.assert_array_equal(summed, own)
 
 
 @pytest.mark.parametrize("lam", [1e-2, 1.0])
@@ -202,6 +319,12 @@ def test_what_a_user_can_get_wrong_is_named():
     bounds.gram(np.array([[1.0], [np.nan], [2.0]]))
   with pytest.raises(ValueError, match=r"shape \(3,\)"):
     bounds.gram(np.ones(3))
+  with pytest.raises(ValueError, match=r"targets have shape \(2,\), features \(3, 4\)"):
+    Moments.of(np.ones((3, 4)), np.ones(2))
+  with pytest.raises(ValueError, match="1 of 2 targets are not finite"):
+    Moments.of(np.ones((2, 4)), np.array([1.0, np.inf]))
+  with pytest.raises(ValueError, match="no samples"):
+    bounds.residual_scale(Moments.zeros(4), np.ones(4))
   with pytest.raises(ValueError, match="12 features and the reward model has 256"):
     bounds.check_bound(Bound.fit(features(), 1.0), 256)
   bounds.check_bound(Bound.fit(features(), 1.0), 12)
