@@ -27,9 +27,9 @@ def preprocess(images: jax.Array, size: int) -> jax.Array:
   """
   B, H, W, _ = images.shape
   if (size, size) != (H, W):
-    scale = size / min(H, W)
-    # The longer side is cut, not rounded, as CLIP's own preprocessing does.
-    height, width = (size if side == min(H, W) else int(side * scale) for side in (H, W))
+    # The longer side is cut, not rounded, as CLIP's own preprocessing does; in integers, so that
+    # rounding of the ratio cannot take a pixel off it.
+    height, width = (size * side // min(H, W) for side in (H, W))
     images = jax.image.resize(images, (B, height, width, 3), "cubic", antialias=True)
     top, left = (height - size) // 2, (width - size) // 2
     images = jnp.clip(images[:, top : top + size, left : left + size], 0.0, 1.0)
@@ -119,10 +119,11 @@ def read_bound(path: str | Path) -> Bound:
   except Exception as error:  # torch's readers raise whatever a damaged file makes of them
     reason = (str(error) or type(error).__name__).splitlines()[0]
     raise ValueError(f"{path}: cannot be read ({reason}); get it again") from error
-  tensors = list(stored.values()) if isinstance(stored, dict) else [stored]
+  values = stored.values() if isinstance(stored, dict) else [stored]
+  tensors = [value for value in values if isinstance(value, torch.Tensor)]
   if len(tensors) != 1:
     raise ValueError(f"{path}: holds {len(tensors)} tensors; give the file of the inverse of V")
-  return Bound.from_inverse(tensors[0].double().numpy())
+  return Bound.from_inverse(tensors[0].detach().double().numpy())
 
 
 def network_shapes(config: RewardConfig) -> Any:

@@ -1,5 +1,6 @@
 """RewardModel: what a user holds; preprocessing against transformers, released files with torch."""
 
+import sys
 from pathlib import Path
 
 import jax
@@ -10,7 +11,6 @@ from PIL import Image
 import prefpaint_jax
 from prefpaint_jax import reward, testing
 from prefpaint_jax.bound import Bound, mahalanobis_norm, save_bound
-from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.reward import RewardModel
 
 PHOTOS = Path(prefpaint_jax.__file__).parent / "mini" / "photos"
@@ -39,9 +39,13 @@ def pictures() -> tuple[np.ndarray, np.ndarray]:
     ("coffee.jpg", None),  # wider than high
     ("rocket.jpg", None),
     ("cat.jpg", (300, 180)),  # higher than wide
+    ("astronaut.jpg", None),  # square
     ("astronaut.jpg", (224, 224)),  # nothing to do
     ("raccoon.jpg", (224, 301)),  # only to crop, an odd rest
+    ("raccoon.jpg", (190, 285)),  # 285 * (224 / 190) is below 336 in floating point, and is 336
     ("coffee.jpg", (90, 133)),  # smaller than the target
+    ("dandelions.jpg", (24, 500)),  # a strip, far smaller
+    ("cat.jpg", (300, 31)),
   ],
 )
 def test_preprocessing_equals_that_of_clip(name, crop):
@@ -53,7 +57,8 @@ def test_preprocessing_equals_that_of_clip(name, crop):
     photo = photo.crop((0, 0, crop[1], crop[0]))
   pixels = np.asarray(photo, np.float32) / 255
   ours = np.asarray(reward.preprocess(pixels[None], 224))
-  expected = transformers.CLIPImageProcessor()(photo, return_tensors="np")["pixel_values"]
+  processor = transformers.CLIPImageProcessorPil()  # bicubic to 224, as it comes
+  expected = processor(photo, return_tensors="np")["pixel_values"]
   # In units of pixel values in [0, 1]: transformers rounds to bytes after the resize.
   error = np.abs(ours - np.moveaxis(np.asarray(expected), 1, -1)) * reward.CLIP_STD
   assert ours.shape == (1, 224, 224, 3)
@@ -146,7 +151,7 @@ def released_inverse() -> np.ndarray:
 @pytest.mark.parametrize("named", [False, True], ids=["tensor", "state_dict"])
 def test_released_inverse_of_v_becomes_a_bound(released_inverse, named, tmp_path):
   torch = pytest.importorskip("torch", reason="a .pt file needs torch: pip install torch")
-  stored = torch.tensor(released_inverse)
+  stored = torch.nn.Parameter(torch.tensor(released_inverse))  # what needs a gradient loads as well
   torch.save({"V_inverse": stored} if named else stored, tmp_path / "V_inverse.pt")
   bound = reward.read_bound(tmp_path / "V_inverse.pt")
   assert bound.lam == pytest.approx(0.01, rel=1e-3)
@@ -162,30 +167,42 @@ def test_file_of_several_tensors_is_no_bound(tmp_path):
     reward.read_bound(tmp_path / "two.pt")
 
 
-@pytest.mark.slow
-def test_released_checkpoint_and_bound_load_and_score_as_torch(released_inverse, tmp_path):
-  """At the released size: its file has no config, so no other can be loaded."""
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda torch: torch.eye(5), "the bound is for 5 features and the reward model has 6"),
+    (lambda torch: torch.ones(6, 5), r"V⁻¹ has shape \(6, 5\)"),
+    (lambda torch: torch.full((6, 6), float("nan")), "V⁻¹ has entries that are not finite"),
+    (lambda torch: -torch.eye(6), "V⁻¹ is not positive definite"),
+    (lambda torch: [torch.eye(6)], r"V_inverse\.pt: holds 0 tensors"),
+  ],
+)
+def test_inverse_that_does_not_fit_is_refused_in_one_line(model, make, message, tmp_path):
   torch = pytest.importorskip("torch", reason="a .pt file needs torch: pip install torch")
-  from parity import randomise
-  from test_parity_reward import ReleasedReward
+  model.save_pretrained(tmp_path)
+  torch.save(make(torch), tmp_path / "V_inverse.pt")
+  with pytest.raises(ValueError, match=rf"\A[^\n]*{message}[^\n]*\Z"):
+    RewardModel.from_pretrained(tmp_path, bound=tmp_path / "V_inverse.pt")
 
-  theirs = randomise(ReleasedReward(RewardConfig()))
-  file = tmp_path / "prefpaintReward.pt"
-  state = {f"module.{k}": torch.tensor(v) for k, v in theirs.released_state_dict().items()}
-  torch.save(state, file)
-  torch.save(torch.tensor(released_inverse), tmp_path / "V_inverse.pt")
-  model = RewardModel.from_pretrained(file, bound=tmp_path / "V_inverse.pt")
-  assert model.bound.width == model.network.config.feature_dim == 256
 
-  images, masked = np.random.default_rng(0).uniform(size=(2, 1, 224, 224, 3)).astype(np.float32)
-  normalised = [(x - reward.CLIP_MEAN) / reward.CLIP_STD for x in (images, masked)]
-  with torch.no_grad():
-    expected = theirs(*(torch.tensor(x).permute(0, 3, 1, 2) for x in normalised))
-  scores, features = model.score(images, masked)
-  np.testing.assert_allclose(features, expected[1].numpy(), atol=1e-3)
-  np.testing.assert_allclose(scores, expected[0].numpy(), atol=1e-3)
+@pytest.mark.parametrize("keep", [0, 10, 700, -5])
+def test_truncated_inverse_is_one_line_that_names_it(keep, tmp_path):
+  torch = pytest.importorskip("torch", reason="a .pt file needs torch: pip install torch")
+  file = tmp_path / "V_inverse.pt"
+  torch.save(torch.eye(64), file)
+  file.write_bytes(file.read_bytes()[:keep])
+  with pytest.raises(ValueError, match=r"\A[^\n]*V_inverse\.pt: cannot be read[^\n]*\Z"):
+    reward.read_bound(file)
 
-  # And it can be kept in our own format.
+
+def test_torch_is_needed_for_the_released_files_alone(model, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "torch", None)
   model.save_pretrained(tmp_path / "ours")
-  again = RewardModel.from_pretrained(tmp_path / "ours")
-  np.testing.assert_array_equal(again.score(images, masked)[0], scores)
+  released, inverse = tmp_path / "prefpaintReward.pt", tmp_path / "V_inverse.pt"
+  for file in (released, inverse):
+    file.write_bytes(b"never read")
+  with pytest.raises(ValueError, match=r"\A[^\n]*prefpaintReward\.pt: a torch file; install torch"):
+    RewardModel.from_pretrained(released)
+  with pytest.raises(ValueError, match=r"\A[^\n]*V_inverse\.pt: a torch file; install torch"):
+    RewardModel.from_pretrained(tmp_path / "ours", bound=inverse)
+  assert RewardModel.from_pretrained(tmp_path / "ours").bound.width == 6

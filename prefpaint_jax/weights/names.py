@@ -186,6 +186,11 @@ def convert_released_reward(
   [O, I]. Leaves out the text tower, the unused copy of the fusion layer and the alias of the head;
   any other unknown name is a ValueError.
   """
+  if twice := [name for name in state_dict if f"module.{name}" in state_dict]:
+    raise ValueError(
+      f"{what}: {len(twice)} tensors with and without the prefix 'module.': {_first(twice)};"
+      " give one of each"
+    )
   source = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
   alias, head = source.get("mlp.last_layer_weight"), source.get("mlp.last_layer.weight")
   if alias is not None and head is not None and not np.array_equal(alias.ravel(), head.ravel()):
@@ -206,7 +211,8 @@ def convert_released_reward(
     if not _REWARD_NAMES.fullmatch(name):
       unknown.append(old_name)
     elif fused := re.fullmatch(r"(.*)\.in_proj_(weight|bias)", name):
-      for part, values in zip("qkv", np.split(tensor, 3), strict=True):
+      # One that is not of three equal parts is left to `to_tree`, which names it.
+      for part, values in zip("qkv", np.array_split(tensor, 3), strict=True):
         converted[f"{fused[1]}.{part}_proj.{fused[2]}"] = values
     else:
       converted[name] = tensor
