@@ -1,0 +1,121 @@
+"""What the alignment tests share: tiny models, a rollout of theirs, a policy of three numbers.
+
+Models and rollout are made once in a process, whichever of the files ask for them.
+"""
+
+import dataclasses
+import functools
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prefpaint_jax import alignment, diffusion, testing
+from prefpaint_jax.alignment import Frozen, Scores, Settings, Trust
+from prefpaint_jax.diffusion import Trajectory
+from prefpaint_jax.inpainter import Prompts
+from prefpaint_jax.train import settings_from
+
+get_config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rl.py"))["get_config"]
+WORLD = dict.fromkeys(("policy", "reward", "prompts"), "")  # nothing here is read from disk
+PROMPTS, SAMPLES, STEPS = 4, 2, 4
+B = PROMPTS * SAMPLES
+
+
+def make_settings(trust: Trust | None = None, **changes) -> Settings:
+  config = get_config()
+  config.update_from_flattened_dict(testing.tiny_training(WORLD) | {"num_steps": STEPS})
+  return dataclasses.replace(settings_from(config), trust=trust or Trust(), **changes)
+
+
+# For what does not depend on how far the compiler fuses: it takes most of the time here.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
+
+
+@functools.cache
+def world(dtype: str = "float32"):
+  """(modules, UNet parameters, reward network, frozen trees) of the tiny models."""
+  inpainter, judge = testing.tiny_inpainter(dtype=dtype), testing.tiny_reward(dtype=dtype)
+  base = inpainter.params["unet"]
+  chol = judge.bound.chol.astype(np.float32)
+  frozen = Frozen(inpainter.params["vae"], judge.params, chol, inpainter.empty_context, base)
+  return inpainter.modules, base, judge.network, frozen
+
+
+def steps_of(settings: Settings) -> diffusion.Steps:
+  return diffusion.ddim_steps(world()[0].schedule, settings.num_steps, settings.eta)
+
+
+@functools.cache
+def painted(dtype: str = "float32"):
+  """(prompts, trajectory, images) of one rollout."""
+  settings = make_settings()
+  modules, params, _, frozen = world(dtype)
+  rollout = jax.jit(functools.partial(alignment.rollout, modules, settings, steps_of(settings)))
+  return rollout(params, frozen, *testing.tiny_prompts(PROMPTS), jax.random.key(0))
+
+
+def made_up_scores(valid: np.ndarray | None = None) -> Scores:
+  rng = np.random.default_rng(0)
+  valid = np.ones(B, bool) if valid is None else valid
+  return Scores(
+    rng.normal(size=B).astype(np.float32),
+    valid,
+    rng.uniform(1.0, 2.0, size=B).astype(np.float32),
+    rng.normal(size=B).astype(np.float32) * valid,
+  )
+
+
+def assert_trees_close(ours, expected, tolerance: float) -> None:
+  """Largest error of any leaf at most `tolerance` of the largest value of all leaves."""
+  assert jax.tree.structure(ours) == jax.tree.structure(expected)
+  largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+  errors = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), ours, expected)
+  assert largest > 0
+  assert max(jax.tree.leaves(errors)) <= tolerance * largest
+
+
+# ------------------------------------------------------- a policy of three numbers, for the rules
+
+
+class ToyModules:
+  """Predicts a·latents + b·masked latents + c·sin t: what an update does shows plainly."""
+
+  schedule = diffusion.Schedule.from_config(testing.tiny_configs()["scheduler"])
+
+  @staticmethod
+  def predict(params, prompts: Prompts, latents, timestep):
+    time = jnp.broadcast_to(jnp.sin(timestep / 100.0), latents.shape[:1])[:, None, None, None]
+    return params["a"] * latents + params["b"] * prompts.masked_latents + params["c"] * time
+
+
+TOY = {name: jnp.float32(value) for name, value in (("a", 0.9), ("b", 0.3), ("c", -0.2))}
+
+
+def toy_prompts(seed: int = 0) -> Prompts:
+  rng = np.random.default_rng(seed)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  mask = np.ones((B, 4, 4, 1), np.float32)
+  return Prompts(mask, draw(B, 4, 4, 3), mask[:, ::2, ::2], draw(B, 2, 2, 4), draw(1, 1, 3))
+
+
+def toy_rollout(settings: Settings, params, prompts: Prompts, seed: int) -> Trajectory:
+  predict = lambda latents, t: ToyModules.predict(params, prompts, latents, t)
+  noise = jax.random.normal(jax.random.key(seed), prompts.masked_latents.shape)
+  key, steps = jax.random.key(seed + 100), steps_of(settings)
+  return diffusion.rollout(predict, ToyModules.schedule, steps, noise, key)
+
+
+TOY_FROZEN = Frozen(vae={}, reward={}, chol=None, context=jnp.zeros((1, 1, 3)), base=TOY)
+
+
+def toy_loss(settings: Settings, params, prompts, trajectory, scores, indices):
+  evaluate = functools.partial(
+    alignment.policy_loss, ToyModules, settings, steps_of(settings), frozen=TOY_FROZEN
+  )
+  return jax.jit(jax.value_and_grad(evaluate, has_aux=True))(
+    params, prompts=prompts, trajectory=trajectory, scores=scores, indices=indices
+  )
