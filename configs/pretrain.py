@@ -12,8 +12,8 @@ def get_config(preset: str = "") -> ConfigDict:
   config.seed = 0
   config.dtype = "bfloat16"  # what the networks compute in; parameters stay float32
   config.policy = "stable-diffusion-v1-5/stable-diffusion-inpainting"  # "": a new architecture
-  config.photos = ""  # folder of pictures, any size
-  config.train_share = 1.0  # left share of each picture's width to learn from
+  config.pictures = ""  # folder of pictures, any size
+  config.test_share = 0.0  # right share of each picture's width that is not learned from
   config.size = 512  # pixels along each side
   config.crop = (512, 4096)  # sides of the square crops that are resized to it
   config.faded_share = 0.0  # share of the examples whose hole is faded, for a base of mixed quality
@@ -48,8 +48,8 @@ def get_config(preset: str = "") -> ConfigDict:
 def _mini(config: ConfigDict) -> None:
   config.update(
     policy="",
-    photos="mini",
-    train_share=0.78,
+    pictures="mini",
+    test_share=0.22,
     size=32,
     crop=(48, 176),
     faded_share=0.5,
@@ -58,8 +58,8 @@ def _mini(config: ConfigDict) -> None:
     checkpoint_every=1000,
     log_every=100,
   )
-  config.vae.update(iterations=3000, batch_size=16, learning_rate=2e-3)
-  config.unet.update(iterations=4000, batch_size=64, learning_rate=1e-3)
+  config.vae.update(iterations=1800, batch_size=16, learning_rate=2e-3)
+  config.unet.update(iterations=2000, batch_size=64, learning_rate=1e-3)
   config.architecture = ConfigDict(
     {
       "unet": {

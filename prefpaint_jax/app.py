@@ -11,6 +11,9 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from prefpaint_jax.checkpoint import Checkpoints
+from prefpaint_jax.inpainter import Inpainter
+
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from.")
 
 
@@ -72,18 +75,23 @@ def run_with_config(main: Callable[[ConfigDict, Path], None]) -> None:
   run(lambda: main(config.value, Path(workdir.value)))
 
 
-def open_workdir(config: ConfigDict, workdir: Path, free: Collection[str]) -> None:
+def open_workdir(
+  config: ConfigDict,
+  workdir: Path,
+  free: Collection[str] = (),
+  progress: str = "checkpoints/*",
+) -> None:
   """Writes `config.json`, or checks that a resumed run has the same config.
 
-  Fields in `free`, and those that end in `_every`, may change; any field may where no checkpoint
-  was written yet, so that a start that failed can be tried again.
+  Fields in `free`, and those that end in `_every`, may change; any field may where nothing matches
+  the glob `progress` yet, so that a start that failed can be tried again.
 
   Raises:
     ValueError: another field changed; names it.
   """
   now = flatten(config.to_dict())
   file = workdir / "config.json"
-  if file.is_file() and any((workdir / "checkpoints").glob("*")):
+  if file.is_file() and any(workdir.glob(progress)):
     before = flatten(json.loads(file.read_text()))
     changed = [
       f"{name} was {json.dumps(before.get(name))}, now {json.dumps(now.get(name))}"
@@ -107,6 +115,21 @@ def read_workdir(workdir: Path) -> ConfigDict:
   if not file.is_file():
     raise ValueError(f"{workdir}: no config.json; give the --workdir of a run")
   return ConfigDict(json.loads(file.read_text()))
+
+
+def open_policy(name: str, dtype: str = "float32", step: int | None = None) -> Inpainter:
+  """The policy of a run's workdir at a checkpoint (default: the latest), or of any folder or name.
+
+  A run that kept a moving average of the parameters gives that.
+  """
+  workdir = Path(name)
+  if (workdir / "model_index.json").is_file() or not (workdir / "config.json").is_file():
+    return Inpainter.from_pretrained(name, dtype)
+  config = read_workdir(workdir)
+  inpainter = Inpainter.from_pretrained(config.policy, dtype)
+  kept = "ema" if config.ema_decay else "params"
+  inpainter.params["unet"] = Checkpoints(workdir / "checkpoints").load(kept, step)
+  return inpainter
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

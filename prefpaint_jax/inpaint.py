@@ -1,6 +1,6 @@
 """Paints the missing part of a picture.
 
-  python -m prefpaint_jax.inpaint --model=FOLDER_OR_HUB_NAME --image=I --mask=M --output=O.png
+  python -m prefpaint_jax.inpaint --model=MODEL --image=I --mask=M --output=O.png
 
 The mask is white where the picture is missing. Several samples go to O_0.png, O_1.png, ...
 """
@@ -15,11 +15,10 @@ from tqdm import tqdm
 
 from prefpaint_jax import app
 from prefpaint_jax.data import images as image_io
-from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.metrics import save_png
 from prefpaint_jax.reward import RewardModel
 
-_MODEL = flags.DEFINE_string("model", "mini", "Folder, hub name, or mini.")
+_MODEL = flags.DEFINE_string("model", "mini", "Folder, hub name, workdir of a run, or mini.")
 _IMAGE = flags.DEFINE_string("image", None, "Picture to complete.", required=True)
 _MASK = flags.DEFINE_string("mask", None, "Its mask, white = missing.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "PNG to write.", required=True)
@@ -39,7 +38,7 @@ def main() -> None:
     raise ValueError(f"--output={output}: give a name that ends in .png")
   image = image_io.load_image(_IMAGE.value)
   mask = image_io.load_mask(_MASK.value, image.shape[:2])
-  inpainter = Inpainter.from_pretrained(_MODEL.value, dtype=_DTYPE.value)
+  inpainter = app.open_policy(_MODEL.value, _DTYPE.value)
   judge = _REWARD.value and RewardModel.from_pretrained(_REWARD.value, dtype=_DTYPE.value)
   with tqdm(total=_NUM_STEPS.value, unit="step", disable=not sys.stderr.isatty()) as bar:
     painted = inpainter(

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from prefpaint_jax import diffusion, mini
+from prefpaint_jax import diffusion, mini, sharding
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.diffusion import Schedule, Steps
 from prefpaint_jax.models.clip import CLIPTextModel
@@ -216,6 +217,7 @@ class Inpainter:
   ):
     self.modules, self.params = modules, params
     self.configs, self.tokenizer_files = configs, tokenizer_files
+    self._batch_sharding: NamedSharding | None = None
 
   @classmethod
   def from_pretrained(
@@ -283,6 +285,12 @@ class Inpainter:
       return CLIPTokenizer.from_pretrained(folder)
     finally:
       shutil.rmtree(folder)
+
+  def place(self, mesh: Mesh) -> "Inpainter":
+    """Copies the parameters to every device of `mesh`; batches that divide are split over them."""
+    self.params = jax.device_put(self.params, sharding.replicated(mesh))
+    self._batch_sharding = sharding.batch_sharding(mesh)
+    return self
 
   def encode_text(self, texts: Sequence[str]) -> jax.Array:
     """Texts -> their context [B, L, D]; longer ones are cut."""
@@ -358,6 +366,10 @@ class Inpainter:
       latents = jax.random.normal(noise_key, shape)
     elif np.shape(latents) != shape:
       raise ValueError(f"latents are {np.shape(latents)}; these images need {shape}")
+    if self._batch_sharding is not None and B % self._batch_sharding.num_devices == 0:
+      small_images, small_masks, latents = jax.device_put(
+        (small_images, small_masks, latents), self._batch_sharding
+      )
     painted = _paint(
       self.modules,
       self.params,

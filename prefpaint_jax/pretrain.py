@@ -1,7 +1,7 @@
 """Denoising training of an inpainting model on pictures: to adapt a base, or to make a small one.
 
   python -m prefpaint_jax.pretrain --config=configs/pretrain.py --workdir=runs/adapt \
-    --config.photos=FOLDER
+    --config.pictures=FOLDER
 
 Trains the VAE (if asked), then the UNet with the masks of both kinds of prompt, and writes the
 pipeline to WORKDIR/pipeline. The same command resumes an interrupted run.
@@ -12,46 +12,38 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
-from prefpaint_jax import app, diffusion, mini, sharding, simulation
-from prefpaint_jax.checkpoint import Checkpoints
-from prefpaint_jax.data import images as image_io
-from prefpaint_jax.data import masks as mask_io
-from prefpaint_jax.data import prompts as prompt_io
+from prefpaint_jax import app, diffusion, fitting, sharding, simulation
+from prefpaint_jax.data.pictures import DrawnPrompts
 from prefpaint_jax.inpainter import Inpainter, Modules, Params, make_modules
-from prefpaint_jax.metrics import MetricsWriter, progress
 from prefpaint_jax.models.vae import AutoencoderKL
-
-
-class State(NamedTuple):
-  iteration: jax.Array
-  params: Params
-  opt_state: optax.OptState
-  ema: Params
 
 
 def picture_loader(config: ConfigDict, batch_size: int):
   """Endless batches of crops: image [b, H, W, 3] in [0, 1], mask and faded image likewise."""
-  photos = prompt_io.load_photos(mini.locate(config.photos, "photos"))
-  names, size = sorted(photos), config.size
+  prompts = DrawnPrompts(
+    config.pictures,
+    "train",
+    2**20,
+    config.size,
+    seed=config.seed,
+    fit="random",
+    crop=config.crop,
+    test_share=config.test_share,
+    kinds={"outpainting": 1.0, "holes": 1.0},
+  )
 
-  def draw(_: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    photo = photos[names[rng.integers(len(names))]]
-    crop = prompt_io.random_crop(rng, photo, "train", config.train_share, config.crop)
-    image = image_io.resize_image(crop, (size, size))
-    kinds = mask_io.outpainting_mask, mask_io.warping_mask
-    mask = kinds[rng.integers(2)](rng, size, size)
-    target = image
-    if rng.random() < config.faded_share:
-      target = simulation.fade(image[None], mask[None])[0]
+  def draw(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    prompt = prompts[index % len(prompts)]
+    image, mask = prompt["image"], prompt["mask"]
+    faded = rng.random() < config.faded_share
+    target = simulation.fade(image[None], mask[None])[0] if faded else image
     return {"image": image, "mask": mask, "target": target}
 
   numbers = grain.MapDataset.range(2**31).seed(config.seed).random_map(draw)
@@ -108,66 +100,25 @@ def fit(
   workdir: Path,
   mesh: jax.sharding.Mesh,
 ) -> Params:
-  """Minimises `loss(*frozen, params, batch, key)`; returns the moving average of the parameters.
-
-  `config[stage]` says how long and how. Checkpoints to WORKDIR/checkpoints/STAGE and resumes.
-  """
-  iterations = config[stage].iterations
-  sharding.check_batch(config[stage].batch_size, mesh)
-  warmup = min(config.warmup_iterations, iterations // 2)
-  rate = optax.warmup_cosine_decay_schedule(0.0, config[stage].learning_rate, warmup, iterations)
-  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=1e-4))
-
-  def init(params: Params) -> State:
-    copy = jax.tree.map(jnp.copy, params)
-    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), copy)
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def step(state: State, frozen, batch, key):
-    key = jax.random.fold_in(key, state.iteration)
-    gradients, metrics = jax.grad(lambda params: loss(*frozen, params, batch, key), has_aux=True)(
-      state.params
-    )
-    changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, changes)
-    # Young averages follow closely, so that a short run is not held back by its start.
-    decay = jnp.minimum(config.ema_decay, (1.0 + state.iteration) / (10.0 + state.iteration))
-    ema = optax.incremental_update(params, state.ema, 1.0 - decay)
-    return State(state.iteration + 1, params, opt_state, ema), metrics
-
-  shapes = jax.eval_shape(init, params)
-  shardings = sharding.specs(shapes, sharding.DEFAULT_RULES, mesh)
-  loader = picture_loader(config, config[stage].batch_size)
-  writer = MetricsWriter(workdir / stage, is_writer=jax.process_index() == 0)
-  checkpoints = Checkpoints(workdir / "checkpoints" / stage, keep=1)
-  if checkpoints.latest() is None:
-    state = jax.jit(init, out_shardings=shardings)(params)
-  else:
-    abstract = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
-    state, position, _ = checkpoints.restore(abstract)
-    loader.set_state(position)
-  start = int(state.iteration)
-  writer.truncate(start)
-  key = jax.random.fold_in(jax.random.key(config.seed), stage == "unet")
-  frozen = jax.device_put(frozen, sharding.replicated(mesh))
-  bar = progress(iterations, start, visible=jax.process_index() == 0)
-  for iteration in range(start, iterations):
-    batch = sharding.to_global(mesh, next(loader))
-    state, metrics = step(state, frozen, batch, key)
-    done = iteration + 1
-    if done % config.log_every == 0 or done == iterations:
-      metrics = {name: float(value) for name, value in metrics.items()}
-      writer.write(done, metrics)
-      bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    if done % config.checkpoint_every == 0 or done == iterations:
-      checkpoints.save(done, state, loader.get_state(), {})
-    bar.update()
-  bar.close()
-  checkpoints.close()
-  writer.close()
-  return jax.device_get(state.ema)
+  """Minimises `loss(*frozen, params, batch, key)` as `config[stage]` says, in WORKDIR/STAGE."""
+  settings = config[stage]
+  sharding.check_batch(settings.batch_size, mesh)
+  return fitting.fit(
+    loss,
+    frozen,
+    params,
+    fitting.warmup_cosine(
+      settings.learning_rate, config.warmup_iterations, settings.iterations, weight_decay=1e-4
+    ),
+    picture_loader(config, settings.batch_size),
+    workdir / stage,
+    mesh,
+    jax.random.fold_in(jax.random.key(config.seed), stage == "unet"),
+    iterations=settings.iterations,
+    ema_decay=config.ema_decay,
+    checkpoint_every=config.checkpoint_every,
+    log_every=config.log_every,
+  )
 
 
 def byte_tokenizer(length: int = 77) -> dict[str, bytes]:
@@ -201,9 +152,9 @@ def new_inpainter(config: ConfigDict) -> Inpainter:
 
 
 def pretrain(config: ConfigDict, workdir: Path) -> None:
-  app.open_workdir(config, workdir, free=())
-  if not config.photos:
-    raise ValueError("config.photos is empty: give --config.photos=FOLDER")
+  app.open_workdir(config, workdir, progress="*/checkpoints/*")
+  if not config.pictures:
+    raise ValueError("config.pictures is empty: give --config.pictures=FOLDER")
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   if config.policy:
     inpainter = Inpainter.from_pretrained(config.policy, config.dtype, config.remat)

@@ -1,42 +1,98 @@
 """Masks: always usable, the same for the same seed, and of the kind they were drawn as."""
 
+import hashlib
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import ndimage
 
 from prefpaint_jax.data import masks
 
 SIZES = [(32, 32), (64, 48), (17, 40)]
-DRAW = {masks.OUTPAINTING: masks.outpainting_mask, masks.WARPING: masks.warping_mask}
+RANGED = {
+  "outpainting": masks.outpainting_mask,
+  "box": masks.box_mask,
+  "brush": masks.brush_mask,
+}
 
 
-@pytest.mark.parametrize("kind", DRAW)
+@pytest.mark.parametrize("name", masks.DRAW)
 @pytest.mark.parametrize("size", SIZES)
-def test_masks_are_binary_neither_empty_nor_full_and_of_their_kind(kind, size):
-  for seed in range(200):
-    mask = DRAW[kind](seed, *size)
+def test_masks_are_binary_neither_empty_nor_full_and_of_their_kind(name, size):
+  kind, draw = masks.DRAW[name]
+  for seed in range(100):
+    mask = draw(seed, *size)
     assert mask.shape == (*size, 1) and mask.dtype == np.float32
     assert set(np.unique(mask)) == {0.0, 1.0}
-    assert masks.mask_kind(mask) == kind
+    # A brush leaves what looks like any other holes.
+    assert masks.mask_kind(mask) == (masks.WARPING if kind == masks.BRUSH else kind)
 
 
-@pytest.mark.parametrize("kind", DRAW)
-def test_same_seed_same_mask_and_other_seeds_other_masks(kind):
-  draw = DRAW[kind]
+@pytest.mark.parametrize("draw", RANGED.values())
+def test_even_the_smallest_picture_keeps_something_and_misses_something(draw):
+  for size in [(2, 2), (2, 7), (5, 3)]:
+    for seed in range(50):
+      for missing in [(0.01, 0.02), (0.98, 0.99), (0.1, 0.9)]:
+        assert 0 < draw(seed, *size, missing=missing).mean() < 1
+
+
+@pytest.mark.parametrize("name", masks.DRAW)
+def test_same_seed_same_mask_and_other_seeds_other_masks(name):
+  _, draw = masks.DRAW[name]
   np.testing.assert_array_equal(draw(7, 32, 32), draw(7, 32, 32))
   np.testing.assert_array_equal(draw(7, 32, 32), draw(np.random.default_rng(7), 32, 32))
   assert len({draw(seed, 32, 32).tobytes() for seed in range(50)}) > 30
 
 
-def test_outpainting_keeps_one_rectangle_of_the_asked_share():
-  rows, sides = 64, set()
+@pytest.mark.parametrize("name", RANGED)
+@pytest.mark.parametrize("missing", [(0.05, 0.1), (0.15, 0.4), (0.6, 0.8)])
+def test_the_missing_share_is_drawn_from_its_range(name, missing):
+  shares = [RANGED[name](seed, 60, 80, missing=missing).mean() for seed in range(50)]
+  step = 0 if name == "brush" else 1 / 60  # whole rows and columns only
+  assert missing[0] - step - 1e-3 <= min(shares) and max(shares) <= missing[1] + step + 1e-3
+  third = (missing[1] - missing[0]) / 3
+  assert min(shares) < missing[0] + third and max(shares) > missing[1] - third
+
+
+def test_outpainting_keeps_one_rectangle_cropped_on_any_sides():
+  sides = set()
   for seed in range(300):
-    known = masks.outpainting_mask(seed, rows, rows, keep=(0.6, 0.85))[..., 0] == 0
-    assert abs(known.mean() - 0.725) <= 0.125 + 2 / rows  # whole rows and columns only
+    known = masks.outpainting_mask(seed, 64, 64)[..., 0] == 0
     window = ndimage.find_objects(known.astype(int))[0]
     assert known[window].all()
-    sides.add(tuple((s.start > 0, s.stop < rows) for s in window))
+    sides.add(tuple((s.start > 0, s.stop < 64) for s in window))
   assert len(sides) == 15  # every way to crop some of four sides
+
+
+@pytest.mark.parametrize(
+  "sides, ways",
+  [(["left"], 1), (["top", "bottom"], 3), (["right", "bottom"], 3)],
+)
+def test_outpainting_crops_only_the_sides_it_may(sides, ways):
+  seen = set()
+  for seed in range(300):
+    mask = masks.outpainting_mask(seed, 50, 64, sides=sides)[..., 0]
+    edges = {"left": mask[:, 0], "right": mask[:, -1], "top": mask[0], "bottom": mask[-1]}
+    seen.add(frozenset(side for side, edge in edges.items() if edge.all()))
+  assert len(seen) == ways and frozenset().union(*seen) == set(sides)
+
+
+def test_boxes_and_brushes_reach_every_part_of_the_picture():
+  for draw in (masks.box_mask, masks.brush_mask):
+    mean = np.mean([draw(seed, 24, 32) for seed in range(300)], axis=0)
+    assert mean.min() > 0 and mean.max() < 0.8
+
+
+def test_brush_strokes_are_as_wide_as_a_brush():
+  for seed in range(20):
+    mask = masks.brush_mask(seed, 128, 128)[..., 0] > 0
+    # The thinnest brush has a radius of 3.2; only the last disc may be cut off.
+    opened = ndimage.binary_opening(np.pad(mask, 8, mode="edge"), np.ones((3, 3)))[8:-8, 8:-8]
+    assert (mask & ~opened).mean() < 0.004
+    assert ndimage.distance_transform_edt(mask).max() < 40
 
 
 def test_warping_leaves_an_edge_band_and_holes_apart_from_it():
@@ -53,7 +109,49 @@ def test_warping_leaves_an_edge_band_and_holes_apart_from_it():
   assert min(shares) >= 0.08 and max(shares) <= 0.55
 
 
-def test_too_small_a_picture_is_refused():
-  for draw in DRAW.values():
+@pytest.mark.parametrize(
+  "draw, checksums",
+  [
+    (masks.outpainting_mask, ["0dad5113b5bdec42", "7a02bdc00a6c070c", "95d03a6bcfd4552b"]),
+    (masks.warping_mask, ["4d98e99a42d7b9b6", "8250f30b3121ceb2", "09e007b8003e2d5b"]),
+  ],
+)
+def test_a_seed_draws_the_masks_that_shipped_prompts_were_made_with(draw, checksums):
+  for size, checksum in zip(SIZES, checksums, strict=True):
+    drawn = b"".join(draw(seed, *size).astype(np.uint8).tobytes() for seed in range(64))
+    assert hashlib.sha256(drawn).hexdigest()[:16] == checksum
+
+
+def test_an_unknown_mask_is_named_after_its_rectangle():
+  mask = np.zeros((8, 9, 1))
+  mask[2:5, 3:6] = 1
+  assert masks.mask_kind(mask) == masks.BOX
+  assert masks.mask_kind(1 - mask) == masks.OUTPAINTING
+  mask[7, 7] = 1
+  assert masks.mask_kind(mask) == masks.WARPING
+  half = np.zeros((8, 9, 1))
+  half[:, 5:] = 1
+  assert masks.mask_kind(half) == masks.OUTPAINTING
+
+
+def test_what_cannot_be_drawn_is_refused():
+  for _, draw in masks.DRAW.values():
     with pytest.raises(ValueError, match="1x8"):
       draw(0, 1, 8)
+  for draw in RANGED.values():
+    for missing in [(0.0, 0.5), (0.5, 1.0), (0.5, 0.2)]:
+      with pytest.raises(ValueError, match="missing"):
+        draw(0, 8, 8, missing=missing)
+  for sides in ["left", ["up"], []]:
+    with pytest.raises(ValueError, match="sides"):
+      masks.outpainting_mask(0, 8, 8, sides=sides)
+
+
+def test_the_command_draws_a_row_of_each_kind(tmp_path):
+  photo, output = tmp_path / "photo.png", tmp_path / "sheet.png"
+  noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+  Image.fromarray(noise).save(photo)
+  flags = [f"--image={photo}", f"--output={output}", "--size=32", "--number=3"]
+  subprocess.run([sys.executable, "-m", "prefpaint_jax.data.masks", *flags], check=True)
+  width, height = Image.open(output).size
+  assert width == 3 * (32 + 4) and height > 5 * (32 + 4)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from prefpaint_jax import pretrain, testing
+from prefpaint_jax import fitting, pretrain, testing
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.metrics import save_png
 
@@ -32,7 +32,7 @@ def tiny_config(photos: str):
     config.architecture = architecture
   config.update_from_flattened_dict(
     {
-      "photos": photos,
+      "pictures": photos,
       "size": testing.SIZE,
       "crop": (8, 20),
       "log_every": 1,
@@ -54,7 +54,7 @@ def test_makes_a_pipeline_and_resumes_exactly(tmp_path, photos, monkeypatch):
   class Killed(Exception):
     pass
 
-  original, calls = pretrain.Checkpoints.save, []
+  original, calls = fitting.Checkpoints.save, []
 
   def save_then_die(self, step, *rest):
     original(self, step, *rest)
@@ -63,7 +63,7 @@ def test_makes_a_pipeline_and_resumes_exactly(tmp_path, photos, monkeypatch):
       self.close()
       raise Killed
 
-  monkeypatch.setattr(pretrain.Checkpoints, "save", save_then_die)
+  monkeypatch.setattr(fitting.Checkpoints, "save", save_then_die)
   with pytest.raises(Killed):
     pretrain.pretrain(tiny_config(photos), tmp_path / "killed")
   pretrain.pretrain(tiny_config(photos), tmp_path / "killed")
@@ -76,5 +76,5 @@ def test_makes_a_pipeline_and_resumes_exactly(tmp_path, photos, monkeypatch):
 
 
 def test_no_photos_is_one_clear_line(tmp_path):
-  with pytest.raises(ValueError, match=r"config\.photos is empty"):
+  with pytest.raises(ValueError, match=r"config\.pictures is empty"):
     pretrain.pretrain(tiny_config(""), tmp_path)

@@ -1,5 +1,6 @@
-"""Prompts: cut without sharing a pixel, opened from every layout, fed in one order to everyone."""
+"""Prompts: written and opened in every layout, fed in one order to everyone."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from prefpaint_jax.data import masks, prompts
+from prefpaint_jax.data.pictures import DrawnPrompts
 
 
 @pytest.fixture(scope="module")
@@ -67,43 +69,13 @@ def ids(batch):
   return batch["id"].astype(int).tolist()
 
 
-def test_train_and_test_crops_share_no_column(photos_dir):
-  photos = prompts.load_photos(photos_dir)
-  rng = np.random.default_rng(0)
-  border = round(0.78 * 200)
-  for photo in photos.values():
-    for _ in range(200):
-      columns = 255 * prompts.random_crop(rng, photo, "train", 0.78, (20, 60))[..., 0]
-      assert columns.max() <= border - 1 + 1e-3
-      square = prompts.random_crop(rng, photo, "test", 0.78, (20, 60))
-      assert (255 * square[..., 0]).min() >= border - 1e-3
-      assert 20 <= square.shape[0] == square.shape[1] <= 200 - border  # as far as the strip allows
-
-
-def test_flips_happen_half_of_the_time(photos_dir):
-  photo = prompts.load_photos(photos_dir)["one"]
-  rng = np.random.default_rng(0)
-  crops = [prompts.random_crop(rng, photo, "train", 0.78, (20, 60)) for _ in range(400)]
-  mirrored = np.mean([crop[0, 0, 0] > crop[0, -1, 0] for crop in crops])
-  assert 0.4 < mirrored < 0.6
-
-
-def test_one_coloured_crops_are_drawn_again_and_one_coloured_photos_refused():
-  photo = np.full((60, 100, 3), 0.5, np.float32)
-  with pytest.raises(ValueError, match="one colour"):
-    list(prompts.crop_prompts({"grey": photo}, "train", 3, crop=(20, 40)))
-  photo[:, :30] = np.random.default_rng(0).random((60, 30, 3))
-  made = list(prompts.crop_prompts({"half": photo}, "train", 20, size=16, crop=(20, 40)))
-  assert min(prompt["image"].std(axis=(0, 1)).max() for prompt in made) >= 0.04
-
-
-def test_what_is_opened_is_what_was_cut(built, photos_dir):
-  photos = prompts.load_photos(photos_dir)
+def test_what_is_opened_is_what_was_drawn(built, photos_dir):
   for split, number in (("train", 12), ("test", 6)):
     opened = prompts.open_prompts(built, split)
-    cut = list(prompts.crop_prompts(photos, split, number, size=16))
+    kinds = {"outpainting": 1, "holes": 1}
+    drawn = DrawnPrompts(photos_dir, split, number, 16, fit="random", test_share=0.22, kinds=kinds)
     assert len(opened) == number
-    for ours, theirs in zip(opened, cut, strict=True):
+    for ours, theirs in zip(opened, drawn, strict=True):
       assert (ours["id"], ours["kind"]) == (theirs["id"], theirs["kind"])
       np.testing.assert_array_equal(ours["mask"], theirs["mask"])
       np.testing.assert_allclose(ours["image"], theirs["image"], atol=0.51 / 255)
@@ -164,6 +136,30 @@ def test_folder_of_pictures_opens_with_and_without_lists(released):
   assert [p["id"] for p in elsewhere] == ["c", "a"]
 
 
+def test_kinds_are_those_of_the_list_where_there_is_one(released):
+  kinds = [{"image_id": "a", "kind": "brush"}, {"image_id": "c", "kind": "box", "source": "x"}]
+  (released / "prompts.jsonl").write_text("\n".join(map(json.dumps, kinds)))
+  opened = prompts.open_prompts(released, "train")
+  assert [masks.KINDS[p["kind"]] for p in opened] == ["brush", "warping", "box"]
+  (released / "prompts.jsonl").write_text('{"image_id": "a", "kind": "blob"}\n')
+  with pytest.raises(ValueError, match=r"prompts\.jsonl, line 1: not"):
+    prompts.open_prompts(released, "train")
+
+
+def test_pictures_open_as_prompts_drawn_from_them(photos_dir, tmp_path):
+  for i in range(20):
+    shutil.copy(photos_dir / "one.png", tmp_path / f"{i}.png")
+  opened = {split: prompts.open_prompts(tmp_path, split, 16) for split in prompts.SPLITS}
+  assert sum(map(len, opened.values())) == 20 and all(map(len, opened.values()))
+  kinds = [masks.KINDS[prompt["kind"]] for prompt in opened["train"]]
+  assert set(kinds) == {"outpainting", "warping"}
+  assert abs(kinds.count("outpainting") - kinds.count("warping")) <= 1
+  mixture = prompts.open_prompts(f"3*{tmp_path},{tmp_path}", "train", (12, 16))
+  assert mixture[0]["image"].shape == (12, 16, 3)
+  with pytest.raises(ValueError, match="holds pictures: give the size"):
+    prompts.open_prompts(tmp_path, "train")
+
+
 def test_size_resizes_on_the_fly(released, built):
   for source in (released, built):
     for prompt in prompts.open_prompts(source, "test", size=20):
@@ -173,15 +169,21 @@ def test_size_resizes_on_the_fly(released, built):
 
 
 def test_mistakes_in_folders_end_in_one_line(released, built, tmp_path_factory):
-  empty = tmp_path_factory.mktemp("empty")
+  empty, pictures_only = tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("pictures")
+  shutil.copytree(built, pictures_only, dirs_exist_ok=True)
+  features = next(pictures_only.rglob("features.json"))
+  kept = json.loads(features.read_text())
+  kept["featuresDict"]["features"] = {"image": kept["featuresDict"]["features"]["image"]}
+  features.write_text(json.dumps(kept))
 
   def expect(pattern, source, split="train"):
     with pytest.raises(ValueError, match=pattern) as error:
-      list(prompts.open_prompts(source, split))
+      list(prompts.open_prompts(source, split, 16))
     assert "\n" not in str(error.value)
 
   expect("not a folder", released / "gone")
-  expect("neither masks/ nor one tfds data set", empty)
+  expect(r"no \.jpg, .* in it", empty)
+  expect("has no id, kind, mask: .*say tfds:", pictures_only)
   expect("has no split 'valid': it has", built, "valid")
   expect(r"mine\.txt: no such list", f"{released}:mine.txt")
   (released / "train.txt").write_text("\n")

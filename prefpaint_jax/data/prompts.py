@@ -1,18 +1,20 @@
-"""Prompts: incomplete pictures with their masks, to build from photographs, to open, and to feed.
+"""Prompts: incomplete pictures with their masks, to open, to feed, and to write as a data set.
 
 A prompt is a dict {id: str, kind: int (index into masks.KINDS), image: float32 [H, W, 3] in [0, 1],
 mask: float32 [H, W, 1], 1 = missing}. Under the mask the image holds the true content where that is
-known, else black: whoever conditions on a prompt must multiply it by (1 - mask).
+known, else black: whoever conditions on a prompt must multiply it by (1 - mask). Prompts drawn from
+pictures (`pictures.DrawnPrompts`) also say where they come from.
 """
 # Shapes: H W pixels, b prompts of one process.
 
 from __future__ import annotations
 
 import io
+import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import grain
 import numpy as np
@@ -21,10 +23,9 @@ from PIL import Image
 
 from prefpaint_jax import mini
 from prefpaint_jax.data import images, masks
+from prefpaint_jax.data.pictures import SPLITS, DrawnPrompts, find_records
 
-SPLITS = ("train", "test")
 ENDLESS = 2**31  # epochs; grain's own endless repetition overflows for a batch of one
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Prompt(TypedDict):
@@ -32,6 +33,9 @@ class Prompt(TypedDict):
   kind: int
   image: np.ndarray
   mask: np.ndarray
+  source: NotRequired[str]
+  picture: NotRequired[str]
+  complete: NotRequired[bool]  # whether the image is known under the mask
 
 
 # --------------------------------------------------------------------------------------------- open
@@ -47,41 +51,48 @@ def open_prompts(
     FOLDER            what `build_prompts` wrote, or any tfds data set with its features;
     FOLDER            masks/ID_mask.png with, for each, images/ID.png (the whole picture) or
                       masks_color/ID_mask_color.png (the hole blacked). train.txt and test.txt in
-                      it list the IDs of the splits, one a line; with neither, any split is all;
-    FOLDER:LIST.txt   the same with the IDs of that list (in the folder, or a path).
+                      it list the IDs of the splits, one a line; with neither, any split is all.
+                      prompts.jsonl may name the kinds of masks, else they are seen from them;
+    FOLDER:LIST.txt   the same with the IDs of that list (in the folder, or a path);
+    FOLDER            pictures, at any depth, to draw prompts from, one of each;
+    tfds:NAME         the pictures of a tfds data set likewise;
+    2*A,1*B           a mixture of pictures; see `pictures` for more, and for other ways to draw.
 
   `size`, a side or (height, width), resizes what is read: images antialiased, masks by the nearest
-  pixel.
+  pixel. Pictures are cut to it in the middle; a tenth of them is held out as "test".
   """
   size = (size, size) if isinstance(size, int) else size
   folder, listing = Path(mini.locate(source, "prompts")), None
   if not folder.exists() and ":" in str(source) and str(source).endswith(".txt"):
     head, _, tail = str(source).rpartition(":")
     folder, listing = Path(head), tail
-  if not folder.is_dir():
-    raise ValueError(
-      f"prompts: {folder} is not a folder: give 'mini', a folder, or FOLDER:LIST.txt"
-    )
   if (folder / "masks").is_dir():
     return _FolderPrompts(folder, _read_ids(folder, split, listing), size)
-  return _RecordPrompts(folder, split, size)
+  if folder.is_dir() and (records := find_records(folder)):
+    return _RecordPrompts(folder, records, split, size)
+  if folder.is_dir() or str(source).startswith("tfds:") or any(c in str(source) for c in "*,"):
+    if size is None:
+      raise ValueError(f"prompts: {source} holds pictures: give the size to draw prompts at")
+    return DrawnPrompts(source, split, None, size)
+  raise ValueError(
+    f"prompts: {folder} is not a folder: give 'mini', a folder, FOLDER:LIST.txt, or tfds:NAME"
+  )
 
 
 class _RecordPrompts(Sequence):
   """Prompts of a tfds folder, read without TensorFlow."""
 
-  def __init__(self, folder: Path, split: str, size: tuple[int, int] | None):
-    found = [
-      info.parent
-      for depth in ("", "*/", "*/*/")
-      for info in folder.glob(depth + "dataset_info.json")
-    ]
-    if len(found) != 1:
+  def __init__(self, folder: Path, found: list[Path], split: str, size: tuple[int, int] | None):
+    if len(found) > 1:
       raise ValueError(
-        f"prompts: {folder} holds neither masks/ nor one tfds data set (found {len(found)}): "
-        "name the folder of one data set"
+        f"prompts: {folder} holds {len(found)} tfds data sets: name the folder of one"
       )
     builder = tfds.builder_from_directory(found[0])
+    if missing := {"id", "kind", "image", "mask"} - set(builder.info.features):
+      raise ValueError(
+        f"prompts: {found[0]} has no {', '.join(sorted(missing))}: "
+        f"if it holds pictures to draw prompts from, say tfds:{folder}"
+      )
     if split not in builder.info.splits:
       raise ValueError(
         f"prompts: {found[0]} has no split {split!r}: it has {', '.join(builder.info.splits)}"
@@ -108,7 +119,7 @@ class _FolderPrompts(Sequence):
       {file.name for file in (folder / name).glob("*.png")}
       for name in ("masks", "images", "masks_color")
     )
-    self._files = []
+    self._files, kinds = [], _read_kinds(folder)
     for id_ in ids:
       if f"{id_}_mask.png" not in mask_files:
         raise ValueError(
@@ -124,16 +135,16 @@ class _FolderPrompts(Sequence):
           f"{folder}: neither images/{id_}.png nor masks_color/{id_}_mask_color.png is there: "
           f"add one or drop {id_}"
         )
-      self._files.append((id_, image, folder / "masks" / f"{id_}_mask.png"))
+      self._files.append((id_, image, folder / "masks" / f"{id_}_mask.png", kinds.get(id_)))
     self._size = size
 
   def __len__(self) -> int:
     return len(self._files)
 
   def __getitem__(self, index: int) -> Prompt:
-    id_, image_file, mask_file = self._files[index]
+    id_, image_file, mask_file, kind = self._files[index]
     image = images.load_image(image_file)
-    return _prompt(id_, image, images.load_mask(mask_file, image.shape[:2]), self._size)
+    return _prompt(id_, image, images.load_mask(mask_file, image.shape[:2]), self._size, kind)
 
 
 def _prompt(
@@ -168,6 +179,23 @@ def _read_ids(folder: Path, split: str, listing: str | None) -> list[str]:
   if not ids:
     raise ValueError(f"{file}: the list of prompts is empty: write one ID a line into it")
   return ids
+
+
+def _read_kinds(folder: Path) -> dict[str, int]:
+  """{ID: kind} as prompts.jsonl says, as far as it does."""
+  file, kinds = folder / "prompts.jsonl", {}
+  if not file.is_file():
+    return kinds
+  for number, line in enumerate(file.read_text().splitlines(), 1):
+    try:
+      entry = json.loads(line)
+      kinds[entry["image_id"]] = masks.KINDS.index(entry["kind"])
+    except (ValueError, KeyError, TypeError):
+      raise ValueError(
+        f'{file}, line {number}: not {{"image_id": ID, "kind": one of {", ".join(masks.KINDS)}}}: '
+        "correct it or delete the file"
+      ) from None
+  return kinds
 
 
 # --------------------------------------------------------------------------------------------- feed
@@ -221,28 +249,37 @@ def stack(prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
   }
 
 
-# -------------------------------------------------------------------------------------------- build
+# -------------------------------------------------------------------------------------------- write
 
 
 def build_prompts(
   output_dir: str | Path,
-  photos_dir: str | Path,
+  photos: str | Path,
   num_train: int,
   num_test: int,
   size: int = 32,
   seed: int = 0,
-  train_share: float = 0.78,
+  test_share: float = 0.22,
   crop: tuple[int, int] = (48, 176),
 ) -> Path:
-  """Cuts prompts from a folder of photographs into a tfds data set and returns its folder.
+  """Draws prompts from photographs into a tfds data set and returns its folder.
 
-  The same arguments give the same prompts. See `crop_prompts` for how they are cut.
+  Random crops of both kinds of the paper, in turn; the same arguments give the same prompts.
   """
-  photos = load_photos(photos_dir)
   numbers = {"train": num_train, "test": num_test}
   builder = Prompts(
     {
-      split: crop_prompts(photos, split, number, size, seed, train_share, crop)
+      split: DrawnPrompts(
+        photos,
+        split,
+        number,
+        size,
+        seed,
+        fit="random",
+        crop=crop,
+        test_share=test_share,
+        kinds={"outpainting": 1.0, "holes": 1.0},
+      )
       for split, number in numbers.items()
     },
     data_dir=output_dir,
@@ -254,72 +291,6 @@ def build_prompts(
   with tempfile.TemporaryDirectory() as downloads:  # stays empty
     builder.download_and_prepare(download_dir=downloads)
   return folder
-
-
-def load_photos(photos_dir: str | Path) -> dict[str, np.ndarray]:
-  """{name: [H, W, 3]} of every picture in a folder, by name."""
-  files = sorted(f for f in Path(photos_dir).glob("*") if f.suffix.lower() in PHOTO_SUFFIXES)
-  if not files:
-    raise ValueError(f"{photos_dir}: no {', '.join(PHOTO_SUFFIXES)} in it: give a folder of photos")
-  return {file.stem: images.load_image(file) for file in files}
-
-
-def crop_prompts(
-  photos: Mapping[str, np.ndarray],
-  split: str,
-  number: int,
-  size: int = 32,
-  seed: int = 0,
-  train_share: float = 0.78,
-  crop: tuple[int, int] = (48, 176),
-  min_std: float = 0.04,
-) -> Iterator[Prompt]:
-  """Square crops of random photos {name: [H, W, 3]} at `size`, with masks of both kinds in turn.
-
-  Crops for "train" lie wholly in the left `train_share` of a photo's width and those for "test"
-  wholly to the right of it, so the splits share no pixel. A crop's side is drawn from `crop` as
-  far as the photo allows; half are mirrored. Crops that are nearly one colour (no channel has a
-  standard deviation of `min_std`) are drawn again.
-  """
-  rng = np.random.default_rng([seed, SPLITS.index(split)])
-  names = sorted(photos)
-  made = 0
-  for _ in range(100 * number):
-    if made == number:
-      return
-    name = names[rng.integers(len(names))]
-    image = random_crop(rng, photos[name], split, train_share, crop)
-    image = images.resize_image(image, (size, size))
-    if image.std(axis=(0, 1)).max() < min_std:
-      continue
-    kind = made % len(masks.KINDS)
-    draw_mask = (masks.outpainting_mask, masks.warping_mask)[kind]
-    mask = draw_mask(rng, size, size)
-    yield Prompt(id=f"{split}_{made:05d}_{name}", kind=kind, image=image, mask=mask)
-    made += 1
-  if made < number:
-    raise ValueError(f"photos: nearly all crops for {split!r} are one colour: add other photos")
-
-
-def random_crop(
-  rng: np.random.Generator,
-  photo: np.ndarray,
-  split: str,
-  train_share: float,
-  crop: tuple[int, int],
-) -> np.ndarray:
-  """A square [side, side, 3] of the split's part of a photo [H, W, 3], mirrored half the time."""
-  height, width = photo.shape[:2]
-  border = round(train_share * width)
-  left, right = {"train": (0, border), "test": (border, width)}[split]
-  longest = min(crop[1], height, right - left)
-  if longest < 1:
-    raise ValueError(f"photo of {height}x{width}: train_share {train_share} leaves {split!r} none")
-  side = int(rng.integers(min(crop[0], longest), longest + 1))
-  top = int(rng.integers(height - side + 1))
-  start = int(rng.integers(left, right - side + 1))
-  square = photo[top : top + side, start : start + side]
-  return square[:, ::-1] if rng.random() < 0.5 else square
 
 
 class Prompts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
