@@ -1,0 +1,59 @@
+"""Lets the simulated annotators score collected candidates, where there are no people to ask.
+
+  python -m prefpaint_jax.annotate --candidates=runs/candidates
+
+Writes annotations.jsonl into the folder, as people's scores would be written.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from prefpaint_jax import app, simulation
+from prefpaint_jax.data import images as image_io
+
+_CANDIDATES = flags.DEFINE_string(
+  "candidates", None, "Folder of prefpaint_jax.collect.", required=True
+)
+_ANNOTATORS = flags.DEFINE_integer("annotators", 3, "How many score each candidate.", lower_bound=1)
+_NOISE = flags.DEFINE_float(
+  "noise", 0.7, "Standard deviation of each one's error.", lower_bound=0.0
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the errors.")
+_CHUNK = 512  # pictures judged at a time
+
+
+def annotate(folder: Path, annotators: int, noise: float, seed: int) -> int:
+  """Writes the scores of all candidates of a folder; returns how many candidates there are."""
+  file = folder / "candidates.jsonl"
+  if not file.is_file():
+    raise ValueError(f"{file}: no such file; give the --workdir of prefpaint_jax.collect")
+  lines = [json.loads(line) for line in file.read_text().splitlines()]
+  partial = folder / "annotations.partial"
+  with partial.open("w") as output:
+    for first in range(0, len(lines), _CHUNK):
+      chunk = lines[first : first + _CHUNK]
+      pictures = [image_io.load_image(folder / "inpaint" / f"{x['candidate']}.png") for x in chunk]
+      masks = [image_io.load_mask(folder / "masks" / f"{x['image_id']}_mask.png") for x in chunk]
+      truth = simulation.true_preference(np.stack(pictures), np.stack(masks))
+      rng = np.random.default_rng([seed, first])
+      scores = simulation.annotate(rng, truth, annotators, noise)
+      for i, line in enumerate(chunk):
+        names = {"image_id": line["image_id"], "candidate": line["candidate"]}
+        for a in range(annotators):
+          said = {name: int(values[i, a]) for name, values in scores.items()}
+          print(json.dumps(names | {"annotator": f"simulated_{a}"} | said), file=output)
+  partial.replace(folder / "annotations.jsonl")
+  return len(lines)
+
+
+def main() -> None:
+  folder = Path(_CANDIDATES.value)
+  number = annotate(folder, _ANNOTATORS.value, _NOISE.value, _SEED.value)
+  print(f"{folder / 'annotations.jsonl'}: {number} candidates, {_ANNOTATORS.value} scores each")
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,65 @@
+"""A small preference data set, made by the commands a user has: collect, annotate, preferences."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from prefpaint_jax import testing
+from prefpaint_jax.annotate import annotate
+from prefpaint_jax.collect import collect
+from prefpaint_jax.data.preferences import build_preferences
+from prefpaint_jax.metrics import save_png
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+# configs/reward.py:mini made small.
+SMALL = {
+  "iterations": 4,
+  "warmup_iterations": 1,
+  "batch_size": 8,
+  "log_every": 1,
+  "judge_every": 2,
+  "checkpoint_every": 2,
+  "network.vision.hidden_size": 16,
+  "network.vision.intermediate_size": 32,
+  "network.vision.num_hidden_layers": 1,
+  "network.vision.image_size": testing.SIZE,
+  "network.vision.patch_size": 4,
+  "network.vision.projection_dim": 16,
+}
+
+
+def load_config(name: str, preset: str = "", **fields) -> ConfigDict:
+  spec = importlib.util.spec_from_file_location(f"{name}_config", CONFIGS / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(preset)
+  config.update_from_flattened_dict(fields)
+  return config
+
+
+def collect_config(folder: Path, **fields) -> ConfigDict:
+  """Of a collection in which a tiny policy paints three random pictures, 20 + 6 prompts."""
+  if not (folder / "policy").exists():
+    testing.tiny_inpainter().save_pretrained(folder / "policy")
+    for i, picture in enumerate(testing.tiny_prompts(3, size=40)[0]):
+      save_png(folder / "photos" / f"{i}.png", np.round(255 * picture).astype(np.uint8))
+  small = {
+    "pictures": str(folder / "photos"),
+    "policies": (str(folder / "policy"),),
+    "size": testing.SIZE,
+    "crop": (8, 20),
+    "num_prompts": 20,
+    "num_test_prompts": 6,
+    "num_steps": 2,
+    "batch_size": 8,
+  }
+  return load_config("collect", "mini", **(small | fields))
+
+
+def make_preferences(folder: Path) -> Path:
+  collect(collect_config(folder), folder / "candidates")
+  annotate(folder / "candidates", annotators=2, noise=0.5, seed=0)
+  return build_preferences(folder / "candidates", folder / "preferences")

@@ -1,0 +1,143 @@
+"""Collecting candidates: what is written, by whom it is painted, and that a killed run goes on."""
+
+import json
+
+import numpy as np
+import pytest
+from preference_world import collect_config
+
+from prefpaint_jax import collect as command
+from prefpaint_jax import testing
+from prefpaint_jax.annotate import annotate
+from prefpaint_jax.data import images as image_io
+from prefpaint_jax.data.annotations import read_annotations
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("collect")
+  testing.tiny_inpainter(seed=5).save_pretrained(folder / "other")
+  policies = (str(folder / "policy"), str(folder / "other"))
+  config = collect_config(folder, policies=policies, samples_per_prompt=2, perturbed=1)
+  command.collect(config, folder / "whole")
+  return folder, config
+
+
+def files(folder):
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in sorted(folder.rglob("*"))
+    if path.is_file()
+  }
+
+
+def lines(file):
+  return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_every_prompt_has_its_pictures_and_candidates(world):
+  folder = world[0] / "whole"
+  prompts = {line["image_id"]: line for line in lines(folder / "prompts.jsonl")}
+  listed = [(folder / f"{split}.txt").read_text().split() for split in ("train", "test")]
+  assert [len(ids) for ids in listed] == [20, 6]
+  assert set(prompts) == {*listed[0], *listed[1]}
+  candidates = lines(folder / "candidates.jsonl")
+  assert len(candidates) == 3 * len(prompts)
+  for line in candidates:
+    name = line["image_id"]
+    image = image_io.load_image(folder / "images" / f"{name}.png")
+    mask = image_io.load_mask(folder / "masks" / f"{name}_mask.png", image.shape[:2])
+    masked = image_io.load_image(folder / "masks_color" / f"{name}_mask_color.png")
+    painted = image_io.load_image(folder / "inpaint" / f"{line['candidate']}.png")
+    np.testing.assert_array_equal(masked, image * (1 - mask))
+    np.testing.assert_array_equal(painted * (1 - mask), image * (1 - mask))
+    assert not np.array_equal(painted, image)
+  assert {line["kind"] for line in prompts.values()} == {"outpainting", "warping"}
+
+
+def test_policies_take_turns(world):
+  folder, config = world
+  painters = [line["policy"] for line in lines(folder / "whole" / "candidates.jsonl")]
+  assert {name: painters.count(name) for name in painters} == {
+    config.policies[0]: 26,
+    config.policies[1]: 26,
+    "perturbed": 26,
+  }
+
+
+def test_killed_and_resumed_equals_uninterrupted(world, monkeypatch):
+  folder, config = world
+
+  class Killed(Exception):
+    pass
+
+  original, written = command.write_prompt, []
+
+  def write_then_die(*args):
+    if len(written) == 13:  # in the second batch of eight
+      raise Killed
+    written.append(None)
+    original(*args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(command, "write_prompt", write_then_die)
+    with pytest.raises(Killed):
+      command.collect(config, folder / "killed")
+  with (folder / "killed" / "candidates.jsonl").open("a") as file:
+    file.write('{"image_id": "train_0')  # and a line by half
+  command.collect(config, folder / "killed")
+  assert files(folder / "killed") == files(folder / "whole")
+
+
+def test_more_prompts_are_added_to_what_is_there(world):
+  folder, config = world
+  before = files(folder / "whole")
+  fewer = config.copy_and_resolve_references()
+  fewer.num_prompts = 11
+  command.collect(fewer, folder / "grown")
+  command.collect(config, folder / "grown")
+  after = files(folder / "grown")
+  unordered = ("prompts.jsonl", "candidates.jsonl", "train.txt")
+  assert {k: v for k, v in after.items() if k not in unordered} == {
+    k: v for k, v in before.items() if k not in unordered
+  }
+  for name in unordered:
+    assert sorted(after[name].splitlines()) == sorted(before[name].splitlines())
+  fewer.eta = 0.5
+  with pytest.raises(ValueError, match=r"eta was 1\.0, now 0\.5"):
+    command.collect(fewer, folder / "grown")
+
+
+def test_simulated_scores_can_be_read(world):
+  folder = world[0] / "whole"
+  assert annotate(folder, annotators=2, noise=0.5, seed=0) == 78
+  annotations = read_annotations(folder)
+  assert [len(prompt.candidates) for prompt in annotations.prompts] == [3] * 26
+  assert annotations.annotators == 2
+  first = (folder / "annotations.jsonl").read_bytes()
+  annotate(folder, annotators=2, noise=0.5, seed=0)
+  assert (folder / "annotations.jsonl").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"pictures": ""}, r"config\.pictures is empty"),
+    ({"pictures": "nowhere"}, "nowhere"),
+    ({"policies": ()}, r"config\.policies .* is empty"),
+    ({"policies": ("nowhere",)}, "nowhere: no such folder"),
+    ({"kinds.holes": -1.0}, "the weight of holes is -1"),
+    ({"batch_size": 3}, "batch_size 3 does not divide over 8 devices"),
+  ],
+)
+def test_mistakes_end_in_one_line(world, tmp_path, change, message):
+  config = world[1].copy_and_resolve_references()
+  config.update_from_flattened_dict(change)
+  with pytest.raises(ValueError, match=message) as error:
+    command.collect(config, tmp_path)
+  assert "\n" not in str(error.value)
+
+
+def test_annotating_nothing_is_one_clear_line(tmp_path):
+  with pytest.raises(ValueError, match=r"give the --workdir of prefpaint_jax\.collect"):
+    annotate(tmp_path, annotators=1, noise=0.0, seed=0)
