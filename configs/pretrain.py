@@ -59,7 +59,7 @@ def _mini(config: ConfigDict) -> None:
     log_every=100,
   )
   config.vae.update(iterations=1800, batch_size=16, learning_rate=2e-3)
-  config.unet.update(iterations=2000, batch_size=64, learning_rate=1e-3)
+  config.unet.update(iterations=1800, batch_size=64, learning_rate=1e-3)
   config.architecture = ConfigDict(
     {
       "unet": {

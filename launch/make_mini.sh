@@ -29,32 +29,35 @@ folder = build_prompts(workdir, f"{mini}/photos", num_train=1200, num_test=512)
 shutil.copytree(folder, f"{mini}/prompts/{folder.name}")
 PYTHON
 
-# A reward that has only seen what the base paints is soon hacked. So a first one is fitted, the base
-# is aligned with it until it is, and what it paints then is scored for the second one.
-fit_reward() {  # NAME FLAG...
-  python -m prefpaint_jax.train_reward --config=configs/reward.py --workdir="$workdir/$1" "${@:2}"
-  rm -rf "$mini/reward"
-  python - "$workdir/$1/reward" "$mini/reward" <<'PYTHON'
+# Candidates, simulated scores, the data set of both, and a reward: in $workdir/NAME.
+reward() {  # NAME, COLLECT_FLAG..., --, FIT_FLAG...
+  local folder=$workdir/$1 collect=()
+  shift
+  while [[ $1 != -- ]]; do collect+=("$1"); shift; done
+  shift
+  python -m prefpaint_jax.collect --config=configs/collect.py:mini --workdir="$folder/candidates" "${collect[@]}"
+  python -m prefpaint_jax.annotate --candidates="$folder/candidates"
+  rm -rf "$folder/preferences"
+  python -m prefpaint_jax.data.preferences --config=configs/preferences.py --workdir="$folder/preferences" \
+    --config.source="$folder/candidates"
+  python -m prefpaint_jax.train_reward --config=configs/reward.py:mini --workdir="$folder" \
+    --config.preferences="$folder/preferences" "$@"
+}
+
+echo "== first reward, of what the base paints"
+reward first --config.num_prompts=1200 --config.num_test_prompts=64 --config.samples_per_prompt=2 \
+  --config.perturbed=3 -- --config.iterations=800
+
+# A policy that is aligned with it paints what it is too fond of: candidates for the second one.
+echo "== second reward, of what the base and an aligned policy paint"
+python -m prefpaint_jax.train --config=configs/rl.py:mini --workdir="$workdir/aligned" \
+  --config.reward="$workdir/first/reward" --config.num_iterations=30 --config.sample_every=0 --config.final_prompts=0
+reward second --config.policies="('mini','$workdir/aligned')" --config.num_prompts=5000 --config.perturbed=3 --
+rm -rf "$mini/reward"
+python - "$workdir/second/reward" "$mini/reward" <<'PYTHON'
 import sys
 from prefpaint_jax.reward import RewardModel
 
 RewardModel.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], dtype="float16")
 PYTHON
-}
-
-echo "== first reward: candidates of the base, simulated annotators, network, bound"
-fit_reward reward1 --config.painted=2 --config.perturbed=3 --config.iterations=1500
-
-echo "== what gets past it"
-python -m prefpaint_jax.train --config=configs/rl.py:mini --workdir="$workdir/align1" \
-  --config.num_iterations=40 --config.checkpoint_every=8 --config.keep_checkpoints=5 \
-  --config.sample_every=0
-for step in 8 40; do
-  rm -rf "$workdir/aligned$step"
-  python -m prefpaint_jax.export --workdir="$workdir/align1" --output="$workdir/aligned$step" \
-    --step="$step"
-done
-
-echo "== second reward: candidates of the base and of both"
-fit_reward reward2 --config.policies="('mini','$workdir/aligned40','$workdir/aligned8')"
 du -sh "$mini"

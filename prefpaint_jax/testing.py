@@ -25,6 +25,15 @@ from prefpaint_jax.pretrain import byte_tokenizer
 from prefpaint_jax.reward import RewardModel, network_shapes
 
 SIZE = 8  # pixels along each side of what the tiny pipeline paints
+TINY_VISION = {
+  "hidden_size": 8,
+  "intermediate_size": 16,
+  "num_hidden_layers": 1,
+  "num_attention_heads": 2,
+  "image_size": SIZE,
+  "patch_size": 4,
+  "projection_dim": 8,
+}
 
 
 def tiny_configs(generation: int = 1) -> dict[str, dict[str, Any]]:
@@ -118,15 +127,7 @@ def tiny_reward(seed: int = 1, dtype: str = "float32") -> RewardModel:
   """A reward model for pictures of any size, with a bound fitted to made-up features."""
   config = RewardConfig.from_dict(
     {
-      "vision": {
-        "hidden_size": 8,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": SIZE,
-        "patch_size": 4,
-        "projection_dim": 8,
-      },
+      "vision": TINY_VISION,
       "num_heads": 2,
       "feedforward_dim": 16,
       "hidden_dim": 12,

@@ -1,102 +1,169 @@
-"""The reward fit: its loss, its closed-form last layer, and the whole command in a tiny world."""
+"""The reward fit: its loss, what is frozen, its metrics, and the whole command on real data."""
 
-import importlib.util
-from pathlib import Path
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
+from preference_world import SMALL, load_config, make_preferences
 from scipy import stats
 
-from prefpaint_jax import testing, train_reward
-from prefpaint_jax.reward import RewardModel
-
-CONFIG = Path(__file__).parent.parent / "configs" / "reward.py"
-
-
-def tiny_config(policy: str):
-  spec = importlib.util.spec_from_file_location("reward_config", CONFIG)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config()
-  config.update_from_flattened_dict(
-    {
-      "policies": (policy,),
-      "size": testing.SIZE,
-      "num_steps": 2,
-      "num_prompts": 12,
-      "held_out_prompts": 6,
-      "iterations": 3,
-      "warmup_iterations": 1,
-      "batch_size": 4,
-      "log_every": 1,
-      "network.vision.hidden_size": 16,
-      "network.vision.num_hidden_layers": 1,
-      "network.vision.image_size": testing.SIZE,
-      "network.vision.patch_size": 4,
-    }
-  )
-  return config
+from prefpaint_jax import app, fitting, testing, train_reward
+from prefpaint_jax.bound import mahalanobis_norm
+from prefpaint_jax.data.preferences import open_preferences, read_metadata
+from prefpaint_jax.models.config import RewardConfig
+from prefpaint_jax.reward import RewardModel, network_shapes
 
 
 def test_preference_loss_is_the_mean_over_ordered_pairs():
   rewards, scores = jnp.array([[1.0, 3.0, 2.0]]), jnp.array([[0.0, 1.0, 1.0]])
-  loss, metrics = train_reward.preference_loss(rewards, scores, pair_weight=0.5)
+  valid = jnp.ones((1, 3), bool)
+  loss, metrics = train_reward.preference_loss(rewards, scores, valid, 2.0, 0.5)
   squared = (1.0 + 4.0 + 1.0) / 3  # the tie between the last two is no pair
   pairs = (np.log1p(np.exp(-2.0)) + np.log1p(np.exp(-1.0))) / 2
-  np.testing.assert_allclose(metrics["squared_error"], squared, rtol=1e-6)
-  np.testing.assert_allclose(metrics["pair_loss"], pairs, rtol=1e-6)
-  np.testing.assert_allclose(loss, squared + 0.5 * pairs, rtol=1e-6)
-  assert metrics["accuracy"] == 1.0
+  np.testing.assert_allclose(metrics["train/mse"], squared, rtol=1e-6)
+  np.testing.assert_allclose(metrics["train/pair_loss"], pairs, rtol=1e-6)
+  np.testing.assert_allclose(loss, 2.0 * squared + 0.5 * pairs, rtol=1e-6)
+  assert metrics["train/pair_accuracy"] == 1.0
+
+
+def test_preference_loss_does_not_see_padding():
+  rng = np.random.default_rng(0)
+  rewards, scores = rng.normal(size=(2, 3, 4))
+  valid = np.arange(4) < 3 + np.zeros((3, 1))
+  changed = np.where(valid, rewards, 99.0)
+  loss = lambda rewards: train_reward.preference_loss(rewards, scores, valid, 1.0, 1.0)[0]
+  cut = train_reward.preference_loss(rewards[:, :3], scores[:, :3], valid[:, :3], 1.0, 1.0)[0]
+  np.testing.assert_allclose(loss(changed), cut, rtol=1e-6)
+  assert not np.any(jax.grad(loss)(jnp.asarray(changed))[:, 3])
 
 
 def test_preference_loss_without_pairs_is_finite():
-  loss, _ = train_reward.preference_loss(jnp.zeros((2, 3)), jnp.ones((2, 3)), 1.0)
+  loss, _ = train_reward.preference_loss(
+    jnp.zeros((2, 3)), jnp.ones((2, 3)), jnp.ones((2, 3), bool), 1.0, 1.0
+  )
   assert loss == 1.0
 
 
 def test_pair_accuracy_is_kendalls_concordance_within_prompts():
   rng = np.random.default_rng(0)
   rewards, truth = rng.normal(size=(2, 20, 5))
-  expected = np.mean([(stats.kendalltau(r, t)[0] + 1) / 2 for r, t in zip(rewards, truth)])  # noqa: B905
-  np.testing.assert_allclose(train_reward.pair_accuracy(rewards, truth), expected, rtol=1e-12)
+  expected = np.mean(
+    [(stats.kendalltau(r, t)[0] + 1) / 2 for r, t in zip(rewards, truth, strict=True)]
+  )
+  found = train_reward.pair_accuracy(rewards, truth, np.ones(truth.shape, bool))
+  np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-def test_refit_recovers_a_linear_truth():
-  rng = np.random.default_rng(1)
-  features, truth = rng.normal(size=(4000, 6)), rng.normal(size=6)
-  targets = features @ truth + 0.1 * rng.normal(size=4000)
-  w, bound = train_reward.refit(features, targets, ridge=0.5)
-  np.testing.assert_allclose(w, truth, atol=0.01)
-  np.testing.assert_allclose(bound.noise_scale, 0.1, rtol=0.05)
-  np.testing.assert_allclose(bound.matrix, features.T @ features + 0.5 * np.eye(6), rtol=1e-12)
+def test_pair_accuracy_leaves_out_ties_and_padding():
+  rewards, scores = np.array([[1.0, 2.0, 2.0, 0.0]]), np.array([[1.0, 2.0, 1.0, 9.0]])
+  valid = np.array([[True, True, True, False]])
+  # 0-1 right, 1-2 the reward cannot tell, 0-2 is a tie of the scores, 3 is padding.
+  assert train_reward.pair_accuracy(rewards, scores, valid) == 0.75
+  assert np.isnan(train_reward.pair_accuracy(rewards, np.ones((1, 4)), valid))
 
 
-def test_dihedral_changes_all_pictures_of_a_prompt_alike():
+@pytest.mark.parametrize(("how", "symmetries"), [("none", 1), ("mirror", 2), ("dihedral", 8)])
+def test_augmentation_changes_a_prompt_and_its_candidates_alike(how, symmetries):
   rng = np.random.default_rng(2)
-  masked = rng.uniform(size=(16, 4, 4, 3))
+  masked = np.repeat(rng.integers(0, 256, (1, 4, 4, 3), np.uint8), 64, axis=0)
   candidates = np.repeat(masked[:, None], 2, axis=1)
-  changed, changed_masked = train_reward.dihedral(jax.random.key(0), candidates, masked)
+  changed, changed_masked = train_reward.augment(jax.random.key(1), how, candidates, masked)
   np.testing.assert_array_equal(changed[:, 0], changed_masked)
   np.testing.assert_array_equal(changed[:, 1], changed_masked)
-  seen = {
-    np.asarray(x).tobytes()
-    for x in train_reward.dihedral(jax.random.key(1), np.repeat(masked[:1], 64, axis=0))[0]
-  }
-  assert len(seen) == 8  # the symmetries of a square
+  assert len({np.asarray(x).tobytes() for x in changed_masked}) == symmetries
+
+
+@pytest.mark.parametrize(
+  ("share", "free_layers", "embeddings", "projection"),
+  [(0.0, {0, 1, 2, 3}, True, True), (0.5, {2, 3}, False, True), (1.0, set(), False, False)],
+)
+def test_frozen_share_freezes_the_first_blocks(share, free_layers, embeddings, projection):
+  config = RewardConfig.from_dict({"vision": testing.TINY_VISION | {"num_hidden_layers": 4}})
+  labels = flatten_dict(train_reward.trained(config, share, network_shapes(config)), sep="/")
+  free = {path for path, label in labels.items() if label == "trained"}
+  layers = {i for i in range(4) if any(f"/layers_{i}/" in p for p in free if p[:4] == "clip")}
+  assert layers == free_layers
+  assert any("patch_embedding" in path for path in free) == embeddings
+  assert any("visual_projection" in path for path in free) == projection
+  assert all(path in free for path in labels if not path.startswith("clip"))
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory):
+  return make_preferences(tmp_path_factory.mktemp("preferences"))
 
 
 @pytest.mark.slow
-def test_command_writes_a_reward_with_its_bound(tmp_path, capsys):
-  testing.tiny_inpainter().save_pretrained(tmp_path / "policy")
-  model = train_reward.train_reward(tiny_config(str(tmp_path / "policy")), tmp_path / "run")
-  assert "held out: pair accuracy" in capsys.readouterr().out
-  loaded = RewardModel.from_pretrained(tmp_path / "run" / "reward")
-  assert loaded.bound.width == model.network.config.feature_dim
-  images, masks = testing.tiny_prompts(2)
-  masked = images * (1.0 - masks)
-  reward, z = loaded.score(images, masked)
-  np.testing.assert_array_equal(reward, model.score(images, masked)[0])
-  w = np.asarray(loaded.params["mlp"]["last_layer"]["kernel"])[:, 0]
-  np.testing.assert_allclose(reward, z @ w, rtol=1e-5, atol=1e-6)
+def test_command_makes_a_reward_with_its_bound_and_resumes_exactly(
+  tmp_path, preferences, monkeypatch, capsys
+):
+  config = load_config("reward", "mini", preferences=str(preferences), **SMALL)
+  model = train_reward.train_reward(config, tmp_path / "whole")
+  said = capsys.readouterr().out
+  assert "noise-free scores, all: pair accuracy" in said
+  assert (tmp_path / "whole" / "calibration.png").stat().st_size > 10_000
+
+  loaded = RewardModel.from_pretrained(tmp_path / "whole" / "reward")
+  held_out = open_preferences(preferences, "test")
+  rewards, features, scores = [], [], []
+  for one in held_out:
+    r, z = loaded.score(one["candidates"] / 255.0, one["masked_image"][None] / 255.0)
+    rewards.append(r)
+    features.append(z)
+    scores.append(one["scores"])
+  found = json.loads((tmp_path / "whole" / "calibration.json").read_text())
+  # What the command says of its reward is what anyone finds who opens it.
+  mse = np.mean((np.concatenate(rewards) - np.concatenate(scores)) ** 2)
+  np.testing.assert_allclose(found["metrics"]["held_out/mse"], mse, rtol=1e-4)
+  norms = mahalanobis_norm(loaded.bound.chol, np.concatenate(features))
+  said_norm = found["calibration"]["errors"]["truth"]["norm"]["mean"]
+  np.testing.assert_allclose(said_norm, np.mean(norms), rtol=1e-4)
+  assert loaded.bound.count == sum(
+    len(one["scores"]) for one in open_preferences(preferences, "train")
+  )
+  assert found["data"] == read_metadata(preferences)
+
+  class Killed(Exception):
+    pass
+
+  original = fitting.Checkpoints.save
+
+  def save_then_die(self, step, *rest):
+    original(self, step, *rest)
+    self.close()
+    raise Killed
+
+  with monkeypatch.context() as patch:
+    patch.setattr(fitting.Checkpoints, "save", save_then_die)
+    with pytest.raises(Killed):
+      train_reward.train_reward(config, tmp_path / "killed")
+  resumed = train_reward.train_reward(config, tmp_path / "killed")
+  jax.tree.map(np.testing.assert_array_equal, model.params, resumed.params)
+  np.testing.assert_array_equal(model.bound.chol, resumed.bound.chol)
+  lines = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "killed")]
+  assert lines[0] == lines[1]
+  with pytest.raises(ValueError, match=r"learning_rate was 0\.001, now 0\.5"):
+    config.learning_rate = 0.5
+    train_reward.train_reward(config, tmp_path / "killed")
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"preferences": ""}, r"config\.preferences is empty"),
+    ({"augmentation": "flip"}, "augmentation is 'flip'; give one of none"),
+    ({"frozen_share": 2.0}, r"frozen_share is 2\.0"),
+    ({"score_weight": 0.0, "pair_weight": 0.0}, "nothing to learn"),
+    ({"preferences": "nowhere"}, "nowhere holds 0 data sets"),
+  ],
+)
+def test_mistakes_end_in_one_line(tmp_path, change, message):
+  config = load_config("reward", "mini", preferences="x")
+  config.update(change)
+  with pytest.raises(ValueError, match=message) as error:
+    train_reward.train_reward(config, tmp_path)
+  assert "\n" not in str(error.value)
+  assert app  # the same one-line guard as every command

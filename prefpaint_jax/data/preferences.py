@@ -245,6 +245,7 @@ def build_preferences(
     tempfile.TemporaryDirectory() as downloads,  # stays empty
     contextlib.redirect_stdout(io.StringIO()),  # tfds announces a download
   ):
+    tfds.disable_progress_bar()
     builder.download_and_prepare(download_dir=downloads)
   return folder
 

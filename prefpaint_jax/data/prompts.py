@@ -9,6 +9,7 @@ pictures (`pictures.DrawnPrompts`) also say where they come from.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tempfile
@@ -288,7 +289,11 @@ def build_prompts(
   folder = Path(builder.data_dir)
   if folder.exists():
     raise ValueError(f"{folder}: prompts are there already: give another folder or delete that one")
-  with tempfile.TemporaryDirectory() as downloads:  # stays empty
+  with (
+    tempfile.TemporaryDirectory() as downloads,  # stays empty
+    contextlib.redirect_stdout(io.StringIO()),  # tfds announces a download
+  ):
+    tfds.disable_progress_bar()
     builder.download_and_prepare(download_dir=downloads)
   return folder
 

@@ -207,8 +207,7 @@ class RewardConfig:
 
   vision: CLIPVisionConfig = CLIPVisionConfig()
   # How the inpainted and the masked image meet. "late" (released): each is embedded by itself.
-  # "early": the tower sees one picture of 7 channels, the filling, its surroundings and the hole,
-  # so that attention compares the one with the other.
+  # "early": the tower sees one picture of 13 channels, the filling beside its surroundings.
   fusion: str = "late"
   num_tokens: int = 1  # of late fusion; 1: both embeddings in one token (released); 2: one each
   num_heads: int = 16  # of the encoder layer

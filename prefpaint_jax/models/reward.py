@@ -18,6 +18,26 @@ CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 BLACK = (0.5 / 255.0 - CLIP_MEAN) / CLIP_STD  # the darkest byte, once normalised
 
 
+def early_channels(pixels: jax.Array, masked_pixels: jax.Array) -> jax.Array:
+  """What the tower sees in early fusion, [B, H, W, 13].
+
+  The filling, its surroundings and the hole; and the steps to the next pixel, rightwards and
+  downwards, within the filling, within the surroundings, and across the seam. A patch embedding is
+  linear, so it could not make the size of a step from the pixels by itself.
+  """
+  hole = jnp.all(masked_pixels <= BLACK, axis=-1, keepdims=True).astype(pixels.dtype)
+  channels = [pixels * hole, masked_pixels * (1.0 - hole), hole]
+  for axis in (2, 1):
+    size = jnp.mean(_step(pixels, axis), axis=-1, keepdims=True)
+    channels += [size * hole, size * (1.0 - hole), size * _step(hole, axis)]
+  return jnp.concatenate(channels, axis=-1)
+
+
+def _step(x: jax.Array, axis: int) -> jax.Array:
+  """How far each value is from the next along an axis; 0 for the last."""
+  return jnp.pad(jnp.abs(jnp.diff(x, axis=axis)), [(0, int(dim == axis)) for dim in range(x.ndim)])
+
+
 class EncoderLayer(nn.Module):
   """A post-norm transformer encoder layer with ReLU (torch.nn.TransformerEncoderLayer)."""
 
@@ -73,9 +93,7 @@ class RewardNetwork(nn.Module):
     clip = CLIPVisionModelWithProjection(config.vision, self.dtype, name="clip")
     if config.fusion == "early":
       masked_pixels = jnp.repeat(masked_pixels, S, axis=0)
-      hole = jnp.all(masked_pixels <= BLACK, axis=-1, keepdims=True).astype(pixels.dtype)
-      channels = [pixels * hole, masked_pixels * (1.0 - hole), hole]
-      tokens = clip(jnp.concatenate(channels, axis=-1))[:, None]
+      tokens = clip(early_channels(pixels, masked_pixels))[:, None]
     else:
       # One pass over both kinds of picture; a masked image that several inpaintings share, once.
       embeddings = clip(jnp.concatenate([pixels, masked_pixels]))
