@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from prefpaint_jax import alignment, app, diffusion, evaluate, metrics, rl, sharding, simulation
+from prefpaint_jax import alignment, app, comparison, diffusion, metrics, rl, sharding, simulation
 from prefpaint_jax.alignment import Frozen, Settings, TrainState, Trust
 from prefpaint_jax.checkpoint import Checkpoints
 from prefpaint_jax.data import prompts as prompt_io
@@ -65,11 +65,12 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     raise ValueError(
       "config.prompts is empty: give --config.prompts=FOLDER, or use the mini preset"
     )
-  if config.final_prompts % config.num_samples:
-    raise ValueError(
-      f"final_prompts {config.final_prompts} does not divide by num_samples {config.num_samples}, "
-      "which are painted at a time"
-    )
+  for field in ("eval_prompts", "final_prompts"):
+    if config[field] % config.num_samples:
+      raise ValueError(
+        f"{field} {config[field]} does not divide by num_samples {config.num_samples}, which are "
+        "painted at a time"
+      )
   app.open_workdir(config, workdir, free=("num_iterations",))
   process, processes = jax.process_index(), jax.process_count()
   is_writer = process == 0
@@ -106,7 +107,8 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
   )
   everywhere = sharding.replicated(mesh)
   base = jax.device_put(policy.params.pop("unet"), everywhere)
-  keeps_base = bool(settings.kl_weight or config.sample_every or config.final_prompts)
+  compares = bool(config.sample_every or config.eval_every or config.final_prompts)
+  keeps_base = bool(settings.kl_weight) or compares
   frozen = Frozen(
     vae=jax.device_put(policy.params["vae"], everywhere),
     reward=jax.device_put(judge.params, everywhere),
@@ -176,11 +178,15 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
   def judge_rewards(params, painted, masked_images):
     return alignment.reward.apply(network, params, painted, masked_images)[0]
 
+  def current():
+    """What `export` would write now."""
+    return state.ema if settings.ema_decay else state.params
+
   sample_batch = held_out_batch(0)
   base_sample = paint_and_score(base, sample_batch, sample_key) if config.sample_every else None
 
   def write_sample(iteration: int) -> None:
-    now = paint_and_score(state.params, sample_batch, sample_key)
+    now = paint_and_score(current(), sample_batch, sample_key)
     if not is_writer:
       return
     # The hole is shown grey, apart from black.
@@ -196,13 +202,47 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     metrics.save_png(workdir / "samples" / f"{iteration:06d}.png", grid, text)
     writer.image(iteration, "samples", grid)
 
+  ### Held-out prompts, painted by base and policy with the same noise, and judged.
+  def judge_chunk(params, chunk: int) -> dict[str, np.ndarray]:
+    """Scores and measures [N] of the chunk's prompts."""
+    held = held_out_batch(chunk * config.num_samples)
+    key = jax.random.fold_in(comparison_key, chunk)
+    painted, rewards = paint_and_score(params, held, key)
+    judged = {"reward": rewards}
+    if config.simulated_preference:
+      judged["true_preference"] = simulation.true_preference(painted, held["mask"])["combined"]
+    return judged | comparison.measure(painted, held["mask"], held["image"])
+
+  judge_base = functools.cache(lambda chunk: judge_chunk(base, chunk))
+
+  def compare(number: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What `judge_chunk` says of the policy and of the base on the first `number` prompts."""
+    chunks = range(number // config.num_samples)
+    sides = [judge_chunk(current(), c) for c in chunks], [judge_base(c) for c in chunks]
+    join = lambda parts: {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return join(sides[0]), join(sides[1])
+
+  def held_out_metrics() -> dict[str, float]:
+    ours, theirs = compare(config.eval_prompts)
+    line = {}
+    for name, values in ours.items():
+      is_score = name in ("reward", "true_preference")
+      if is_score:
+        line[f"held_out/{name}"] = float(np.mean(values))
+        line[f"held_out/{name}_winrate"] = float(np.mean(comparison.wins(values, theirs[name])))
+      else:
+        line[f"held_out/drift/{name}"] = float(np.mean(values) - np.mean(theirs[name]))
+    return line
+
   ### The loop. Each wait below is for work behind which the device already has more to do.
   images_per_iteration = config.batch_size * settings.samples_per_prompt
   bar = metrics.progress(config.num_iterations, start, visible=is_writer)
   late = None  # the update metrics of the iteration before, with what was known of it then
   updated_at = time.perf_counter()
 
-  def finish(iteration: int, known: dict, update_metrics: list, scored_at: float) -> float:
+  def finish(
+    iteration: int, known: dict, update_metrics: list, scored_at: float, evaluates: bool = False
+  ) -> float:
     """Waits for an iteration's update and writes its line; returns when the update was done."""
     collected = jax.device_get(update_metrics)
     done_at = time.perf_counter()
@@ -211,6 +251,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     line["time/update_s"] = done_at - scored_at
     line["time/iteration_s"] = line["time/rollout_s"] + line["time/update_s"]
     line["images_per_s"] = images_per_iteration / line["time/iteration_s"]
+    line |= held_out_metrics() if evaluates else {}
     writer.write(iteration, line)
     bar.set_postfix_str(
       f"reward {line['reward/mean']:+.3f}, {line['images_per_s']:.1f} images/s", refresh=False
@@ -250,8 +291,9 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
       too_many_nan = known["reward/nan_fraction"] > config.max_nan_fraction
       last = bool(stop) or too_many_nan or done == config.num_iterations
       is_due = lambda every, done=done, last=last: every and (done % every == 0 or last)
-      if is_due(config.checkpoint_every) or is_due(config.sample_every):
-        finish(*late)
+      evaluates = bool(config.eval_prompts) and is_due(config.eval_every)
+      if is_due(config.checkpoint_every) or is_due(config.sample_every) or evaluates:
+        finish(*late, evaluates)
         late = None
         if is_due(config.checkpoint_every):
           checkpoints.save(done, state, loader.get_state(), {})
@@ -273,23 +315,14 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
       print(f"stopped after iteration {done}{saved}")
       return state
 
-  ### The result: every held-out prompt painted by base and policy with the same noise.
-  chunks = config.final_prompts // config.num_samples
-  judged: dict[str, list[np.ndarray]] = {"base": [], "policy": []}
-  truths: dict[str, list[np.ndarray]] = {"base": [], "policy": []}
-  for chunk in range(chunks):
-    held = held_out_batch(chunk * config.num_samples)
-    key = jax.random.fold_in(comparison_key, chunk)
-    for name, params in (("base", base), ("policy", state.params)):
-      painted, rewards = paint_and_score(params, held, key)
-      judged[name].append(rewards)
-      if config.simulated_preference:
-        truths[name].append(simulation.true_preference(painted, held["mask"])["combined"])
-  if chunks and is_writer:
-    print(f"{chunks * config.num_samples} held-out prompts, policy against base, same noise:")
-    for title, results in (("learned reward", judged), ("true preference", truths)):
-      if results["base"]:
-        print(evaluate.describe(title, *map(np.concatenate, (results["policy"], results["base"]))))
+  ### The result.
+  if config.final_prompts:
+    ours, theirs = compare(config.final_prompts)
+    if is_writer:
+      print(f"{config.final_prompts} held-out prompts, policy against base, same noise:")
+      titles = {"reward": "learned reward", "true_preference": "true preference"}
+      for name in (name for name in titles if name in ours):
+        print(comparison.describe(titles[name], ours[name], theirs[name]))
   return state
 
 

@@ -32,9 +32,11 @@ RHYTHMS = {
   "gradient_accumulation": 2,
   "behaviour_refresh": 4,
   "ema_decay": 0.5,
+  "eval_every": 2,
+  "eval_prompts": 8,
   "final_prompts": 8,
 }
-BARE = {"sample_every": 0, "checkpoint_every": 0, "final_prompts": 0}
+BARE = {"sample_every": 0, "eval_every": 0, "checkpoint_every": 0, "final_prompts": 0}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,133 @@
+"""The evaluation command: what it writes, that it resumes, and that nobody beats himself."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from preference_world import load_config
+
+from prefpaint_jax import evaluate, simulation, testing
+from prefpaint_jax.data.prompts import open_prompts, stack
+from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.reward import RewardModel
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("evaluate")
+  paths = testing.write_tiny_world(folder, train=8, test=20)
+  testing.tiny_inpainter(seed=9).save_pretrained(folder / "aligned")
+  testing.tiny_reward(seed=4).save_pretrained(folder / "other")
+  return paths | {"aligned": str(folder / "aligned"), "other": str(folder / "other")}
+
+
+def config_of(world, **fields):
+  config = load_config("eval", "mini")
+  config.update(
+    policy=world["aligned"],
+    baseline=world["policy"],
+    prompts=world["prompts"],
+    judges=(world["reward"], world["other"]),
+    size=testing.SIZE,
+    num_prompts=20,
+    samples_per_prompt=3,
+    num_steps=2,
+    batch_size=8,
+    gallery=4,
+  )
+  config.update(fields)
+  return config
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("whole")
+  return workdir, evaluate.evaluate(config_of(world), workdir)
+
+
+def test_scores_are_those_of_the_pictures_a_user_paints(world, whole):
+  workdir, result = whole
+  found = json.loads((workdir / "eval.json").read_text())
+  assert found["judges"] == result["judges"]
+  prompts = open_prompts(world["prompts"], "test", testing.SIZE)
+  policy, judge = (
+    Inpainter.from_pretrained(world["aligned"]),
+    RewardModel.from_pretrained(world["reward"]),
+  )
+  learned, truth = [], []
+  for number in range(3):  # 20 prompts in batches of 8, the last one filled up with its last
+    indices = [min(i, 19) for i in range(8 * number, 8 * number + 8)]
+    batch = stack([prompts[i] for i in indices])
+    painted = policy(
+      batch["image"],
+      batch["mask"],
+      key=jax.random.fold_in(jax.random.key(0), number),
+      num_steps=2,
+      eta=1.0,
+      num_samples=3,
+    )
+    masked = batch["image"] * (1 - batch["mask"])
+    learned.append(judge.score(painted, masked)[0].reshape(8, 3))
+    masks = np.repeat(batch["mask"], 3, axis=0)
+    truth.append(simulation.true_preference(painted, masks)["combined"].reshape(8, 3))
+  label = next(iter(found["judges"]))
+  for name, scores in ((label, learned), (evaluate.SIMULATED, truth)):
+    mean = np.concatenate(scores)[:20].mean()
+    np.testing.assert_allclose(
+      found["judges"][name]["all"]["reward/mean"]["value"], mean, rtol=1e-3
+    )
+  assert found["judges"][label]["all"]["prompts"] == 20
+  assert (workdir / "report.html").stat().st_size > 10_000
+
+
+def test_a_policy_against_itself_wins_exactly_half(world, tmp_path):
+  result = evaluate.evaluate(config_of(world, policy=world["policy"], num_prompts=8), tmp_path)
+  for groups in result["judges"].values():
+    for group in groups.values():
+      for best_of in (1, 3):
+        name = f"winrate{'_paired' if best_of > 1 else ''}/s{best_of}"
+        assert group[name] == {"value": 0.5, "low": 0.5, "high": 0.5}
+      assert group["reward/gain"]["value"] == 0.0
+  assert not any(row["flagged"] for row in result["drift"]["measures"].values())
+
+
+def test_killed_and_resumed_equals_uninterrupted(world, whole, tmp_path, monkeypatch):
+  class Killed(Exception):
+    pass
+
+  original, calls = evaluate.examine, []
+
+  def examine_then_die(*args):
+    if calls:
+      raise Killed
+    calls.append(None)
+    return original(*args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluate, "examine", examine_then_die)
+    with pytest.raises(Killed):
+      evaluate.evaluate(config_of(world), tmp_path)
+  assert len(list((tmp_path / "batches").glob("*.npz"))) == 1
+  assert evaluate.evaluate(config_of(world), tmp_path) == whole[1]
+  with pytest.raises(ValueError, match=r"eta was 1\.0, now 0\.5"):
+    evaluate.evaluate(config_of(world, eta=0.5), tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"policy": ""}, r"config\.policy is empty"),
+    ({"judges": (), "simulated_preference": False}, r"config\.judges is empty"),
+    ({"judges": ("nowhere",)}, "nowhere: no such folder"),
+    ({"kind": "brush"}, "none of the 20 prompts of 'test' is of kind brush"),
+    ({"kind": "hole"}, "kind is 'hole'; give one of outpainting"),
+    ({"samples_per_prompt": 0}, "samples_per_prompt is 0"),
+    ({"batch_size": 3}, "batch_size 3 does not divide over 8 devices"),
+    ({"split": "val"}, r"val\.txt: no such list"),
+  ],
+)
+def test_mistakes_end_in_one_line(world, tmp_path, change, message):
+  with pytest.raises(ValueError, match=message) as error:
+    evaluate.evaluate(config_of(world, **change), tmp_path)
+  assert "\n" not in str(error.value)

@@ -1,0 +1,310 @@
+"""Curves of runs: what is drawn is what the files say."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from PIL import Image
+
+from prefpaint_jax import plot
+from prefpaint_jax.metrics import MetricsWriter
+
+ITERATIONS = 12
+
+
+def numbers(seed, iterations=ITERATIONS):
+  """Lines of a run: [{key: number}], with an evaluation in every fourth."""
+  rng = np.random.default_rng(seed)
+  lines = []
+  for iteration in range(1, iterations + 1):
+    lines.append(
+      {
+        "reward/mean": rng.standard_normal(),
+        "reward/std": 0.5 + rng.random(),
+        "reward/max": 3.0,
+        "ppo/approx_kl": 1e-6 * (1 + rng.random()),
+        "ppo/clip_fraction": rng.random(),
+        "images_per_s": 50 * rng.random(),
+      }
+    )
+    if iteration % 4 == 0:
+      lines[-1] |= {"held_out/winrate": rng.random(), "held_out/box/reward": rng.random()}
+  return lines
+
+
+def write_run(folder, lines=None, seed=0, norm="none", **fields):
+  """A workdir as a run leaves it; the lines that it wrote."""
+  lines = numbers(seed) if lines is None else lines
+  folder.mkdir(parents=True)
+  config = {"seed": seed, "trust": {"norm": norm, "k": 0.05}, "sample_every": 10} | fields
+  (folder / "config.json").write_text(json.dumps(config))
+  writer = MetricsWriter(folder)
+  for iteration, line in enumerate(lines, start=1):
+    writer.write(iteration, line)
+  writer.close()
+  return lines
+
+
+def column(lines, key):
+  return np.array([line.get(key, math.nan) for line in lines])
+
+
+def panels(figure):
+  return {axes.get_title(loc="left"): axes for axes in figure.axes}
+
+
+def curves(axes):
+  """{label: (iterations, values)} of a panel."""
+  return {
+    line.get_label(): (np.asarray(line.get_xdata()), np.asarray(line.get_ydata()))
+    for line in axes.get_lines()
+    if not line.get_label().startswith("_")
+  }
+
+
+def draw_single(*folders, smooth=1):
+  return plot.draw(plot.single_runs([plot.load_run(folder) for folder in folders]), smooth)
+
+
+def test_curves_are_the_numbers_of_the_file(tmp_path):
+  lines = write_run(tmp_path / "run")
+  drawn = panels(draw_single(tmp_path / "run"))
+  every = np.arange(1, ITERATIONS + 1)
+  for title, key, iterations in (
+    ("reward", "reward/mean", every),
+    ("approximate KL of the updates", "ppo/approx_kl", every),
+    ("clip fraction", "ppo/clip_fraction", every),
+    ("images per second", "images_per_s", every),
+    ("held-out winrate", "held_out/winrate", [4, 8, 12]),
+    ("held-out box reward", "held_out/box/reward", [4, 8, 12]),
+  ):
+    (found,) = curves(drawn.pop(title)).values()
+    np.testing.assert_array_equal(found[0], iterations)
+    np.testing.assert_array_equal(found[1], column(lines, key)[np.array(iterations) - 1])
+  assert not drawn  # no trust weight, no loss: no panel
+
+
+def test_shade_of_a_run_is_its_standard_deviation(tmp_path):
+  lines = write_run(tmp_path / "run")
+  figure = draw_single(tmp_path / "run")
+  (shade,) = panels(figure)["reward"].collections
+  mean, std = column(lines, "reward/mean"), column(lines, "reward/std")
+  corners = {tuple(corner) for corner in shade.get_paths()[0].vertices}
+  assert corners == {
+    (i, y)
+    for i in range(1, ITERATIONS + 1)
+    for y in (mean[i - 1] - std[i - 1], (mean + std)[i - 1])
+  }
+  assert not panels(figure)["clip fraction"].collections
+  assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+    "run",
+    "± standard deviation",
+  ]
+
+
+def test_nulls_leave_gaps_and_a_number_between_gaps_is_seen(tmp_path):
+  lines = numbers(0)
+  for missing in (4, 6):
+    lines[missing]["reward/mean"] = math.nan
+  write_run(tmp_path / "run", lines)
+  (line,) = panels(draw_single(tmp_path / "run"))["reward"].get_lines()
+  values = line.get_ydata()
+  assert np.flatnonzero(np.isnan(values)).tolist() == [4, 6]
+  np.testing.assert_array_equal(values, column(lines, "reward/mean"))
+  assert line.get_marker() == "o" and np.flatnonzero(line.get_markevery()).tolist() == [5]
+
+
+def test_a_run_keeps_its_colour_and_there_is_one_legend(tmp_path):
+  names = [f"{i}" for i in range(9)]
+  for i, name in enumerate(names):
+    write_run(tmp_path / name, seed=i)
+  figure = draw_single(*(tmp_path / name for name in names))
+  looks = [
+    {
+      line.get_label(): (to_hex(line.get_color()), line.get_linestyle())
+      for line in axes.get_lines()
+      if not line.get_label().startswith("_")
+    }
+    for axes in figure.axes
+  ]
+  assert all(look == looks[0] for look in looks)
+  assert list(looks[0]) == [f"seed={i}" for i in range(9)]
+  assert len(set(looks[0].values())) == 9
+  (legend,) = figure.legends
+  assert [text.get_text() for text in legend.get_texts()] == list(looks[0])
+  assert all(axes.get_legend() is None for axes in figure.axes)
+
+
+def test_runs_are_labelled_by_the_fields_in_which_they_differ(tmp_path):
+  write_run(tmp_path / "a", norm="none", bound="")
+  write_run(tmp_path / "b", norm="mahalanobis", seed=1, bound="file", sample_every=0)
+  write_run(tmp_path / "c", norm="none", skip_steps=[0, 2])
+  write_run(tmp_path / "new" / "a", norm="none", bound="")
+  run = {name: plot.load_run(tmp_path / name) for name in ("a", "b", "c", "new/a")}
+  labels = lambda *names: [group.label for group in plot.single_runs([run[n] for n in names])]
+  assert labels("a") == ["a"]
+  assert labels("a", "b") == [
+    'bound="", trust.norm=none, seed=0',
+    "bound=file, trust.norm=mahalanobis, seed=1",
+  ]
+  assert labels("a", "c") == ['bound="", no skip_steps', "no bound, skip_steps=[0, 2]"]
+  same = [str(tmp_path / "a"), str(tmp_path / "new" / "a")]
+  assert labels("a", "new/a") == same
+  first, _, second = labels("a", "b", "new/a")
+  assert [first, second] == [f'bound="", trust.norm=none, seed=0 ({name})' for name in same]
+
+
+def test_runs_that_differ_in_seed_only_are_one_group(tmp_path):
+  for norm in ("none", "mahalanobis"):
+    for seed in range(3):
+      write_run(tmp_path / f"{norm}{seed}", seed=seed, norm=norm, sample_every=seed)
+  write_run(tmp_path / "lonely", norm="constant")
+  runs = [plot.load_run(folder) for folder in sorted(tmp_path.iterdir())]
+  lonely, mahalanobis, none = plot.group_runs(runs)
+  assert lonely.label == "trust.norm=constant"
+  assert mahalanobis.label == "trust.norm=mahalanobis (3 seeds)"
+  assert none.label == "trust.norm=none (3 seeds)"
+  assert [run.workdir.name for run in none.runs] == ["none0", "none1", "none2"]
+  (alone,) = plot.group_runs(none.runs)
+  assert alone.label == "mean (3 seeds)"
+
+
+def test_mean_is_over_seeds_and_only_where_all_have_a_number(tmp_path):
+  lines = [write_run(tmp_path / "0", seed=0), numbers(1), numbers(2, ITERATIONS - 2)]
+  lines[1][4]["reward/mean"] = math.nan
+  for seed in (1, 2):
+    write_run(tmp_path / str(seed), lines[seed], seed=seed)
+  groups = plot.group_runs([plot.load_run(tmp_path / str(seed)) for seed in range(3)])
+  drawn = panels(plot.draw(groups))
+  common = ITERATIONS - 2
+  stacked = np.stack([column(one[:common], "reward/mean") for one in lines])
+  ((iterations, values),) = curves(drawn["reward"]).values()
+  np.testing.assert_array_equal(iterations, np.arange(1, common + 1))
+  np.testing.assert_allclose(values, stacked.mean(axis=0), rtol=1e-12)
+  assert np.isnan(values[4]) and np.isfinite(np.delete(values, 4)).all()
+  shade = plot.curve(groups[0], "reward/mean")
+  np.testing.assert_array_equal(shade.low, stacked.min(axis=0))
+  np.testing.assert_array_equal(shade.high, stacked.max(axis=0))
+  assert drawn["clip fraction"].collections  # of every metric, not of those with a std only
+  ((iterations, values),) = curves(drawn["held-out winrate"]).values()
+  np.testing.assert_array_equal(iterations, [4, 8])
+  expected = np.mean([[one[3]["held_out/winrate"], one[7]["held_out/winrate"]] for one in lines], 0)
+  np.testing.assert_allclose(values, expected, rtol=1e-12)
+
+
+def test_moving_average_is_centred_and_said_on_the_axis(tmp_path):
+  lines = numbers(0)
+  lines[5]["reward/mean"] = math.nan
+  write_run(tmp_path / "run", lines)
+  drawn = panels(draw_single(tmp_path / "run", smooth=5))
+  for title, key in (("reward", "reward/mean"), ("clip fraction", "ppo/clip_fraction")):
+    values = column(lines, key)
+    expected = [np.nanmean(values[max(0, i - 2) : i + 3]) for i in range(ITERATIONS)]
+    expected = np.where(np.isnan(values), math.nan, expected)  # smoothing fills no gap
+    ((_, found),) = curves(drawn[title]).values()
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert drawn[title].get_ylabel() == "average of 5 iterations"
+  ((_, found),) = curves(drawn["held-out winrate"]).values()
+  np.testing.assert_array_equal(found, column(lines, "held_out/winrate")[[3, 7, 11]])
+  assert not drawn["held-out winrate"].get_ylabel()
+
+
+def test_moving_average_counts_iterations_not_lines(tmp_path):
+  write_run(tmp_path / "run", [])
+  written = {10: 1.0, 20: 3.0, 30: 8.0, 31: 2.0}
+  text = "".join(f'{{"iteration": {i}, "train/loss": {x}}}\n' for i, x in written.items())
+  (tmp_path / "run" / "metrics.jsonl").write_text(text)
+  (group,) = plot.single_runs([plot.load_run(tmp_path / "run")])
+  np.testing.assert_array_equal(plot.curve(group, "train/loss", 5).values, [1, 3, 5, 5])
+  np.testing.assert_allclose(plot.curve(group, "train/loss", 21).values, [2, 4, 13 / 3, 5])
+
+
+def test_half_a_last_line_is_ignored_and_lines_of_one_iteration_are_joined(tmp_path):
+  lines = write_run(tmp_path / "run")
+  file = tmp_path / "run" / "metrics.jsonl"
+  with file.open("a") as stream:
+    stream.write(f'{{"iteration": {ITERATIONS}, "held_out/late": 0.5}}\n')
+    stream.write(f'{{"iteration": {ITERATIONS + 1}, "reward/me')
+  run = plot.load_run(tmp_path / "run")
+  assert run.iterations.tolist() == list(range(1, ITERATIONS + 1))
+  np.testing.assert_array_equal(run.columns["reward/mean"], column(lines, "reward/mean"))
+  assert (
+    run.columns["held_out/late"][-1] == 0.5 and np.isnan(run.columns["held_out/late"][:-1]).all()
+  )
+  assert run.config["trust.norm"] == "none"
+
+
+def test_kl_is_logarithmic_unless_some_of_it_is_zero(tmp_path):
+  lines = write_run(tmp_path / "positive")
+  lines[3]["ppo/approx_kl"] = 0.0
+  write_run(tmp_path / "zero", lines)
+  title = "approximate KL of the updates"
+  assert panels(draw_single(tmp_path / "positive"))[title].get_yscale() == "log"
+  assert panels(draw_single(tmp_path / "zero"))[title].get_yscale() == "linear"
+
+
+@pytest.mark.parametrize(
+  ("damage", "message"),
+  [
+    (lambda run: None, "nowhere: no such folder; give the --workdir of a run"),
+    (lambda run: run.mkdir(), "no config.json; give the --workdir of a run"),
+    (lambda run: write_run(run, []), "no metrics.jsonl; the run has not finished an iteration"),
+    (lambda run: (write_run(run), (run / "metrics.jsonl").write_text("")), "no whole line"),
+    (lambda run: (write_run(run), (run / "metrics.jsonl").write_text('{"iter')), "no whole line"),
+    (
+      lambda run: (write_run(run), (run / "metrics.jsonl").write_text('{"iteration": 1}\n[2]\n')),
+      r"metrics.jsonl, line 2: no line of metrics: '\[2\]'",
+    ),
+    (lambda run: write_run(run, [{"other": 1.0}]), "nowhere: nothing to draw, no number of reward"),
+  ],
+)
+def test_what_is_no_run_is_named(tmp_path, damage, message):
+  damage(tmp_path / "nowhere")
+  with pytest.raises(ValueError, match=message) as caught:
+    draw_single(tmp_path / "nowhere")
+  assert "\n" not in str(caught.value)
+
+
+def test_the_same_seed_does_not_count_twice(tmp_path):
+  write_run(tmp_path / "a")
+  write_run(tmp_path / "b")
+  with pytest.raises(ValueError, match="have the same config and seed 0: leave one of them out"):
+    plot.group_runs([plot.load_run(tmp_path / "a"), plot.load_run(tmp_path / "b")])
+
+
+@pytest.mark.parametrize("smooth", [0, 4])
+def test_moving_average_is_of_an_odd_number(tmp_path, smooth):
+  write_run(tmp_path / "run")
+  with pytest.raises(ValueError, match=f"smooth={smooth}: give an odd number"):
+    draw_single(tmp_path / "run", smooth=smooth)
+
+
+def test_folders_are_given_one_by_one_or_with_commas(tmp_path, capsys):
+  names = ["a", "k=1,seed=0", "b"]
+  for i, name in enumerate(names):
+    write_run(tmp_path / name, seed=i)
+  given = [str(tmp_path / "k=1,seed=0"), f"{tmp_path / 'a'},{tmp_path / 'b'}"]
+  output = tmp_path / "new" / "curves.png"
+  plot.main(given, output, mean=True, smooth=3)
+  assert capsys.readouterr().out == f"{output}\n"
+  with Image.open(output) as picture:
+    assert picture.format == "PNG" and picture.width == 1800
+    assert np.ptp(np.asarray(picture.convert("L"))) == 255
+  with pytest.raises(ValueError, match=r"give a name that ends in \.png"):
+    plot.main(given, tmp_path / "curves.pdf", mean=False, smooth=1)
+
+
+def test_command_ends_in_a_picture_or_in_one_line(tmp_path):
+  write_run(tmp_path / "a")
+  write_run(tmp_path / "b", seed=1)
+  command = [sys.executable, "-m", "prefpaint_jax.plot", f"--output={tmp_path / 'curves.png'}"]
+  run = lambda *flags: subprocess.run([*command, *flags], capture_output=True, text=True)
+  done = run(f"--workdir={tmp_path / 'a'}", f"--workdir={tmp_path / 'b'}", "--mean")
+  assert done.returncode == 0 and (tmp_path / "curves.png").is_file(), done.stderr
+  failed = run(f"--workdir={tmp_path / 'c'}")
+  assert failed.returncode == 1
+  assert failed.stderr == f"error: {tmp_path / 'c'}: no such folder; give the --workdir of a run\n"
