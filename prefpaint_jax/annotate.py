@@ -14,14 +14,6 @@ from absl import flags
 from prefpaint_jax import app, simulation
 from prefpaint_jax.data import images as image_io
 
-_CANDIDATES = flags.DEFINE_string(
-  "candidates", None, "Folder of prefpaint_jax.collect.", required=True
-)
-_ANNOTATORS = flags.DEFINE_integer("annotators", 3, "How many score each candidate.", lower_bound=1)
-_NOISE = flags.DEFINE_float(
-  "noise", 0.7, "Standard deviation of each one's error.", lower_bound=0.0
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the errors.")
 _CHUNK = 512  # pictures judged at a time
 
 
@@ -49,11 +41,16 @@ def annotate(folder: Path, annotators: int, noise: float, seed: int) -> int:
   return len(lines)
 
 
-def main() -> None:
-  folder = Path(_CANDIDATES.value)
-  number = annotate(folder, _ANNOTATORS.value, _NOISE.value, _SEED.value)
-  print(f"{folder / 'annotations.jsonl'}: {number} candidates, {_ANNOTATORS.value} scores each")
-
-
 if __name__ == "__main__":
+  _CANDIDATES = flags.DEFINE_string("candidates", None, "Folder of prefpaint_jax.collect.")
+  _ANNOTATORS = flags.DEFINE_integer("annotators", 3, "How many score each.", lower_bound=1)
+  _NOISE = flags.DEFINE_float("noise", 0.7, "Each one's error, of scores 0 to 7.", lower_bound=0.0)
+  _SEED = flags.DEFINE_integer("seed", 0, "Of the errors.")
+  flags.mark_flag_as_required("candidates")
+
+  def main() -> None:
+    folder = Path(_CANDIDATES.value)
+    number = annotate(folder, _ANNOTATORS.value, _NOISE.value, _SEED.value)
+    print(f"{folder / 'annotations.jsonl'}: {number} candidates, {_ANNOTATORS.value} scores each")
+
   app.run(main)

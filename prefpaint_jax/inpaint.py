@@ -1,65 +1,201 @@
-"""Paints the missing part of a picture.
+"""Paints the missing part of a picture, what lies beyond its borders, or what a new view uncovers.
 
   python -m prefpaint_jax.inpaint --model=MODEL --image=I --mask=M --output=O.png
+  python -m prefpaint_jax.inpaint --model=MODEL --image=I --extend=left=256,right=256 --output=O.png
+  python -m prefpaint_jax.inpaint --model=MODEL --image=I --depth=D.npy --move=0.3,0,0 \
+    --turn=-5,0 --views=8 --output=O.gif
 
-The mask is white where the picture is missing. Several samples go to O_0.png, O_1.png, ...
+The mask is white where the picture is missing. Several samples go to O_0.png, O_1.png, ..., or with
+--best the one that the reward model likes best to O.png. Several views go to a GIF, or side by side
+to a PNG, after the picture itself.
 """
 
+import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
+from PIL import Image
 from tqdm import tqdm
 
-from prefpaint_jax import app
+from prefpaint_jax import app, extension
 from prefpaint_jax.data import images as image_io
-from prefpaint_jax.metrics import save_png
+from prefpaint_jax.data.warping import Intrinsics, load_depth, synthetic_depth
+from prefpaint_jax.extension import Borders
+from prefpaint_jax.metrics import image_grid, save_png
 from prefpaint_jax.reward import RewardModel
+from prefpaint_jax.views import sweep
 
 _MODEL = flags.DEFINE_string("model", "mini", "Folder, hub name, workdir of a run, or mini.")
-_IMAGE = flags.DEFINE_string("image", None, "Picture to complete.", required=True)
-_MASK = flags.DEFINE_string("mask", None, "Its mask, white = missing.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "PNG to write.", required=True)
+_IMAGE = flags.DEFINE_string("image", None, "Picture to start from.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "PNG to write; GIF for views.", required=True)
 _TEXT = flags.DEFINE_string("text", "", "What to paint; empty: what the picture suggests.")
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "How many.", lower_bound=1)
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 50, "Denoising steps.", lower_bound=1)
 _ETA = flags.DEFINE_float("eta", 0.0, "Noise in each step, 0 to 1.", 0.0, 1.0)
 _GUIDANCE = flags.DEFINE_float("guidance_scale", 7.5, "Strength of the text; 1 is none.")
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed paints the same picture.")
-_REWARD = flags.DEFINE_string("reward", None, "Reward model that scores the samples.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
+
+_MASK = flags.DEFINE_string("mask", None, "The picture's mask, white = missing.")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "How many.", lower_bound=1)
+_REWARD = flags.DEFINE_string("reward", None, "Reward model that scores the samples.")
+_BEST = flags.DEFINE_bool("best", False, "Keep only the sample of the greatest reward.")
+
+_EXTEND = flags.DEFINE_string("extend", None, "Grow by pixels: left=256,right=256,bottom=9.")
+
+_MOVE = flags.DEFINE_string("move", None, "New view: x,y,z, to the right, down and forward.")
+_TURN = flags.DEFINE_string("turn", None, "New view: yaw,pitch in degrees, to the right and up.")
+_DEPTH = flags.DEFINE_string("depth", None, "Its depth: .npy, 16-bit PNG, or synthetic (made up).")
+_INTRINSICS = flags.DEFINE_string("intrinsics", None, "fx,fy,cx,cy or a file; default: 60 degrees.")
+_VIEWS = flags.DEFINE_integer("views", 1, "How many, on the way to the new one.", lower_bound=1)
 
 
 def main() -> None:
-  output = Path(_OUTPUT.value)
-  if output.suffix.lower() != ".png":
-    raise ValueError(f"--output={output}: give a name that ends in .png")
-  image = image_io.load_image(_IMAGE.value)
+  paint = _choose_job()
+  paint(image_io.load_image(_IMAGE.value), Path(_OUTPUT.value))
+
+
+def _choose_job() -> Callable[[np.ndarray, Path], None]:
+  """Which of the three it is, by the flags that are given; those of two do not go together."""
+  jobs = {
+    _complete: ("mask", "num_samples", "reward", "best"),
+    _extend: ("extend",),
+    _show_views: ("move", "turn", "depth", "intrinsics", "views"),
+  }
+  differs = lambda name: flags.FLAGS[name].value != flags.FLAGS[name].default
+  given = {job: list(filter(differs, names)) for job, names in jobs.items()}
+  asked = [job for job in jobs if given[job]]
+  if len(asked) > 1:
+    first, second = (given[job][0] for job in asked[:2])
+    raise ValueError(f"--{first} and --{second} do not go together: leave one of them out")
+  if given[_show_views] and not (_MOVE.value or _TURN.value):
+    raise ValueError(
+      f"--{given[_show_views][0]} without --move or --turn: say where the new view is from"
+    )
+  if not asked or (given[_complete] and not _MASK.value):
+    raise ValueError(
+      "nothing to paint: give --mask=M.png, --extend=left=256 (and other sides), or --move=x,y,z"
+    )
+  suffixes = (".png", ".gif") if asked == [_show_views] else (".png",)
+  if Path(_OUTPUT.value).suffix.lower() not in suffixes:
+    raise ValueError(f"--output={_OUTPUT.value}: give a name that ends in {' or '.join(suffixes)}")
+  return asked[0]
+
+
+# ----------------------------------------------------------------------------------------- the jobs
+
+
+def _complete(image: np.ndarray, output: Path) -> None:
+  """Paints what the mask says is missing."""
+  if _BEST.value and not _REWARD.value:
+    raise ValueError("--best without --reward: name the reward model that chooses, --reward=mini")
   mask = image_io.load_mask(_MASK.value, image.shape[:2])
   inpainter = app.open_policy(_MODEL.value, _DTYPE.value)
   judge = _REWARD.value and RewardModel.from_pretrained(_REWARD.value, dtype=_DTYPE.value)
-  with tqdm(total=_NUM_STEPS.value, unit="step", disable=not sys.stderr.isatty()) as bar:
-    painted = inpainter(
-      image,
-      mask,
-      key=jax.random.key(_SEED.value),
-      num_steps=_NUM_STEPS.value,
-      eta=_ETA.value,
-      text=_TEXT.value,
-      guidance_scale=_GUIDANCE.value,
-      num_samples=_NUM_SAMPLES.value,
-      report=lambda: bar.update() and None,
-    )
+  with _settings() as settings:
+    painted = inpainter(image, mask, num_samples=_NUM_SAMPLES.value, **settings)
   rewards = judge.score(painted, (image * (1.0 - mask))[None])[0] if judge else None
-  for i, picture in enumerate(painted):
-    name = output if len(painted) == 1 else output.with_stem(f"{output.stem}_{i}")
-    text = {"model": _MODEL.value, "seed": str(_SEED.value)}
-    if rewards is not None:
-      text["reward"] = f"{rewards[i]:.4f}"
-    save_png(name, np.round(picture * 255.0).astype(np.uint8), text)
-    print(name, *([] if rewards is None else [f"reward {rewards[i]:.4f}"]))
+  kept = [int(np.nanargmax(rewards))] if _BEST.value else range(len(painted))
+  for i in kept:
+    name = output if len(kept) == 1 else output.with_stem(f"{output.stem}_{i}")
+    text = {} if rewards is None else {"reward": f"{rewards[i]:.4f}"}
+    said = [f"{field} {value}" for field, value in text.items()]
+    if _BEST.value:
+      text |= {"sample": str(i), "rewards": " ".join(f"{reward:.4f}" for reward in rewards)}
+      said += [f"the best of {len(rewards)}"]
+    save_png(name, _to_bytes(painted[i]), _fields(**text))
+    print(name, *said)
+
+
+def _extend(image: np.ndarray, output: Path) -> None:
+  """Paints what lies beyond the picture's borders."""
+  borders = Borders.parse(_EXTEND.value)
+  inpainter = app.open_policy(_MODEL.value, _DTYPE.value)
+  plan = extension.plan_windows(inpainter, image.shape[:2], borders)
+  with _settings(len(plan.batches)) as settings:
+    extended = extension.extend(inpainter, image, *borders, **settings)
+  save_png(output, _to_bytes(extended), _fields(extend=_EXTEND.value))
+  print(output)
+
+
+def _show_views(image: np.ndarray, output: Path) -> None:
+  """Paints what is uncovered on the way to a new view."""
+  move = _numbers("move", _MOVE.value or "0,0,0", 3)
+  turn = _numbers("turn", _TURN.value or "0,0", 2)
+  intrinsics = Intrinsics.parse(_INTRINSICS.value) if _INTRINSICS.value else None
+  depth = _read_depth(image.shape[:2])
+  inpainter = app.open_policy(_MODEL.value, _DTYPE.value)
+  with _settings(_VIEWS.value) as settings:
+    views = sweep(inpainter, image, depth, intrinsics, move, turn, _VIEWS.value, **settings)
+  if output.suffix.lower() == ".gif":
+    _save_gif(output, [image, *views])
+  else:
+    shown = _to_bytes(views[0])
+    if len(views) > 1:
+      shown = image_grid(np.stack([image, *views]), columns=len(views) + 1)
+    text = {"move": ",".join(map(str, move)), "turn": ",".join(map(str, turn))}
+    save_png(output, shown, _fields(**text))
+  print(output)
+
+
+# ---------------------------------------------------------------------------------- flags and files
+
+
+@contextmanager
+def _settings(paintings: int = 1) -> Iterator[dict[str, Any]]:
+  """How to paint, by the names that `Inpainter` gives it, with a progress bar over it all."""
+  total = paintings * _NUM_STEPS.value
+  with tqdm(total=total, unit="step", disable=not sys.stderr.isatty()) as bar:
+    yield {
+      "key": jax.random.key(_SEED.value),
+      "num_steps": _NUM_STEPS.value,
+      "eta": _ETA.value,
+      "text": _TEXT.value,
+      "guidance_scale": _GUIDANCE.value,
+      "report": None if bar.disable else lambda: bar.update() and None,
+    }
+
+
+def _numbers(flag: str, text: str, count: int) -> tuple[float, ...]:
+  try:
+    numbers = tuple(float(number) for number in text.split(","))
+  except ValueError:
+    numbers = ()
+  if len(numbers) != count or not np.isfinite(numbers).all():
+    raise ValueError(f"--{flag}={text}: give {count} numbers with commas between them")
+  return numbers
+
+
+def _read_depth(size: tuple[int, int]) -> np.ndarray:
+  if not _DEPTH.value:
+    raise ValueError(
+      "--depth is missing: give a .npy or 16-bit PNG, or --depth=synthetic for a made-up scene"
+    )
+  if _DEPTH.value == "synthetic":
+    return synthetic_depth(_SEED.value, *size)
+  return load_depth(_DEPTH.value, size)
+
+
+def _to_bytes(picture: np.ndarray) -> np.ndarray:
+  return np.round(picture * 255.0).astype(np.uint8)
+
+
+def _fields(**others: str) -> dict[str, str]:
+  """What a PNG says of where it came from."""
+  return {"model": _MODEL.value, "seed": str(_SEED.value)} | others
+
+
+def _save_gif(path: Path, pictures: list[np.ndarray]) -> None:
+  first, *others = (Image.fromarray(_to_bytes(picture)) for picture in pictures)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".{path.name}.tmp")
+  first.save(partial, format="GIF", save_all=True, append_images=others, duration=150, loop=0)
+  os.replace(partial, path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,178 @@
+"""The inpaint command: its three jobs write what they should, and wrong flags end in one line."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prefpaint_jax import testing
+from prefpaint_jax.data import images as image_io
+from prefpaint_jax.data.warping import synthetic_depth
+from prefpaint_jax.metrics import save_png
+
+ROOT = Path(__file__).parents[1]
+SIZE = (10, 12)
+# The flags of two commands cannot be in one process, so another one runs this; one for all cases.
+RUN_ALL = """
+import contextlib, io, json, sys
+import jax
+from absl import flags
+from absl.testing import flagsaver
+from prefpaint_jax import inpaint
+jax.config.update("jax_disable_most_optimizations", True)  # half the time is the compiler's
+answers = {}
+for name, arguments in json.load(sys.stdin).items():
+  with flagsaver.flagsaver(), contextlib.redirect_stdout(io.StringIO()) as printed:
+    try:
+      flags.FLAGS(["inpaint", *arguments])
+      inpaint.main()
+      answers[name] = printed.getvalue()
+    except ValueError as error:
+      answers[name] = f"error: {error}"
+print(json.dumps(answers))
+"""
+WRONG = {
+  "nothing": ([], "nothing to paint: give --mask=M.png, --extend=left=256 .* or --move=x,y,z"),
+  "samples of nothing": (["--num_samples=2"], "nothing to paint"),
+  "two jobs": (["--mask=mask.png", "--extend=left=4"], "--mask and --extend do not go together"),
+  "samples of an extension": (
+    ["--extend=left=4", "--num_samples=2"],
+    "--num_samples and --extend do not go together",
+  ),
+  "best view": (["--move=1,0,0", "--best"], "--best and --move do not go together"),
+  "depth": (["--depth=depth.npy"], "--depth without --move or --turn"),
+  "views": (["--views=3"], "--views without --move or --turn"),
+  "best": (["--mask=mask.png", "--num_samples=2", "--best"], "--best without --reward"),
+  "no number": (["--extend=left=abc"], "left is 'abc', not a whole number"),
+  "no side": (["--extend=up=3"], "'up' is no side"),
+  "negative": (["--extend=left=-3"], "left is -3: give 0 or more"),
+  "zero": (["--extend=left=0,top=0"], "no side grows"),
+  "no depth": (["--move=1,0,0"], "--depth is missing: .* --depth=synthetic"),
+  "short move": (["--move=1,0", "--depth=synthetic"], "--move=1,0: give 3 numbers"),
+  "worded turn": (["--turn=left,0", "--depth=synthetic"], "--turn=left,0: give 2 numbers"),
+  "other depth": (["--move=1,0,0", "--depth=small.npy"], "the depth is 4x5, its image 10x12"),
+  "camera": (["--move=1,0,0", "--intrinsics=3"], "give fx,fy,cx,cy"),
+  "GIF": (["--extend=left=4", "--output=O.gif"], "give a name that ends in .png$"),
+  "JPEG": (["--move=1,0,0", "--output=O.jpg"], "ends in .png or .gif$"),
+}
+RIGHT = {
+  "one": ["--mask=mask.png"],
+  "three": ["--mask=mask.png", "--num_samples=3", "--reward=reward"],
+  "best": ["--mask=mask.png", "--num_samples=3", "--reward=reward", "--best"],
+  "extended": ["--extend=left=5,bottom=3"],
+  "view": ["--move=0.3,0,0", "--depth=depth.npy", "--intrinsics=10,10,5.5,4.5"],
+  "strip": ["--move=0.3,0,0", "--turn=-4,2", "--depth=synthetic", "--views=3"],
+  "sweep": ["--turn=10,0", "--depth=depth.npy", "--views=3", "--output=sweep.gif"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+  folder = tmp_path_factory.mktemp("inpaint")
+  testing.tiny_inpainter().save_pretrained(folder / "policy")
+  testing.tiny_reward().save_pretrained(folder / "reward")
+  coarse = np.random.default_rng(0).uniform(size=(3, 3, 3))
+  image = np.round(255 * image_io.resize_image(coarse, SIZE)).astype(np.uint8)
+  mask = np.zeros(SIZE, np.uint8)
+  mask[:, 6:] = 255
+  save_png(folder / "image.png", image)
+  save_png(folder / "mask.png", mask)
+  np.save(folder / "depth.npy", synthetic_depth(1, *SIZE))
+  np.save(folder / "small.npy", np.ones((4, 5)))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def answers(folder) -> dict[str, str]:
+  """What the command printed in each case."""
+  common = ["--model=policy", "--image=image.png", "--num_steps=2"]
+  cases = {f"wrong {name}": arguments for name, (arguments, _) in WRONG.items()}
+  cases |= {f"right {name}": arguments for name, arguments in RIGHT.items()}
+  cases = {
+    name: [*common, f"--output={name.split()[-1]}.png", *arguments]
+    for name, arguments in cases.items()
+  }
+  done = subprocess.run(
+    [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{RUN_ALL}"],
+    input=json.dumps(cases),
+    cwd=folder,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)
+
+
+def read(path: Path) -> np.ndarray:
+  return np.asarray(Image.open(path).convert("RGB"))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_flags_that_do_not_work_end_in_one_line(answers, name):
+  answer = answers[f"wrong {name}"]
+  assert answer.startswith("error: ") and "\n" not in answer
+  assert re.search(WRONG[name][1], answer), answer
+
+
+def test_samples_go_to_numbered_files_with_their_rewards(answers, folder):
+  image = read(folder / "image.png")
+  printed = answers["right three"].splitlines()
+  for i in range(3):
+    with Image.open(folder / f"three_{i}.png") as file:
+      text = file.text
+    assert text.keys() == {"model", "seed", "reward"}
+    assert printed[i] == f"three_{i}.png reward {text['reward']}"
+    np.testing.assert_array_equal(read(folder / f"three_{i}.png")[:, :6], image[:, :6])
+  assert answers["right one"] == "one.png\n"
+  assert read(folder / "one.png").shape == image.shape
+
+
+def test_best_keeps_the_sample_of_the_greatest_reward_and_tells_of_all(answers, folder):
+  rewards = [Image.open(folder / f"three_{i}.png").text["reward"] for i in range(3)]
+  best = max(range(3), key=lambda i: float(rewards[i]))
+  text = Image.open(folder / "best.png").text
+  assert text == {
+    "model": "policy",
+    "seed": "0",
+    "reward": rewards[best],
+    "rewards": " ".join(rewards),
+    "sample": str(best),
+  }
+  np.testing.assert_array_equal(read(folder / "best.png"), read(folder / f"three_{best}.png"))
+  assert not (folder / "best_0.png").exists()
+  assert answers["right best"] == f"best.png reward {rewards[best]} the best of 3\n"
+
+
+def test_extension_keeps_the_photograph(answers, folder):
+  assert answers["right extended"] == "extended.png\n"
+  extended = read(folder / "extended.png")
+  assert extended.shape == (13, 17, 3)
+  np.testing.assert_array_equal(extended[:10, 5:], read(folder / "image.png"))
+
+
+def test_views_go_to_a_picture_a_strip_or_a_gif(answers, folder):
+  assert read(folder / "view.png").shape == (*SIZE, 3)
+  strip = read(folder / "strip.png")
+  assert strip.shape == (SIZE[0] + 4, 4 * (SIZE[1] + 4), 3)
+  np.testing.assert_array_equal(strip[2:-2, 2:14], read(folder / "image.png"))
+  assert answers["right sweep"] == "sweep.gif\n"
+  with Image.open(folder / "sweep.gif") as film:
+    assert film.n_frames == 4 and film.size == SIZE[::-1]
+
+
+def test_command_ends_in_one_line(folder):
+  done = subprocess.run(
+    [sys.executable, "-m", "prefpaint_jax.inpaint", "--image=none.png", "--output=o.png"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 1
+  assert done.stderr.strip().splitlines()[-1].startswith("error: nothing to paint: give --mask=")
