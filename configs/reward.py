@@ -5,7 +5,7 @@ No preset: the released PrefPaint architecture on CLIP ViT-B/32. `mini`: the sma
 world, minutes on two CPU cores.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config(preset: str = "") -> ConfigDict:
@@ -56,6 +56,9 @@ def get_config(preset: str = "") -> ConfigDict:
 
   # Bound.
   config.ridge = 1.0  # λ of the closed-form last layer and of V
+  # R and S of the bound's constant; None: from held-out residuals, and the norm of the last layer.
+  config.noise_scale = config_dict.placeholder(float)
+  config.norm_bound = config_dict.placeholder(float)
   config.trust = ConfigDict()
   config.trust.k = 0.05  # the trust weight exp(b - k ‖z‖) that the report shows
   config.trust.b = 0.7

@@ -9,6 +9,7 @@ differ in their seed only are one curve: their mean, shaded from the lowest to t
 
 import functools
 import json
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -174,9 +175,10 @@ def curve(group: Group, key: str, smooth: int = 1) -> Curve:
   return Curve(iterations, mean, low, high)
 
 
-def draw(groups: Sequence[Group], smooth: int = 1) -> Figure:
+def draw(groups: Sequence[Group], smooth: int = 1, only: str = "") -> Figure:
   """A panel for each metric that any of the groups has, a curve in it for each that has it.
 
+  `only`: a regular expression that metrics must contain to be drawn.
   Where a group is averaged, all shades are ranges over seeds and single runs have none; nor have
   they where there are more than three.
   """
@@ -188,7 +190,7 @@ def draw(groups: Sequence[Group], smooth: int = 1) -> Figure:
       title = key.removeprefix(HELD_OUT).removesuffix("/mean")
       titles[key] = "held-out " + title.replace("/", " ").replace("_", " ")
   panels = {}
-  for key in titles:
+  for key in (key for key in titles if re.search(only, key)):
     window = 1 if key.startswith(HELD_OUT) else smooth
     curves = [curve(group, key, window) for group in groups]
     if any(np.isfinite(one.values).any() for one in curves):
@@ -321,14 +323,14 @@ def _finish_axes(axes: Axes, key: str, curves: Sequence[Curve]) -> None:
   axes.tick_params(which="both", labelsize=8.5)
 
 
-def main(workdirs: Sequence[str], output: Path, mean: bool, smooth: int) -> None:
+def main(workdirs: Sequence[str], output: Path, mean: bool, smooth: int, only: str = "") -> None:
   if output.suffix.lower() != ".png":
     raise ValueError(f"--output={output}: give a name that ends in .png")
   names = [
     name for given in workdirs for name in ([given] if Path(given).is_dir() else given.split(","))
   ]
   runs = [load_run(name) for name in names]
-  figure = draw(group_runs(runs) if mean else single_runs(runs), smooth)
+  figure = draw(group_runs(runs) if mean else single_runs(runs), smooth, only)
   output.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(output, format="png")
   print(output)
@@ -341,4 +343,7 @@ if __name__ == "__main__":
   _OUTPUT = flags.DEFINE_string("output", None, "PNG to write.", required=True)
   _MEAN = flags.DEFINE_bool("mean", False, "Runs that differ in their seed only as their mean.")
   _SMOOTH = flags.DEFINE_integer("smooth", 1, "Iterations of a centred moving average, odd.")
-  app.run(lambda: main(_WORKDIR.value, Path(_OUTPUT.value), _MEAN.value, _SMOOTH.value))
+  _ONLY = flags.DEFINE_string("only", "", "Regular expression: metrics that contain it.")
+  app.run(
+    lambda: main(_WORKDIR.value, Path(_OUTPUT.value), _MEAN.value, _SMOOTH.value, _ONLY.value)
+  )

@@ -344,7 +344,9 @@ def train_reward(config: ConfigDict, workdir: Path) -> RewardModel:
 
   ### The last layer in closed form, and the bound on its error.
   moments = moments_of(judge, params, train)
-  w, bound = refit(moments, config.ridge, moments_of(judge, params, held_out))
+  w, bound = refit(moments, config.ridge, moments_of(judge, params, held_out), config.norm_bound)
+  if config.noise_scale is not None:
+    bound = dataclasses.replace(bound, noise_scale=config.noise_scale)
   params["mlp"]["last_layer"]["kernel"] = w[:, None].astype(np.float32)
   # Ridge regression fits the normalised scores: no shift or scale is left.
   network = network.clone(config=dataclasses.replace(network.config, shift=0.0, scale=1.0))

@@ -100,7 +100,7 @@ def preferences(tmp_path_factory):
 def test_command_makes_a_reward_with_its_bound_and_resumes_exactly(
   tmp_path, preferences, monkeypatch, capsys
 ):
-  config = load_config("reward", "mini", preferences=str(preferences), **SMALL)
+  config = load_config("reward", "mini", preferences=str(preferences), norm_bound=3.0, **SMALL)
   model = train_reward.train_reward(config, tmp_path / "whole")
   said = capsys.readouterr().out
   assert "noise-free scores, all: pair accuracy" in said
@@ -125,6 +125,7 @@ def test_command_makes_a_reward_with_its_bound_and_resumes_exactly(
     len(one["scores"]) for one in open_preferences(preferences, "train")
   )
   assert found["data"] == read_metadata(preferences)
+  assert loaded.bound.norm_bound == 3.0 and loaded.bound.noise_scale > 0
 
   class Killed(Exception):
     pass
