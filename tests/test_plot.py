@@ -88,6 +88,14 @@ def test_curves_are_the_numbers_of_the_file(tmp_path):
   assert not drawn  # no trust weight, no loss: no panel
 
 
+def test_only_the_metrics_asked_for_are_drawn(tmp_path):
+  write_run(tmp_path / "run")
+  groups = plot.single_runs([plot.load_run(tmp_path / "run")])
+  assert set(panels(plot.draw(groups, only="^reward|/box/"))) == {"reward", "held-out box reward"}
+  with pytest.raises(ValueError, match="nothing to draw"):
+    plot.draw(groups, only="nonsense")
+
+
 def test_shade_of_a_run_is_its_standard_deviation(tmp_path):
   lines = write_run(tmp_path / "run")
   figure = draw_single(tmp_path / "run")
