@@ -291,7 +291,8 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
       too_many_nan = known["reward/nan_fraction"] > config.max_nan_fraction
       last = bool(stop) or too_many_nan or done == config.num_iterations
       is_due = lambda every, done=done, last=last: every and (done % every == 0 or last)
-      evaluates = bool(config.eval_prompts) and is_due(config.eval_every)
+      # Not where a run happens to stop: a resumed one writes the same lines as one that was not.
+      evaluates = bool(config.eval_prompts and config.eval_every) and done % config.eval_every == 0
       if is_due(config.checkpoint_every) or is_due(config.sample_every) or evaluates:
         finish(*late, evaluates)
         late = None
