@@ -6,13 +6,14 @@ import re
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from prefpaint_jax.checkpoint import Checkpoints
-from prefpaint_jax.inpainter import Inpainter
+if TYPE_CHECKING:
+  from prefpaint_jax.inpainter import Inpainter
+
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from.")
 
@@ -117,11 +118,15 @@ def read_workdir(workdir: Path) -> ConfigDict:
   return ConfigDict(json.loads(file.read_text()))
 
 
-def open_policy(name: str, dtype: str = "float32", step: int | None = None) -> Inpainter:
+def open_policy(name: str, dtype: str = "float32", step: int | None = None) -> "Inpainter":
   """The policy of a run's workdir at a checkpoint (default: the latest), or of any folder or name.
 
   A run that kept a moving average of the parameters gives that.
   """
+  # They bring JAX along, which commands that paint nothing do without.
+  from prefpaint_jax.checkpoint import Checkpoints
+  from prefpaint_jax.inpainter import Inpainter
+
   workdir = Path(name)
   if (workdir / "model_index.json").is_file() or not (workdir / "config.json").is_file():
     return Inpainter.from_pretrained(name, dtype)

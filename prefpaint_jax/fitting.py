@@ -59,7 +59,7 @@ def fit(
     loader: iterator of this process's part of each batch, with `get_state` and `set_state`.
     ema_decay: of the moving average, which is then what is judged and returned; 0: none.
     judge: parameters -> (score, metrics), every `judge_every` iterations and at the end; the
-      parameters of the highest score are returned. None: the last ones.
+      parameters of the highest score are returned. None, or where scores are NaN: the last ones.
   """
   is_writer = jax.process_index() == 0
 
@@ -118,10 +118,11 @@ def fit(
     if is_due(log_every):
       line = {name: float(value) for name, value in metrics.items()}
       bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
-    if judge and is_due(judge_every):
+    if judge and (is_due(judge_every) or done == iterations):
       score, judged = judge(jax.device_get(gather(current(state))))
       line |= judged
-      if score > float(state.best_score):
+      # A score that is no number cannot choose: then the latest parameters are kept.
+      if not score <= float(state.best_score):
         copy = jax.tree.map(jnp.copy, current(state))
         state = state._replace(best=copy, best_score=jnp.array(score, jnp.float32))
     if line:

@@ -348,12 +348,10 @@ def train_reward(config: ConfigDict, workdir: Path) -> RewardModel:
   if config.noise_scale is not None:
     bound = dataclasses.replace(bound, noise_scale=config.noise_scale)
   params["mlp"]["last_layer"]["kernel"] = w[:, None].astype(np.float32)
-  # Ridge regression fits the normalised scores: no shift or scale is left.
-  network = network.clone(config=dataclasses.replace(network.config, shift=0.0, scale=1.0))
   model = RewardModel(network, params, bound)
 
   ### How far both can be trusted, where nothing was trained.
-  judged = judge_all(Judge(network, config.batch_size), params, held_out, bound.chol, truth)
+  judged = judge_all(judge, params, held_out, bound.chol, truth)
   if is_writer:
     model.save_pretrained(workdir / "reward")
     report(config, judged, bound, workdir, metadata)

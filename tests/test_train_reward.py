@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from preference_world import SMALL, load_config, make_preferences
 from scipy import stats
 
-from prefpaint_jax import app, fitting, testing, train_reward
+from prefpaint_jax import fitting, testing, train_reward
 from prefpaint_jax.bound import mahalanobis_norm
 from prefpaint_jax.data.preferences import open_preferences, read_metadata
 from prefpaint_jax.models.config import RewardConfig
@@ -167,4 +167,3 @@ def test_mistakes_end_in_one_line(tmp_path, change, message):
   with pytest.raises(ValueError, match=message) as error:
     train_reward.train_reward(config, tmp_path)
   assert "\n" not in str(error.value)
-  assert app  # the same one-line guard as every command

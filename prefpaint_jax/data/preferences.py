@@ -30,6 +30,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from tensorflow_datasets.proto import tf_example_pb2
 
+from prefpaint_jax import app
 from prefpaint_jax.data import images, masks
 from prefpaint_jax.data.annotations import (
   SPLITS,
@@ -466,8 +467,6 @@ def summary(metadata: Mapping[str, Any]) -> str:
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-  from prefpaint_jax import app  # it brings JAX along, which reading does without
-
   if not config.source:
     raise ValueError("config.source is empty: name the folder with the scores")
   try:
@@ -480,6 +479,4 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-  from prefpaint_jax import app
-
   app.run_with_config(main)
