@@ -31,19 +31,6 @@ class Layer(NamedTuple):
   pose: Pose
 
 
-def novel_view(
-  inpainter: Inpainter,
-  image: Any,
-  depth: np.ndarray,
-  intrinsics: Intrinsics | None = None,
-  move: Sequence[float] = (0.0, 0.0, 0.0),
-  turn: Sequence[float] = (0.0, 0.0),
-  **options: Any,
-) -> np.ndarray:
-  """The picture float32 [H, W, 3] as a camera sees it that moved and turned; see `sweep`."""
-  return sweep(inpainter, image, depth, intrinsics, move, turn, **options)[0]
-
-
 def sweep(
   inpainter: Inpainter,
   image: Any,

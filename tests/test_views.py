@@ -9,7 +9,7 @@ from prefpaint_jax import testing, views
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.data.warping import Intrinsics, camera_pose, synthetic_depth, warp
 from prefpaint_jax.inpainter import Inpainter
-from prefpaint_jax.views import Layer, background_depth, novel_view, sweep
+from prefpaint_jax.views import Layer, background_depth, sweep
 
 STEPS = 2
 CAMERA = Intrinsics(fx=20.0, fy=16.0, cx=7.5, cy=5.5)
@@ -52,7 +52,7 @@ def test_without_a_move_the_picture_is_unchanged_and_nothing_is_painted():
 def test_what_the_warp_shows_stays_and_its_holes_are_painted(inpainter):
   move, turn = (0.4, 0.1, -0.2), (3.0, -2.0)
   warped = warp(picture(), near_and_far(), CAMERA, move, turn)
-  view = novel_view(inpainter, picture(), near_and_far(), CAMERA, move, turn, num_steps=STEPS)
+  (view,) = sweep(inpainter, picture(), near_and_far(), CAMERA, move, turn, num_steps=STEPS)
   hole = warped.mask[..., 0] > 0
   assert 0.05 < hole.mean() < 0.6
   np.testing.assert_array_equal(view[~hole], warped.image[~hole])
@@ -107,7 +107,7 @@ def test_a_view_that_shows_nothing_of_the_picture_is_refused(inpainter):
   with pytest.raises(
     ValueError, match=r"\A[^\n]*nothing of the picture is in sight at 100%[^\n]*\Z"
   ):
-    novel_view(inpainter, picture(), near_and_far(), CAMERA, turn=(120, 0))
+    sweep(inpainter, picture(), near_and_far(), CAMERA, turn=(120, 0))
 
 
 # ------------------------------------------------------------------------------------------- layers

@@ -27,6 +27,7 @@ from PIL import Image
 
 from prefpaint_jax import mini
 from prefpaint_jax.data import images, masks, warping
+from prefpaint_jax.data.records import find_records
 
 if TYPE_CHECKING:
   from prefpaint_jax.data.prompts import Prompt
@@ -133,7 +134,7 @@ class RecordPictures(Sequence):
         deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
         file_format="array_record",
       )
-    except (NotImplementedError, ValueError):
+    except (NotImplementedError, ValueError):  # tfds, of formats without random access
       raise ValueError(
         f"{source}: prepared as {builder.info.file_format.value}, not as array_record, which can "
         f"be read in any order: {_how_to_prepare(builder)} --overwrite"
@@ -182,13 +183,6 @@ def _open_builder(source: str, name: str) -> tfds.core.DatasetBuilder:
       "TFDS_DATA_DIR to where it is"
     )
   return builder
-
-
-def find_records(folder: Path) -> list[Path]:
-  """The folders of the tfds data sets in a folder: NAME/VERSION, VERSION, or the folder itself."""
-  return [
-    info.parent for depth in ("", "*/", "*/*/") for info in folder.glob(depth + "dataset_info.json")
-  ]
 
 
 def _image_feature(source: str, builder: tfds.core.DatasetBuilder) -> str:

@@ -10,13 +10,12 @@ report, and writes a tfds data set into DIR that a reward is trained on.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
 import io
 import json
 import math
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +39,13 @@ from prefpaint_jax.data.annotations import (
   ScoredPrompt,
   read_annotations,
 )
-from prefpaint_jax.data.prompts import ENDLESS
+from prefpaint_jax.data.records import (
+  encode_png,
+  endless_batches,
+  find_records,
+  to_bytes,
+  write_records,
+)
 from prefpaint_jax.simulation import CRITERIA
 
 
@@ -103,7 +108,7 @@ class StoredPreferences(Sequence[Preference]):
       resize = lambda image: image
       masked_image = _decode(feature["masked_image"].bytes_list.value[0])
     else:
-      resize = lambda image: _to_bytes(images.resize_image(image / np.float32(255), self._size))
+      resize = lambda image: to_bytes(images.resize_image(image / np.float32(255), self._size))
       mask = images.resize_mask(mask, self._size)
       images.check_mask(mask, self._size, f"preference {id_} at {self._size[0]}x{self._size[1]}")
       # From the whole picture, so that the hole's black does not run into what is known.
@@ -123,12 +128,8 @@ class StoredPreferences(Sequence[Preference]):
 
 def _find(folder: str | Path) -> Path:
   """The data set in a folder, or in one that this lies in."""
-  found = [
-    info.parent
-    for depth in ("", "*/", "*/*/")
-    for info in Path(folder).glob(depth + "dataset_info.json")
-    if (info.parent / "metadata.json").exists()  # other data sets have none
-  ]
+  # Other data sets have no metadata.
+  found = [path for path in find_records(folder) if (path / "metadata.json").exists()]
   if len(found) != 1:
     raise ValueError(
       f"preferences: {folder} holds {len(found)} data sets: name the folder of one, "
@@ -154,34 +155,23 @@ def preference_loader(
   shuffle: bool = True,
   num_candidates: int | None = None,
 ) -> grain.DatasetIterator:
-  """Endless batches, as `stack` makes them, in the order that `prompts.prompt_loader` would choose.
+  """Endless batches, as `stack` makes them; b is batch_size / process_count.
 
-  Global batch i is the i-th run of `batch_size` preferences, of which this process gets every
-  `process_count`-th, so b is batch_size / process_count; every epoch is shuffled anew from `seed`.
   Where `num_candidates` is not given C is the data set's, the same for all splits and processes.
-  The iterator's `get_state()` and `set_state()` resume exactly.
+  See `records.endless_batches` for order, shares and resuming.
   """
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
-      f"batch_size is {batch_size} over {process_count} processes: "
-      f"give a positive multiple of {process_count}"
-    )
-  if len(preferences) < batch_size:
-    raise ValueError(
-      f"{len(preferences)} preferences are fewer than batch_size {batch_size}: "
-      "add annotated prompts or lower batch_size"
-    )
   if num_candidates is None:
     num_candidates = preferences.num_candidates
-  order = grain.MapDataset.source(preferences).seed(seed)
-  if shuffle:
-    order = order.shuffle()
-  mine = order.repeat(ENDLESS).slice(slice(process_index, None, process_count))
-  batches = mine.batch(
-    batch_size // process_count, batch_fn=lambda chosen: stack(chosen, num_candidates)
+  return endless_batches(
+    preferences,
+    batch_size,
+    seed,
+    process_index,
+    process_count,
+    shuffle,
+    functools.partial(stack, num_candidates=num_candidates),
+    name="preferences",
   )
-  # An element is a whole batch: a few in flight hide the decoding; grain's default is 500.
-  return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)))
 
 
 def stack(preferences: Sequence[Preference], num_candidates: int) -> dict[str, np.ndarray]:
@@ -239,16 +229,7 @@ def build_preferences(
   splits = assign_splits(annotations, test_share)
   metadata = describe(annotations, splits, weights)
   builder = Preferences(splits, metadata, data_dir=output_dir, file_format="array_record")
-  folder = Path(builder.data_dir)
-  if folder.exists():
-    raise ValueError(f"{folder}: preferences are there already: give another folder or delete it")
-  with (
-    tempfile.TemporaryDirectory() as downloads,  # stays empty
-    contextlib.redirect_stdout(io.StringIO()),  # tfds announces a download
-  ):
-    tfds.disable_progress_bar()
-    builder.download_and_prepare(download_dir=downloads)
-  return folder
+  return write_records(builder)
 
 
 def assign_splits(annotations: Annotations, test_share: float) -> dict[str, list[ScoredPrompt]]:
@@ -395,8 +376,8 @@ class Preferences(tfds.core.GeneratorBasedBuilder, skip_registration=True):
           "source": prompt.source,
           "kind": prompt.kind,
           "image": _stored(prompt.image),
-          "mask": _encode(mask[..., 0]),
-          "masked_image": _encode(masked_image),
+          "mask": encode_png(mask[..., 0]),
+          "masked_image": encode_png(masked_image),
           "candidates": [
             self._candidate(candidate, int(rank))
             for candidate, rank in zip(prompt.candidates, order, strict=True)
@@ -419,19 +400,7 @@ def _stored(file: Path) -> io.BytesIO:
   with Image.open(file) as picture:
     plain = picture.format == "PNG" and picture.mode == "RGB"
     plain = plain and not {"transparency", "exif"} & set(picture.info)
-  return io.BytesIO(file.read_bytes()) if plain else _encode(images.load_image(file))
-
-
-def _encode(image: np.ndarray) -> io.BytesIO:
-  """[H, W] or [H, W, 3] in [0, 1] as an encoded PNG; raw arrays would need TensorFlow."""
-  file = io.BytesIO()
-  Image.fromarray(_to_bytes(image)).save(file, "png")
-  file.seek(0)
-  return file
-
-
-def _to_bytes(image: np.ndarray) -> np.ndarray:
-  return np.round(255 * image).astype(np.uint8)
+  return io.BytesIO(file.read_bytes()) if plain else encode_png(images.load_image(file))
 
 
 # --------------------------------------------------------------------------------------------- main

@@ -9,10 +9,8 @@ pictures (`pictures.DrawnPrompts`) also say where they come from.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -24,9 +22,8 @@ from PIL import Image
 
 from prefpaint_jax import mini
 from prefpaint_jax.data import images, masks
-from prefpaint_jax.data.pictures import SPLITS, DrawnPrompts, find_records
-
-ENDLESS = 2**31  # epochs; grain's own endless repetition overflows for a batch of one
+from prefpaint_jax.data.pictures import SPLITS, DrawnPrompts
+from prefpaint_jax.data.records import encode_png, endless_batches, find_records, write_records
 
 
 class Prompt(TypedDict):
@@ -212,27 +209,11 @@ def prompt_loader(
 ) -> grain.DatasetIterator:
   """Endless batches {id: str [b], kind: int32 [b], image: [b, H, W, 3], mask: [b, H, W, 1]}.
 
-  Every epoch is shuffled anew from `seed`. The order is one for all processes: global batch i is
-  the i-th run of `batch_size` prompts, of which this process gets every `process_count`-th, so b
-  is batch_size / process_count. The iterator's `get_state()` and `set_state()` resume exactly.
+  b is batch_size / process_count; see `records.endless_batches` for order, shares and resuming.
   """
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
-      f"batch_size is {batch_size} over {process_count} processes: "
-      f"give a positive multiple of {process_count}"
-    )
-  if len(prompts) < batch_size:
-    raise ValueError(
-      f"{len(prompts)} prompts are fewer than batch_size {batch_size}: "
-      "add prompts or lower batch_size"
-    )
-  order = grain.MapDataset.source(prompts).seed(seed)
-  if shuffle:
-    order = order.shuffle()
-  mine = order.repeat(ENDLESS).slice(slice(process_index, None, process_count))
-  batches = mine.batch(batch_size // process_count, batch_fn=stack)
-  # An element is a whole batch: a few in flight hide the decoding; grain's default is 500.
-  return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)))
+  return endless_batches(
+    prompts, batch_size, seed, process_index, process_count, shuffle, stack, name="prompts"
+  )
 
 
 def stack(prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
@@ -286,16 +267,7 @@ def build_prompts(
     data_dir=output_dir,
     file_format="array_record",
   )
-  folder = Path(builder.data_dir)
-  if folder.exists():
-    raise ValueError(f"{folder}: prompts are there already: give another folder or delete that one")
-  with (
-    tempfile.TemporaryDirectory() as downloads,  # stays empty
-    contextlib.redirect_stdout(io.StringIO()),  # tfds announces a download
-  ):
-    tfds.disable_progress_bar()
-    builder.download_and_prepare(download_dir=downloads)
-  return folder
+  return write_records(builder)
 
 
 class Prompts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -335,15 +307,7 @@ class Prompts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         {
           "id": prompt["id"],
           "kind": prompt["kind"],
-          "image": _png(prompt["image"]),
-          "mask": _png(prompt["mask"][..., 0]),
+          "image": encode_png(prompt["image"]),
+          "mask": encode_png(prompt["mask"][..., 0]),
         },
       )
-
-
-def _png(image: np.ndarray) -> io.BytesIO:
-  """[H, W] or [H, W, 3] in [0, 1] as an encoded PNG; raw arrays would need TensorFlow."""
-  file = io.BytesIO()
-  Image.fromarray(np.round(255 * image).astype(np.uint8)).save(file, "png", optimize=True)
-  file.seek(0)
-  return file

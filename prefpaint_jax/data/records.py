@@ -1,0 +1,90 @@
+"""tfds data sets without TensorFlow: find them, write them, and feed what is in them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+ENDLESS = 2**31  # epochs; grain's own endless repetition overflows for a batch of one
+
+
+def find_records(folder: str | Path) -> list[Path]:
+  """The folders of the tfds data sets in a folder: NAME/VERSION, VERSION, or the folder itself."""
+  return [
+    info.parent
+    for depth in ("", "*/", "*/*/")
+    for info in Path(folder).glob(depth + "dataset_info.json")
+  ]
+
+
+def write_records(builder: tfds.core.GeneratorBasedBuilder) -> Path:
+  """Prepares a builder whose `code_path` is None and returns its folder, which must be new."""
+  folder = Path(builder.data_dir)
+  if folder.exists():
+    raise ValueError(
+      f"{folder}: {builder.name} are there already: give another folder or delete that one"
+    )
+  with (
+    tempfile.TemporaryDirectory() as downloads,  # stays empty
+    contextlib.redirect_stdout(io.StringIO()),  # tfds announces a download
+  ):
+    tfds.disable_progress_bar()
+    builder.download_and_prepare(download_dir=downloads)
+  return folder
+
+
+def to_bytes(image: np.ndarray) -> np.ndarray:
+  """[0, 1] -> uint8."""
+  return np.round(255 * image).astype(np.uint8)
+
+
+def encode_png(image: np.ndarray) -> io.BytesIO:
+  """[H, W] or [H, W, 3] in [0, 1] as an encoded PNG; raw arrays would need TensorFlow."""
+  file = io.BytesIO()
+  Image.fromarray(to_bytes(image)).save(file, "png")
+  file.seek(0)
+  return file
+
+
+def endless_batches(
+  examples: Sequence[Any],
+  batch_size: int,
+  seed: int,
+  process_index: int,
+  process_count: int,
+  shuffle: bool,
+  stack: Callable[[Sequence[Any]], dict[str, np.ndarray]],
+  name: str,
+) -> grain.DatasetIterator:
+  """Batches as `stack` makes them of examples; `name` says what these are, should there be few.
+
+  Every epoch is shuffled anew from `seed`. The order is one for all processes: global batch i is
+  the i-th run of `batch_size` examples, of which this process gets every `process_count`-th, so it
+  stacks batch_size / process_count. The iterator's `get_state()` and `set_state()` resume exactly.
+  """
+  if batch_size < 1 or batch_size % process_count:
+    raise ValueError(
+      f"batch_size is {batch_size} over {process_count} processes: "
+      f"give a positive multiple of {process_count}"
+    )
+  if len(examples) < batch_size:
+    raise ValueError(
+      f"{len(examples)} {name} are fewer than batch_size {batch_size}: "
+      f"add {name} or lower batch_size"
+    )
+  order = grain.MapDataset.source(examples).seed(seed)
+  if shuffle:
+    order = order.shuffle()
+  mine = order.repeat(ENDLESS).slice(slice(process_index, None, process_count))
+  batches = mine.batch(batch_size // process_count, batch_fn=stack)
+  # An element is a whole batch: a few in flight hide the decoding; grain's default is 500.
+  return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)))
