@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def open_judges(names: tuple[str, ...], dtype: str) -> dict[str, RewardModel]:
   return judges
 
 
-def choose_prompts(config: ConfigDict) -> tuple[prompt_io.Sequence, list[int]]:
+def choose_prompts(config: ConfigDict) -> tuple[Sequence[prompt_io.Prompt], list[int]]:
   """The prompts of a split, and the indices of those that are asked for."""
   prompts = prompt_io.open_prompts(config.prompts, config.split, config.size)
   if config.kind and config.kind not in mask_io.KINDS:

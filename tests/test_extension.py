@@ -13,21 +13,10 @@ from prefpaint_jax.data import images as image_io
 from prefpaint_jax.extension import Borders, extend, fill, plan_windows
 from prefpaint_jax.inpainter import Inpainter
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEPS = 2
 N = testing.SIZE  # sides of a window
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Halves the time of this file, which the compiler takes."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def inpainter() -> Inpainter:
-  return testing.tiny_inpainter()
 
 
 def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -13,20 +13,9 @@ from prefpaint_jax import testing
 from prefpaint_jax.data.images import load_pairs
 from prefpaint_jax.inpainter import Inpainter
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEPS = 10
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Halves the time of this file, which the compiler takes."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def inpainter() -> Inpainter:
-  return testing.tiny_inpainter()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Masks: always usable, the same for the same seed, and of the kind they were drawn as."""
 
-import hashlib
 import subprocess
 import sys
 
@@ -107,19 +106,6 @@ def test_warping_leaves_an_edge_band_and_holes_apart_from_it():
     shares.append(mask.mean())
   assert np.mean(inner) > 0.5
   assert min(shares) >= 0.08 and max(shares) <= 0.55
-
-
-@pytest.mark.parametrize(
-  "draw, checksums",
-  [
-    (masks.outpainting_mask, ["0dad5113b5bdec42", "7a02bdc00a6c070c", "95d03a6bcfd4552b"]),
-    (masks.warping_mask, ["4d98e99a42d7b9b6", "8250f30b3121ceb2", "09e007b8003e2d5b"]),
-  ],
-)
-def test_a_seed_draws_the_masks_that_shipped_prompts_were_made_with(draw, checksums):
-  for size, checksum in zip(SIZES, checksums, strict=True):
-    drawn = b"".join(draw(seed, *size).astype(np.uint8).tobytes() for seed in range(64))
-    assert hashlib.sha256(drawn).hexdigest()[:16] == checksum
 
 
 def test_an_unknown_mask_is_named_after_its_rectangle():

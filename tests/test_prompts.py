@@ -258,3 +258,14 @@ def test_mistakes_in_batches_end_in_one_line(released):
   loader = prompts.prompt_loader(prompts.open_prompts(released, "train"), batch_size=3, seed=0)
   with pytest.raises(ValueError, match="prompts of two sizes in one batch"):
     next(loader)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_embedded_prompts_are_what_their_photographs_and_seed_give(split):
+  embedded = prompts.open_prompts("mini", split)
+  kinds = {"outpainting": 1.0, "holes": 1.0}
+  drawn = DrawnPrompts("mini", split, 64, 32, fit="random", test_share=0.22, kinds=kinds)
+  for stored, one in zip(embedded, drawn, strict=False):
+    assert (stored["id"], stored["kind"]) == (one["id"], one["kind"])
+    np.testing.assert_array_equal(stored["mask"], one["mask"])
+    np.testing.assert_allclose(stored["image"], one["image"], atol=0.5 / 255 + 1e-6)

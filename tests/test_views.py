@@ -5,28 +5,16 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from prefpaint_jax import testing, views
+from prefpaint_jax import views
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.data.warping import Intrinsics, camera_pose, synthetic_depth, warp
-from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.views import Layer, background_depth, sweep
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STEPS = 2
 CAMERA = Intrinsics(fx=20.0, fy=16.0, cx=7.5, cy=5.5)
 SIZE = (12, 16)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Halves the time of this file, which the compiler takes."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def inpainter() -> Inpainter:
-  return testing.tiny_inpainter()
 
 
 def picture() -> np.ndarray:
