@@ -47,6 +47,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.updates_per_iteration = 5  # optimiser updates that share the K steps: 1 to K
   config.timesteps_per_pass = 1  # steps per forward and backward pass; 0: all of the update
   config.gradient_accumulation = 1  # n: only every n-th iteration's updates step the optimiser
+  config.optimizer = "adamw"  # adamw, or sgd: no moments, no adam_*, no weight_decay
   config.learning_rate = 2e-6
   config.warmup_updates = 0
   config.clip_range = 1e-4  # of the importance ratio around 1

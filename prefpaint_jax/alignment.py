@@ -428,6 +428,7 @@ def end_iteration(settings: Settings, state: TrainState) -> TrainState:
 
 
 def make_optimizer(
+  name: str,
   learning_rate: float,
   b1: float = 0.9,
   b2: float = 0.999,
@@ -436,9 +437,17 @@ def make_optimizer(
   clip_norm: float | None = None,
   warmup_updates: int = 0,
 ) -> optax.GradientTransformation:
-  """AdamW with a constant rate after a linear warm-up, and clipping by global norm if asked."""
+  """AdamW or plain SGD (which reads no other setting of AdamW's than the learning rate).
+
+  The rate is constant after a linear warm-up; gradients are clipped by global norm if asked.
+  """
   rate = learning_rate
   if warmup_updates:
     rate = lambda count: learning_rate * jnp.minimum(1.0, (count + 1) / warmup_updates)
-  adamw = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay)
-  return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+  if name == "adamw":
+    optimizer = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay)
+  elif name == "sgd":
+    optimizer = optax.sgd(rate)
+  else:
+    raise ValueError(f"optimizer is {name!r}; give 'adamw' or 'sgd'")
+  return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer

@@ -16,16 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from prefpaint_jax import alignment, app, comparison, diffusion, metrics, rl, sharding, simulation
+from prefpaint_jax import alignment, app, comparison, diffusion, metrics, sharding, simulation
 from prefpaint_jax.alignment import Frozen, Settings, TrainState, Trust
 from prefpaint_jax.checkpoint import Checkpoints
 from prefpaint_jax.data import prompts as prompt_io
 from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.programs import make_programs
 from prefpaint_jax.reward import RewardModel
 
 
@@ -97,6 +97,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
   modules.latent_shape(1, config.size, config.size)  # refuses a size that does not fit
   steps = diffusion.ddim_steps(modules.schedule, settings.num_steps, settings.eta)
   optimizer = alignment.make_optimizer(
+    config.optimizer,
     config.learning_rate,
     config.adam_b1,
     config.adam_b2,
@@ -120,37 +121,17 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
   )
 
   ### Programs: one per stage, each compiled once.
-  init = functools.partial(alignment.init_state, settings, optimizer)
-  shapes = jax.eval_shape(init, base)
-  layout = sharding.specs(shapes, sharding.DEFAULT_RULES, mesh)
-  rollout = jax.jit(functools.partial(alignment.rollout, modules, settings, steps))
-  paint = jax.jit(functools.partial(alignment.paint, modules, settings, steps))
-  score = jax.jit(functools.partial(alignment.score, network, settings))
-  update = jax.jit(
-    functools.partial(alignment.update, modules, settings, steps, optimizer),
-    donate_argnums=0,
-    out_shardings=(layout, None),
-  )
-  end_iteration = jax.jit(
-    functools.partial(alignment.end_iteration, settings), donate_argnums=0, out_shardings=layout
-  )
-
-  @jax.jit
-  def draw_timesteps(key: jax.Array) -> list[jax.Array]:
-    first, last = settings.skip_steps
-    drawn = rl.draw_timesteps(
-      key, settings.num_steps, settings.train_timesteps, first, settings.num_steps - last
-    )
-    return jnp.split(drawn, settings.updates_per_iteration)
+  programs = make_programs(modules, network, settings, steps, optimizer, mesh, base)
 
   ### State: fresh, or exactly where an earlier run stopped.
   checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
   if checkpoints.latest() is None:
-    fresh = jax.jit(init, out_shardings=layout, donate_argnums=() if keeps_base else 0)
-    state = fresh(base)
+    state = programs.init(base)
   else:
     abstract = jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, layout
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      programs.shapes,
+      programs.layout,
     )
     state, position, _ = checkpoints.restore(abstract)
     loader.set_state(position)
@@ -170,7 +151,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     """Images [N, H, W, 3] and rewards [N] of a batch that every process holds whole."""
     part = np.array_split(np.arange(config.num_samples), processes)[process]
     images, masks = sharding.to_global(mesh, (batch["image"][part], batch["mask"][part]))
-    painted = paint(params, frozen, images, masks, key)
+    painted = programs.paint(params, frozen, images, masks, key)
     rewards = judge_rewards(frozen.reward, painted, images * (1.0 - masks))
     return multihost_utils.process_allgather((painted, rewards), tiled=True)
 
@@ -273,15 +254,15 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
       batch = next(loader)
       images, masks = sharding.to_global(mesh, (batch["image"], batch["mask"]))
       behaviour = state.params if state.behaviour is None else state.behaviour
-      prompts, trajectory, painted = rollout(behaviour, frozen, images, masks, rollout_key)
-      scores, score_metrics = score(frozen, prompts, painted)
+      prompts, trajectory, painted = programs.rollout(behaviour, frozen, images, masks, rollout_key)
+      scores, score_metrics = programs.score(frozen, prompts, painted)
       if late is not None:
         updated_at = finish(*late)
       update_metrics = []
-      for indices in draw_timesteps(timestep_key):
-        state, one = update(state, frozen, prompts, trajectory, scores, indices)
+      for indices in programs.draw_timesteps(timestep_key):
+        state, one = programs.update(state, frozen, prompts, trajectory, scores, indices)
         update_metrics.append(one)
-      state = end_iteration(state)
+      state = programs.end_iteration(state)
 
       known = {name: float(value) for name, value in jax.device_get(score_metrics).items()}
       scored_at = time.perf_counter()

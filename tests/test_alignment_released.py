@@ -61,7 +61,7 @@ def test_released_rhythm_equals_a_torch_loop():
   settings = dataclasses.replace(settings_from(config), behaviour_refresh=2)
   learning_rate = 1e-3  # the released 2e-6 would drown in the rounding of six iterations
   optimizer = alignment.make_optimizer(
-    learning_rate, config.adam_b1, config.adam_b2, config.adam_eps, config.weight_decay
+    "adamw", learning_rate, config.adam_b1, config.adam_b2, config.adam_eps, config.weight_decay
   )
   steps = steps_of(settings)
   state = alignment.init_state(settings, optimizer, TOY)
