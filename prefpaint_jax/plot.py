@@ -4,11 +4,14 @@
 
 Every run is a curve, named by the config fields in which the runs differ. With --mean, runs that
 differ in their seed only are one curve: their mean, shaded from the lowest to the highest seed.
+With --reach=METRIC=LEVEL and --last=METRIC a table is printed too: what it took each of them to get
+there, and where each of them ended.
 """
 # Shapes: N iterations that wrote a line, R runs of a group.
 
 import functools
 import json
+import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -235,6 +238,64 @@ def draw(groups: Sequence[Group], smooth: int = 1, only: str = "") -> Figure:
   return figure
 
 
+def reached_at(run: Run, key: str, level: float) -> float:
+  """The iteration at which the metric first is at `level` or above; infinite if it never is.
+
+  Between two numbers of the metric it is taken to rise evenly.
+  """
+  values = run.columns.get(key, np.empty(0))
+  there = np.isfinite(values)
+  iterations, values = run.iterations[there], values[there]
+  above = np.flatnonzero(values >= level)
+  if not len(above):
+    return np.inf
+  i = above[0]
+  if i == 0:
+    return float(iterations[0])
+  share = (level - values[i - 1]) / (values[i] - values[i - 1])
+  return float(iterations[i - 1] + share * (iterations[i] - iterations[i - 1]))
+
+
+def table(
+  groups: Sequence[Group], reach: Sequence[tuple[str, float]], last: Sequence[str]
+) -> list[str]:
+  """Markdown lines: a row for each group, with mean and range over its runs.
+
+  Args:
+    reach: (metric, level): iterations until the metric is there, and images painted until then.
+    last: metrics whose last number is shown.
+  """
+
+  def spread(numbers: Sequence[float], form: str) -> str:
+    mean = f"{np.mean(numbers):{form}}"
+    if len(numbers) == 1:
+      return mean
+    return f"{mean} [{min(numbers):{form}}, {max(numbers):{form}}]"
+
+  def effort(group: Group, key: str, level: float) -> str:
+    iterations = [reached_at(run, key, level) for run in group.runs]
+    if not np.isfinite(iterations).all():
+      return f"{np.isfinite(iterations).sum()} of {len(iterations)} got there"
+    per_iteration = math.prod(
+      group.runs[0].config.get(field, 1) for field in ("batch_size", "samples_per_prompt")
+    )
+    return f"{spread(iterations, '.1f')}; {np.mean(iterations) * per_iteration:,.0f} images"
+
+  for key in (*(key for key, _ in reach), *last):
+    for run in (run for group in groups for run in group.runs):
+      if not np.isfinite(run.columns.get(key, np.nan)).any():
+        raise ValueError(f"{run.workdir}: has no {key}")
+  titles = [f"iterations to {key} {level:g}" for key, level in reach] + [f"last {k}" for k in last]
+  rows = [["", *titles], ["---"] * (1 + len(titles))]
+  for group in groups:
+    ends = [
+      spread([run.columns[key][np.isfinite(run.columns[key])][-1] for run in group.runs], ".3f")
+      for key in last
+    ]
+    rows.append([group.label, *(effort(group, *target) for target in reach), *ends])
+  return [f"| {' | '.join(row)} |" for row in rows]
+
+
 def _settings(run: Run, *ignored: str) -> dict[str, Any]:
   """The fields that decide what a run learns, without `ignored`."""
   return {
@@ -323,17 +384,36 @@ def _finish_axes(axes: Axes, key: str, curves: Sequence[Curve]) -> None:
   axes.tick_params(which="both", labelsize=8.5)
 
 
-def main(workdirs: Sequence[str], output: Path, mean: bool, smooth: int, only: str = "") -> None:
+def _target(text: str) -> tuple[str, float]:
+  key, _, level = text.rpartition("=")
+  try:
+    return key, float(level)
+  except ValueError:
+    raise ValueError(f"--reach={text}: give METRIC=LEVEL, such as held_out/reward=0.2") from None
+
+
+def main(
+  workdirs: Sequence[str],
+  output: Path,
+  mean: bool,
+  smooth: int,
+  only: str = "",
+  reach: Sequence[str] = (),
+  last: Sequence[str] = (),
+) -> None:
   if output.suffix.lower() != ".png":
     raise ValueError(f"--output={output}: give a name that ends in .png")
+  targets = [_target(text) for text in reach]
   names = [
     name for given in workdirs for name in ([given] if Path(given).is_dir() else given.split(","))
   ]
   runs = [load_run(name) for name in names]
-  figure = draw(group_runs(runs) if mean else single_runs(runs), smooth, only)
+  groups = group_runs(runs) if mean else single_runs(runs)
+  lines = table(groups, targets, last) if reach or last else []
+  figure = draw(groups, smooth, only)
   output.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(output, format="png")
-  print(output)
+  print(*lines, output, sep="\n")
 
 
 if __name__ == "__main__":
@@ -344,6 +424,16 @@ if __name__ == "__main__":
   _MEAN = flags.DEFINE_bool("mean", False, "Runs that differ in their seed only as their mean.")
   _SMOOTH = flags.DEFINE_integer("smooth", 1, "Iterations of a centred moving average, odd.")
   _ONLY = flags.DEFINE_string("only", "", "Regular expression: metrics that contain it.")
+  _REACH = flags.DEFINE_multi_string("reach", [], "METRIC=LEVEL: what it took to get there.")
+  _LAST = flags.DEFINE_multi_string("last", [], "METRIC: where it ended.")
   app.run(
-    lambda: main(_WORKDIR.value, Path(_OUTPUT.value), _MEAN.value, _SMOOTH.value, _ONLY.value)
+    lambda: main(
+      _WORKDIR.value,
+      Path(_OUTPUT.value),
+      _MEAN.value,
+      _SMOOTH.value,
+      _ONLY.value,
+      _REACH.value,
+      _LAST.value,
+    )
   )

@@ -306,6 +306,25 @@ def test_folders_are_given_one_by_one_or_with_commas(tmp_path, capsys):
     plot.main(given, tmp_path / "curves.pdf", mean=False, smooth=1)
 
 
+def test_table_says_what_it_took_and_where_it_ended(tmp_path):
+  rises = [0.0, 0.1, 0.3, 0.2, 0.9]  # passes 0.2 midway between iterations 2 and 3
+  for seed, values in enumerate((rises, [0.2, *rises[1:]])):
+    lines = [{"held_out/reward": value} for value in values]
+    write_run(tmp_path / str(seed), lines, seed, batch_size=4, samples_per_prompt=2)
+  runs = [plot.load_run(tmp_path / name) for name in "01"]
+  assert [plot.reached_at(run, "held_out/reward", 0.2) for run in runs] == [2.5, 1.0]
+  assert plot.reached_at(runs[0], "held_out/reward", 1.0) == math.inf
+
+  reach = [("held_out/reward", 0.2), ("held_out/reward", 1.0)]
+  *_, row = plot.table(plot.group_runs(runs), reach, ["held_out/reward"])
+  cells = [cell.strip() for cell in row.strip("| ").split("|")]
+  # (2.5 + 1) / 2 iterations of 8 images
+  assert cells[1:] == ["1.8 [1.0, 2.5]; 14 images", "0 of 2 got there", "0.900 [0.900, 0.900]"]
+
+  with pytest.raises(ValueError, match=r"0: has no held_out/winrate"):
+    plot.table(plot.group_runs(runs), [("held_out/winrate", 0.5)], [])
+
+
 def test_command_ends_in_a_picture_or_in_one_line(tmp_path):
   write_run(tmp_path / "a")
   write_run(tmp_path / "b", seed=1)

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Does the trust weight help? Aligns the mini model without a weight, with a constant one, and with the
+# trust weight γ of the same mean, with AdamW (blind to a constant factor) and with plain SGD, from three
+# seeds each; then draws the curves and prints what each needed. Interrupted, it goes on where it stopped.
+#
+#   launch/ablation.sh [WORKDIR]      # default runs/ablation
+set -euo pipefail
+workdir=${1:-runs/ablation}
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$workdir/compiled}
+
+align() {  # OPTIMIZER, NORM, SEED
+  local run=$workdir/$1/$2/seed$3 rate=1e-4
+  # Five times as much destroys the policy, without any weight.
+  if [[ $1 == sgd ]]; then rate=0.02; fi
+  runs+=(--workdir="$run")
+  # k and b spread γ by half of its mean, which is 1.4 over what the base paints: so is the constant.
+  python -m prefpaint_jax.train --config=configs/rl.py:mini --workdir="$run" --config.seed="$3" \
+    --config.optimizer="$1" --config.learning_rate=$rate \
+    --config.trust.norm="$2" --config.trust.k=150 --config.trust.b=2.99 --config.trust.constant=1.4 \
+    --config.num_iterations=40 --config.eval_every=4 --config.eval_prompts=256 \
+    --config.final_prompts=0 --config.sample_every=0
+}
+
+for optimizer in adamw sgd; do
+  runs=()
+  for seed in 0 1 2; do
+    for norm in none constant mahalanobis; do
+      align $optimizer $norm $seed
+    done
+  done
+  echo "== $optimizer"
+  python -m prefpaint_jax.plot "${runs[@]}" --mean --output="$workdir/$optimizer.png" \
+    --only='^(reward/mean|trust/mean|held_out/(reward|true_preference)(_winrate)?)$' \
+    --reach=held_out/reward=0.2 --reach=held_out/true_preference=3.6 \
+    --last=held_out/reward_winrate --last=held_out/true_preference_winrate
+done
