@@ -31,6 +31,6 @@ for optimizer in adamw sgd; do
   echo "== $optimizer"
   python -m prefpaint_jax.plot "${runs[@]}" --mean --output="$workdir/$optimizer.png" \
     --only='^(reward/mean|trust/mean|held_out/(reward|true_preference)(_winrate)?)$' \
-    --reach=held_out/reward=0.2 --reach=held_out/true_preference=3.6 \
-    --last=held_out/reward_winrate --last=held_out/true_preference_winrate
+    --reach=held_out/reward=0.15 --reach=held_out/true_preference=3.5 \
+    --last=held_out/reward_winrate --last=held_out/true_preference_winrate --last=held_out/reward
 done
