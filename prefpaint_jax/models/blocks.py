@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from prefpaint_jax.models.attention import attention
+
 Dtype = jnp.dtype
 
 
@@ -124,7 +126,7 @@ class Attention(nn.Module):
 
     query = project("to_q", x)
     key, value = project("to_k", context), project("to_v", context)
-    y = jax.nn.dot_product_attention(query, key, value).reshape(B, L, C)
+    y = attention(query, key, value).reshape(B, L, C)
     return nn.Dense(C, dtype=self.dtype, name="to_out_0")(y)
 
 
@@ -157,9 +159,9 @@ class BasicTransformerBlock(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
     norm = functools.partial(nn.LayerNorm, epsilon=1e-5, dtype=self.dtype)
-    attention = functools.partial(Attention, self.num_heads, dtype=self.dtype)
-    x = x + attention(name="attn1")(norm(name="norm1")(x))
-    x = x + attention(name="attn2")(norm(name="norm2")(x), context)
+    attend = functools.partial(Attention, self.num_heads, dtype=self.dtype)
+    x = x + attend(name="attn1")(norm(name="norm1")(x))
+    x = x + attend(name="attn2")(norm(name="norm2")(x), context)
     return x + FeedForward(self.dtype, name="ff")(norm(name="norm3")(x))
 
 

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from prefpaint_jax.models.attention import attention
 from prefpaint_jax.models.blocks import Dtype
 from prefpaint_jax.models.config import CLIPTextConfig, CLIPVisionConfig
 
@@ -35,7 +36,10 @@ class SelfAttention(nn.Module):
       return y.reshape(B, L, self.num_heads, D // self.num_heads)
 
     query, key, value = project("q_proj"), project("k_proj"), project("v_proj")
-    y = jax.nn.dot_product_attention(query, key, value, is_causal=self.is_causal)
+    if self.is_causal:
+      y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+    else:
+      y = attention(query, key, value)
     return nn.Dense(D, dtype=self.dtype, name="out_proj")(y.reshape(B, L, D))
 
 

@@ -1,0 +1,66 @@
+"""Attention in blocks against the plain formula, torch, and its own gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefpaint_jax.models import attention as module
+from prefpaint_jax.models.attention import attention
+
+# One block; several of queries; several of heads; both, with another number of keys; one query.
+SIZES = [(2, 8, 8, 3, 4), (2, 32, 32, 2, 4), (3, 8, 16, 4, 4), (2, 24, 10, 3, 5), (1, 1, 7, 2, 8)]
+
+
+def arrays(sizes, dtype=np.float32):
+  B, L, M, H, D = sizes
+  rng = np.random.default_rng(0)
+  return [jnp.asarray(rng.normal(size=(B, n, H, D)), dtype) for n in (L, M, M)]
+
+
+def value_and_gradients(function, xs):
+  weight = jnp.cos(jnp.arange(xs[0].size, dtype=jnp.float32)).reshape(xs[0].shape)
+  loss = lambda xs: (function(*xs).astype(jnp.float32) * weight).sum()
+  return jax.jit(function)(*xs), jax.jit(jax.grad(loss))(xs)
+
+
+@pytest.mark.parametrize("block", [16, 256, 2**21])
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
+def test_blocks_give_what_the_plain_formula_gives(sizes, block, monkeypatch):
+  monkeypatch.setattr(module, "BLOCK", block)
+  xs = arrays(sizes)
+  ours = value_and_gradients(attention, xs)
+  plain = value_and_gradients(jax.nn.dot_product_attention, xs)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), ours, plain)
+
+
+def test_attention_equals_torch(monkeypatch):
+  torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
+  monkeypatch.setattr(module, "BLOCK", 64)
+  xs = arrays((2, 32, 16, 4, 8))
+  theirs = torch.nn.functional.scaled_dot_product_attention(
+    *(torch.tensor(np.asarray(x)).transpose(1, 2) for x in xs)
+  )
+  np.testing.assert_allclose(attention(*xs), theirs.transpose(1, 2).numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("block", [64, 2**21])
+def test_bfloat16_is_as_near_to_the_truth_as_the_plain_formula(block, monkeypatch):
+  monkeypatch.setattr(module, "BLOCK", block)
+  xs = arrays((2, 32, 32, 2, 8), jnp.bfloat16)
+  truth = value_and_gradients(attention, [x.astype(jnp.float32) for x in xs])
+  ours = value_and_gradients(attention, xs)
+  plain = value_and_gradients(jax.nn.dot_product_attention, xs)
+  assert {x.dtype for x in jax.tree.leaves(ours)} == {jnp.dtype(jnp.bfloat16)}
+  for exact, a, b in zip(*map(jax.tree.leaves, (truth, ours, plain)), strict=True):
+    error = lambda x, exact=exact: float(jnp.abs(x.astype(jnp.float32) - exact).mean())
+    assert error(a) < 1.3 * error(b) + 1e-6
+
+
+def test_scores_of_all_tokens_are_nowhere():
+  L = 2048
+  xs = [jax.ShapeDtypeStruct((1, L, 1, 8), jnp.float32)] * 3
+  gradient = jax.jit(jax.grad(lambda xs: attention(*xs).sum()))
+  assert f"f32[1,{L},{L}]" not in gradient.lower(xs).compile().as_text()
+  plain = jax.jit(jax.grad(lambda xs: jax.nn.dot_product_attention(*xs).sum()))
+  assert f"{L},{L}]" in plain.lower(xs).compile().as_text()
