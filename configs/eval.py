@@ -14,7 +14,8 @@ def get_config(preset: str = "") -> ConfigDict:
 
   # Who is compared: folders, hub names, workdirs of runs, or "mini".
   config.policy = ""
-  config.policy_step = config_dict.placeholder(int)  # checkpoint of a workdir; None: the latest
+  # Checkpoints of a workdir: an iteration, or best, which keep_best kept; None: the latest.
+  config.policy_step = config_dict.placeholder(str)
   config.baseline = "stable-diffusion-v1-5/stable-diffusion-inpainting"
   config.baseline_step = config_dict.placeholder(int)
   config.judges = ("kd5678/prefpaintReward",)  # reward models: folders, hub names, or "mini"

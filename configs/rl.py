@@ -26,8 +26,9 @@ def get_config(preset: str = "") -> ConfigDict:
   config.samples_per_prompt = 1  # above 1, advantages are relative to the prompt's own samples
   config.num_steps = 50  # T, DDIM steps
   config.eta = 1.0  # share of the full noise in each step; above 0
-  config.decode_batch = 16  # images decoded and scored at a time, over all devices; 0: all
+  config.decode_batch = 16  # images that a device decodes and scores at a time; 0: all
   config.behaviour_refresh = 1  # iterations between refreshes of the policy that paints
+  config.behaviour_dtype = "float32"  # of its copy, there if not refreshed every time; or bfloat16
 
   # Reward: trust weight exp(b - k norm) of each sample, and advantages.
   config.trust = ConfigDict()
@@ -59,15 +60,22 @@ def get_config(preset: str = "") -> ConfigDict:
   config.adam_b2 = 0.999
   config.adam_eps = 1e-8
   config.weight_decay = 0.01
+  config.moments_dtype = "float32"  # what AdamW's moments are kept in; or bfloat16: half the memory
   config.clip_norm = config_dict.placeholder(float)  # of the whole gradient; None: no clipping
   config.remat = True  # recompute the UNet's blocks in the backward pass: less memory
 
+  config.lora = ConfigDict()  # adapters of a frozen base: little to keep in memory for each
+  config.lora.rank = 0  # 0: train all parameters
+  config.lora.targets = r"attn[12]/to_(q|k|v|out_0)/"  # regular expression: kernels adapted
+
   config.mesh = ConfigDict()
   config.mesh.data = -1  # devices that split the batch; -1: what is left
-  config.mesh.fsdp = 1  # devices that also split the parameters
+  config.mesh.fsdp = 1  # devices that also split parameters, moments and copies of them
+  config.mesh.split_frozen = False  # split what is not trained, too: the reward, the VAE, the base
 
-  config.checkpoint_every = 50  # iterations; also at the end and on SIGTERM or Ctrl-C
-  config.keep_checkpoints = 3
+  config.checkpoint_every = 50  # iterations; also at the end; 0: only on SIGTERM or Ctrl-C
+  config.keep_checkpoints = 3  # the last ones
+  config.keep_best = ""  # also that of the highest held_out/reward(_winrate) or reward/mean
   config.sample_every = 50  # iterations between pictures of the same held-out prompts
   config.num_samples = 8  # pictures in that grid
   config.eval_every = 0  # iterations between looks at held-out prompts; 0: never

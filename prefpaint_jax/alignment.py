@@ -8,13 +8,16 @@ dtype and one scoring function, so at equal weights the importance ratio is 1 to
 # H W pixels, h w latents, D features.
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from prefpaint_jax import bound, diffusion, reward, rl
+from prefpaint_jax import bound, diffusion, lora, reward, rl, sharding
 from prefpaint_jax.diffusion import Steps, Trajectory
 from prefpaint_jax.inpainter import Modules, Params, Prompts
 from prefpaint_jax.models.reward import RewardNetwork
@@ -63,6 +66,8 @@ class Settings:
   ema_decay: float
   behaviour_refresh: int
   decode_batch: int
+  behaviour_dtype: str
+  lora: bool  # what is trained are adapters of the base
   trust: Trust
 
   def __post_init__(self):
@@ -97,6 +102,10 @@ class Settings:
       check(value in choices, f"{name} is {value!r}; give {' or '.join(map(repr, choices))}")
     for name in ("samples_per_prompt", "gradient_accumulation", "behaviour_refresh"):
       check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; give 1 or more")
+    check(
+      self.behaviour_dtype in ("float32", "bfloat16"),
+      f"behaviour_dtype is {self.behaviour_dtype!r}; give 'float32' or 'bfloat16'",
+    )
     check(self.eta > 0, f"eta is {self.eta}: a deterministic chain has no policy gradient")
 
 
@@ -107,7 +116,7 @@ class Frozen(NamedTuple):
   reward: Params
   chol: jax.Array | None  # of the reward's bound, [D, D]
   context: jax.Array  # [1, L, D], of the empty text
-  base: Params | None  # the UNet before alignment, for the KL term
+  base: Params | None  # the UNet before alignment, for the KL term and for LoRA
 
 
 class TrainState(NamedTuple):
@@ -129,49 +138,71 @@ class Scores(NamedTuple):
 def init_state(
   settings: Settings, optimizer: optax.GradientTransformation, params: Params
 ) -> TrainState:
-  copy = lambda: jax.tree.map(jnp.copy, params)  # a donated buffer may appear once
+  """The state before the first iteration, of the policy's parameters or of its adapters."""
+  copy = lambda dtype=None: jax.tree.map(lambda x: jnp.array(x, dtype), params)  # never shared
   return TrainState(
     iteration=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=optimizer.init(params),
-    behaviour=copy() if settings.behaviour_refresh > 1 else None,
+    behaviour=copy(settings.behaviour_dtype) if settings.behaviour_refresh > 1 else None,
     ema=copy() if settings.ema_decay else None,
     gradients=jax.tree.map(jnp.zeros_like, params) if settings.gradient_accumulation > 1 else None,
   )
 
 
-def in_chunks(function, size: int, *arrays: jax.Array):
-  """`function` over the leading axis, at most `size` examples at a time (0: all): less memory.
+def merged(settings: Settings, base: Params | None, params: Params) -> Params:
+  """The parameters that the UNet takes, of those that are trained."""
+  return lora.merge(base, params) if settings.lora else params
 
-  Examples of one chunk are spread over the batch, so that each device keeps its own.
+
+def in_chunks(function, size: int, mesh: Mesh | None, params: Params, *arrays: jax.Array):
+  """`function(params, *arrays)` on each device's own examples, at most `size` (0: all) at a time.
+
+  What is computed for one example must not depend on the others; no device waits for another.
   """
-  batch = arrays[0].shape[0]
-  size = max(n for n in range(1, min(size or batch, batch) + 1) if batch % n == 0)
-  count = batch // size
-  if count == 1:
-    return function(*arrays)
-  split = lambda x: x.reshape(size, count, *x.shape[1:]).swapaxes(0, 1)
-  join = lambda x: x.swapaxes(0, 1).reshape(batch, *x.shape[2:])
-  return jax.tree.map(join, jax.lax.map(lambda xs: function(*xs), tuple(map(split, arrays))))
+
+  def local(params: Params, *arrays: jax.Array):
+    batch = arrays[0].shape[0]
+    chunk = max(n for n in range(1, min(size or batch, batch) + 1) if batch % n == 0)
+    if chunk == batch:
+      return function(params, *arrays)
+    split = lambda x: x.reshape(-1, chunk, *x.shape[1:])
+    join = lambda x: x.reshape(batch, *x.shape[2:])
+    one = lambda some: function(params, *some)
+    return jax.tree.map(join, jax.lax.map(one, tuple(map(split, arrays))))
+
+  if mesh is None or mesh.size == 1:
+    return local(params, *arrays)
+  own = P(mesh.axis_names)
+  specs = (P(), *(own,) * len(arrays))
+  spread = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)
+  return spread(params, *arrays)
 
 
 def decode(
-  modules: Modules, vae_params: Params, latents: jax.Array, prompts: Prompts, chunk: int
+  modules: Modules,
+  vae_params: Params,
+  latents: jax.Array,
+  prompts: Prompts,
+  chunk: int,
+  mesh: Mesh | None = None,
 ) -> jax.Array:
   """Final latents -> images [B, H, W, 3] in [0, 1], the known pixels put back."""
-  images = in_chunks(lambda x: modules.decode(vae_params, x), chunk, latents)
+  images = in_chunks(modules.decode, chunk, mesh, vae_params, latents)
   return jnp.where(prompts.mask > 0, images, prompts.masked_image)
 
 
 def encode_prompts(
-  modules: Modules, settings: Settings, frozen: Frozen, images: jax.Array, masks: jax.Array
+  modules: Modules,
+  settings: Settings,
+  frozen: Frozen,
+  images: jax.Array,
+  masks: jax.Array,
+  mesh: Mesh | None = None,
 ) -> Prompts:
   """Images [P, H, W, 3] in [0, 1] and masks [P, H, W, 1] -> Prompts of B samples."""
-
-  def encode(images: jax.Array, masks: jax.Array) -> Prompts:
-    return modules.encode_prompts(frozen.vae, images, masks, context=None)
-
-  prompts = in_chunks(encode, settings.decode_batch, images, masks)
+  encode = functools.partial(modules.encode_prompts, context=None)
+  prompts = in_chunks(encode, settings.decode_batch, mesh, frozen.vae, images, masks)
   return prompts._replace(context=frozen.context).repeat(settings.samples_per_prompt)
 
 
@@ -187,9 +218,12 @@ def region(settings: Settings, prompts: Prompts) -> jax.Array | None:
   return prompts.mask.reshape(B, h, factor, w, factor, 1).max((2, 4))
 
 
-def _start_chain(modules, settings, policy, frozen, images, masks, key):
+def _start_chain(modules, settings, policy, frozen, images, masks, key, mesh):
   """How a chain begins: prompts, the policy as a `predict`, its noise, and the key of its steps."""
-  prompts = encode_prompts(modules, settings, frozen, images, masks)
+  prompts = encode_prompts(modules, settings, frozen, images, masks, mesh)
+  if mesh is not None:  # gathered once, not in every step
+    policy = jax.lax.with_sharding_constraint(policy, sharding.replicated(mesh))
+  policy = merged(settings, frozen.base, policy)
   noise_key, chain_key = jax.random.split(key)
   noise = jax.random.normal(noise_key, prompts.masked_latents.shape)
   predict = lambda latents, t: modules.predict(policy, prompts, latents, t)
@@ -205,12 +239,16 @@ def rollout(
   images: jax.Array,
   masks: jax.Array,
   key: jax.Array,
+  mesh: Mesh | None = None,
 ) -> tuple[Prompts, Trajectory, jax.Array]:
   """Paints S samples of each prompt: the prompts as latents, the chain, and images [B, H, W, 3]."""
-  prompts, predict, noise, key = _start_chain(modules, settings, policy, frozen, images, masks, key)
+  prompts, predict, noise, key = _start_chain(
+    modules, settings, policy, frozen, images, masks, key, mesh
+  )
   weight = region(settings, prompts)
   trajectory = diffusion.rollout(predict, modules.schedule, steps, noise, key, weight)
-  painted = decode(modules, frozen.vae, trajectory.latents[-1], prompts, settings.decode_batch)
+  final = trajectory.latents[-1]
+  painted = decode(modules, frozen.vae, final, prompts, settings.decode_batch, mesh)
   return prompts, trajectory, painted
 
 
@@ -223,12 +261,15 @@ def paint(
   images: jax.Array,
   masks: jax.Array,
   key: jax.Array,
+  mesh: Mesh | None = None,
 ) -> jax.Array:
   """Images [P, H, W, 3] as `rollout` paints them, one of each prompt, keeping no trajectory."""
   settings = dataclasses.replace(settings, samples_per_prompt=1)
-  prompts, predict, noise, key = _start_chain(modules, settings, policy, frozen, images, masks, key)
+  prompts, predict, noise, key = _start_chain(
+    modules, settings, policy, frozen, images, masks, key, mesh
+  )
   latents = diffusion.sample(predict, modules.schedule, steps, noise, key)
-  return decode(modules, frozen.vae, latents, prompts, settings.decode_batch)
+  return decode(modules, frozen.vae, latents, prompts, settings.decode_batch, mesh)
 
 
 def trust_weights(trust: Trust, chol: jax.Array | None, features: jax.Array) -> jax.Array:
@@ -247,24 +288,27 @@ def score(
   frozen: Frozen,
   prompts: Prompts,
   painted: jax.Array,
+  mesh: Mesh | None = None,
 ) -> tuple[Scores, dict[str, jax.Array]]:
   """Rewards, trust weights and advantages of the painted images, and their metrics."""
   S = settings.samples_per_prompt
   # Whole prompts per chunk: the masked image of a prompt is embedded once.
   grouped = painted.reshape(-1, S, *painted.shape[1:])
 
-  def evaluate(images: jax.Array, masked_images: jax.Array):
+  def evaluate(params: Params, images: jax.Array, masked_images: jax.Array):
     flat = images.reshape(-1, *images.shape[2:])
-    rewards, features = reward.apply(network, frozen.reward, flat, masked_images)
+    rewards, features = reward.apply(network, params, flat, masked_images)
     return rewards.reshape(-1, S), features.reshape(-1, S, features.shape[-1])
 
   chunk = -(-settings.decode_batch // S)
-  rewards, features = in_chunks(evaluate, chunk, grouped, prompts.masked_image[::S])
+  shown = prompts.masked_image.reshape(-1, S, *painted.shape[1:])[:, 0]
+  rewards, features = in_chunks(evaluate, chunk, mesh, frozen.reward, grouped, shown)
   rewards, features = rewards.reshape(-1), features.reshape(-1, features.shape[-1])
   valid = jnp.isfinite(rewards) & jnp.isfinite(features).all(-1)
   features = jnp.where(valid[:, None], features, 0.0)
   rewards = jnp.where(valid, rewards, 0.0)
-  trust = trust_weights(settings.trust, frozen.chol, features)
+  weigh = functools.partial(trust_weights, settings.trust)
+  trust = in_chunks(weigh, 0, mesh, frozen.chol, features)
   advantages = rl.standardise(rewards, valid, S, settings.advantage_std, settings.advantage_clip)
 
   mean = lambda x: rl.masked_mean(x, valid)
@@ -292,15 +336,17 @@ def policy_loss(
   settings: Settings,
   steps: Steps,
   params: Params,
-  frozen: Frozen,
+  base: Params | None,
   prompts: Prompts,
   trajectory: Trajectory,
   scores: Scores,
   indices: jax.Array,
+  count: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Loss [] over all samples and the steps `indices` [k], and metrics as sums over both.
+  """Loss [] and metrics of the steps `indices` [k]: sums over samples and steps, over `count`.
 
   All steps go through the UNet as one batch of B k, sample-major so that a sharded batch stays.
+  `count` [] is of the whole update, so that its passes and the devices' shares add up to the mean.
   """
   k, B = indices.shape[0], scores.reward.shape[0]
   flatten = lambda x: jnp.moveaxis(x, 0, 1).reshape(B * k, *x.shape[2:])
@@ -316,7 +362,8 @@ def policy_loss(
   repeated = repeated._replace(masked_latents=if_valid(repeated.masked_latents))
 
   schedule = modules.schedule
-  output = modules.predict(params, repeated, latents, step.timestep)
+  policy = merged(settings, base, params)
+  output = modules.predict(policy, repeated, latents, step.timestep)
   weight = region(settings, repeated)
   mean = diffusion.predict_mean(schedule, step, latents, output)
   log_prob = diffusion.log_prob(x_prev, mean, step.sigma, weight)
@@ -335,20 +382,14 @@ def policy_loss(
     "ppo/policy_loss": loss,
   }
   if settings.kl_weight:
-    base_output = modules.predict(frozen.base, repeated, latents, step.timestep)
+    base_output = modules.predict(base, repeated, latents, step.timestep)
     base_mean = diffusion.predict_mean(schedule, step, latents, base_output)
     kl = diffusion.gaussian_kl(mean, base_mean, step.sigma, weight)
     loss = loss + settings.kl_weight * kl
     terms["ppo/kl_to_base"] = kl
   total = lambda x: jnp.sum(jnp.where(valid, x, 0.0))
-  # Divisors come from the whole update, so that passes add up to the true mean.
-  count = jnp.maximum(jnp.sum(scores.valid), 1) * _steps_per_update(settings)
   divisor = 1.0 if settings.loss_reduction == "sum" else count
   return total(loss) / divisor, {name: total(x) / count for name, x in terms.items()}
-
-
-def _steps_per_update(settings: Settings) -> int:
-  return settings.train_timesteps // settings.updates_per_iteration
 
 
 def update(
@@ -362,32 +403,37 @@ def update(
   trajectory: Trajectory,
   scores: Scores,
   indices: jax.Array,
+  mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimiser update from the steps `indices` [k] of a rollout.
 
   With `gradient_accumulation` n > 1, gradients add up over iterations and only the updates of every
-  n-th iteration step the optimiser, each clearing the sum: the released code's rhythm.
+  n-th iteration step the optimiser, each clearing the sum: the released code's rhythm. On a `mesh`
+  parameters are gathered and gradients are reduced once, whatever the number of passes.
   """
-  per_pass = settings.timesteps_per_pass or indices.shape[0]
+  passes = indices.reshape(-1, settings.timesteps_per_pass or indices.shape[0])
+  count = jnp.maximum(jnp.sum(scores.valid), 1) * indices.shape[0]
 
-  def gradients_of(some: jax.Array):
-    loss = lambda params: policy_loss(
-      modules, settings, steps, params, frozen, prompts, trajectory, scores, some
-    )
-    return jax.grad(loss, has_aux=True)(state.params)
+  def add_up(params, base, count, passes, *rollout):
+    """Gradients and metrics of these samples, summed over all passes."""
 
-  passes = indices.reshape(-1, per_pass)
-  if passes.shape[0] == 1:
-    gradients, metrics = gradients_of(indices)
-  else:
-    add = lambda carry, some: (jax.tree.map(jnp.add, carry, gradients_of(some)), None)
-    zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients_of, passes[0])
-    )
+    def one_pass(some: jax.Array):
+      loss = lambda params: policy_loss(
+        modules, settings, steps, params, base, *rollout, some, count
+      )
+      return jax.grad(loss, has_aux=True)(params)
+
+    if passes.shape[0] == 1:
+      return one_pass(passes[0])
+    add = lambda carry, some: (jax.tree.map(jnp.add, carry, one_pass(some)), None)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one_pass, passes[0]))
     # XLA's CPU backend computes a convolution's weight gradient some 50 times slower in a loop.
     unroll = passes.shape[0] if jax.default_backend() == "cpu" else 1
-    (gradients, metrics), _ = jax.lax.scan(add, zeros, passes, unroll=unroll)
+    return jax.lax.scan(add, zeros, passes, unroll=unroll)[0]
 
+  if mesh is not None and mesh.size > 1:
+    add_up = _on_shares(add_up, mesh, state.params)
+  gradients, metrics = add_up(state.params, frozen.base, count, passes, prompts, trajectory, scores)
   metrics["ppo/grad_norm"] = optax.tree.norm(gradients)
   n = settings.gradient_accumulation
   if n > 1:
@@ -401,6 +447,41 @@ def update(
   else:
     state = _apply(settings, optimizer, state, gradients)
   return state, metrics
+
+
+def _on_shares(add_up, mesh: Mesh, params: Params):
+  """`add_up` on each device's samples with the whole policy, and the sum over devices, once.
+
+  Left to itself the compiler would gather parameters and exchange gradients in every pass. Each
+  gradient ends where its parameter lies.
+  """
+  layout = jax.tree.map(lambda x: x.spec, sharding.specs(params, sharding.DEFAULT_RULES, mesh))
+  data, fsdp = mesh.axis_names
+
+  def reduce(gradient: jax.Array, spec: P) -> jax.Array:
+    if fsdp not in spec:
+      return jax.lax.psum(gradient, mesh.axis_names)
+    share = jax.lax.psum_scatter(gradient, fsdp, scatter_dimension=spec.index(fsdp), tiled=True)
+    return jax.lax.psum(share, data) if mesh.shape[data] > 1 else share
+
+  def add_up_and_reduce(*arguments):
+    gradients, metrics = add_up(*arguments)
+    return jax.tree.map(reduce, gradients, layout), jax.lax.psum(metrics, mesh.axis_names)
+
+  own, whole = P(mesh.axis_names), P()
+  own_in_time = P(None, mesh.axis_names)
+  return jax.shard_map(
+    add_up_and_reduce,
+    mesh=mesh,
+    in_specs=(
+      *(whole,) * 4,
+      Prompts(*(own,) * 4, context=whole),
+      Trajectory(own_in_time, own_in_time, whole),
+      own,
+    ),
+    out_specs=(layout, whole),
+    check_vma=False,
+  )
 
 
 def _apply(
@@ -423,31 +504,6 @@ def end_iteration(settings: Settings, state: TrainState) -> TrainState:
   behaviour = state.behaviour
   if behaviour is not None:
     refresh = iteration % settings.behaviour_refresh == 0
-    behaviour = jax.tree.map(lambda new, old: jnp.where(refresh, new, old), state.params, behaviour)
+    renew = lambda new, old: jnp.where(refresh, new.astype(old.dtype), old)
+    behaviour = jax.tree.map(renew, state.params, behaviour)
   return state._replace(iteration=iteration, behaviour=behaviour)
-
-
-def make_optimizer(
-  name: str,
-  learning_rate: float,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-  weight_decay: float = 0.01,
-  clip_norm: float | None = None,
-  warmup_updates: int = 0,
-) -> optax.GradientTransformation:
-  """AdamW or plain SGD (which reads no other setting of AdamW's than the learning rate).
-
-  The rate is constant after a linear warm-up; gradients are clipped by global norm if asked.
-  """
-  rate = learning_rate
-  if warmup_updates:
-    rate = lambda count: learning_rate * jnp.minimum(1.0, (count + 1) / warmup_updates)
-  if name == "adamw":
-    optimizer = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay)
-  elif name == "sgd":
-    optimizer = optax.sgd(rate)
-  else:
-    raise ValueError(f"optimizer is {name!r}; give 'adamw' or 'sgd'")
-  return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer

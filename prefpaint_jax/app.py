@@ -1,10 +1,13 @@
 """What every command shares: flags, a locked config, one-line errors, and the working folder."""
 
+import contextlib
 import difflib
+import errno
 import json
+import os
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +21,30 @@ if TYPE_CHECKING:
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from.")
 
 
-def run(main: Callable[[], None]) -> None:
-  """Runs a command; an error that a user can cause ends in one line."""
+def run(main: Callable[[], None], several_processes: bool = False) -> None:
+  """Runs a command; an error that a user can cause ends in one line.
+
+  `several_processes`: the command may be one process of a run of several; see `distributed`.
+  """
 
   def guarded(argv: list[str]) -> None:
     if len(argv) > 1:
       sys.exit(f"error: unexpected argument {argv[1]!r}; options begin with --")
     logging.set_verbosity(logging.WARNING)
     try:
+      if several_processes:
+        distributed.initialize()
       main()
     except (ValueError, OSError, ImportError) as error:
       if _TRACEBACK.value:
         raise
       sys.exit(f"error: {_one_line(error)}")
 
+  if several_processes:
+    # It brings JAX along, which other commands do without.
+    from prefpaint_jax import distributed
+
+    guarded = distributed.failing_at_once()(guarded)
   app.run(guarded, flags_parser=_parse_flags)
 
 
@@ -68,12 +81,46 @@ def _one_line(error: Exception) -> str:
   return " ".join([first, *others])
 
 
-def run_with_config(main: Callable[[ConfigDict, Path], None]) -> None:
+def run_with_config(
+  main: Callable[[ConfigDict, Path], None], several_processes: bool = False
+) -> None:
   """Runs `main(config, workdir)` for `--config=FILE[:PRESET] --workdir=DIR [--config.field=x]`."""
   config = config_flags.DEFINE_config_file("config", None, "Configuration file[:preset].")
   workdir = flags.DEFINE_string("workdir", None, "Folder of the run; the same folder resumes it.")
   flags.mark_flags_as_required(["config", "workdir"])
-  run(lambda: main(config.value, Path(workdir.value)))
+
+  def with_config() -> None:
+    with _naming(Path(workdir.value)):
+      main(config.value, Path(workdir.value))
+
+  run(with_config, several_processes)
+
+
+@contextlib.contextmanager
+def _naming(workdir: Path) -> Iterator[None]:
+  """Says where the disk is full: an error of `write`, unlike one of `open`, does not."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename:
+      raise
+    raise OSError(
+      f"{workdir}: {error.strerror}; make room, and the same command goes on from its last "
+      "checkpoint"
+    ) from error
+
+
+def enable_compilation_cache() -> None:
+  """Keeps what takes a second or more to compile for the next start, in the user's cache folder.
+
+  JAX_COMPILATION_CACHE_DIR chooses another folder; set to nothing, nothing is kept.
+  """
+  # It brings JAX along, which commands that compile nothing do without.
+  import jax
+
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not jax.config.jax_compilation_cache_dir:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(home / "prefpaint_jax"))
 
 
 def open_workdir(
@@ -81,8 +128,9 @@ def open_workdir(
   workdir: Path,
   free: Collection[str] = (),
   progress: str = "checkpoints/*",
+  is_writer: bool = True,
 ) -> None:
-  """Writes `config.json`, or checks that a resumed run has the same config.
+  """Writes `config.json`, if this is the writer, once a resumed run is found to have the same.
 
   Fields in `free`, and those that end in `_every`, may change; any field may where nothing matches
   the glob `progress` yet, so that a start that failed can be tried again.
@@ -104,6 +152,8 @@ def open_workdir(
         f"{workdir} holds a run with another config ({'; '.join(changed)}); give the same config "
         "to resume it, or another --workdir"
       )
+  if not is_writer:
+    return
   workdir.mkdir(parents=True, exist_ok=True)
   partial = file.with_suffix(".partial")
   partial.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
@@ -118,12 +168,14 @@ def read_workdir(workdir: Path) -> ConfigDict:
   return ConfigDict(json.loads(file.read_text()))
 
 
-def open_policy(name: str, dtype: str = "float32", step: int | None = None) -> "Inpainter":
+def open_policy(name: str, dtype: str = "float32", step: int | str | None = None) -> "Inpainter":
   """The policy of a run's workdir at a checkpoint (default: the latest), or of any folder or name.
 
-  A run that kept a moving average of the parameters gives that.
+  A run that kept a moving average of the parameters gives that. `step` is an iteration, or "best"
+  for the checkpoint that `keep_best` kept.
   """
   # They bring JAX along, which commands that paint nothing do without.
+  from prefpaint_jax import lora
   from prefpaint_jax.checkpoint import Checkpoints
   from prefpaint_jax.inpainter import Inpainter
 
@@ -133,7 +185,12 @@ def open_policy(name: str, dtype: str = "float32", step: int | None = None) -> "
   config = read_workdir(workdir)
   inpainter = Inpainter.from_pretrained(config.policy, dtype)
   kept = "ema" if config.ema_decay else "params"
-  inpainter.params["unet"] = Checkpoints(workdir / "checkpoints").load(kept, step)
+  checkpoints = Checkpoints(workdir / "checkpoints", best=config.get("keep_best", ""))
+  step = int(step) if isinstance(step, str) and step.isdecimal() else step
+  trained = checkpoints.load(kept, step)
+  if config.get("lora", {}).get("rank", 0):
+    trained = lora.merge(inpainter.params["unet"], trained)
+  inpainter.params["unet"] = trained
   return inpainter
 
 

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder named by its step. `state/` holds every array of the state under its
 "/"-joined path ("params/conv_in/kernel"), whatever containers the tree is made of; `run/` holds,
-as JSON, the position of each process in its data and the statistics of the run.
+as JSON, the position in the data and the statistics of the run; `metrics/`, where there are any,
+what the best checkpoint is chosen by.
 """
 
 import base64
@@ -10,6 +11,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,55 +20,84 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 DataState = Mapping[str, Any] | bytes | str | None
+BEST = "best"  # in place of a step: the checkpoint of the highest metric
 
-# Orbax reports every phase of every save; a run's log is for the run.
-logging.getLogger("absl").addFilter(
-  lambda record: record.levelno > logging.INFO or "orbax" not in record.pathname
-)
+# Orbax reports every phase of every save, and what it raises anyway; a run's log is for the run.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class Checkpoints:
-  """The last `keep` checkpoints of a run. In a run of several processes, all call every method.
+  """The last `keep` checkpoints of a run, and the one of the highest metric `best`, if named.
 
-  Reading changes nothing in `folder`, so a run in progress can be read by another program.
+  In a run of several processes, all call every method. Reading changes nothing in `folder`, so a
+  run in progress can be read by another program.
   """
 
-  def __init__(self, folder: epath.PathLike, keep: int = 3):
+  def __init__(self, folder: epath.PathLike, keep: int = 3, best: str = ""):
     self.folder = epath.Path(folder).expanduser().absolute()
-    self._keep = keep
+    self._keep, self._best = keep, best
 
   @functools.cached_property
   def _manager(self) -> ocp.CheckpointManager:
     """The writer: made by the first save, which also removes what a killed save left behind."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
+    value = lambda metrics: metrics.get(self._best, -math.inf)
+    highest = ocp.checkpoint_managers.BestN(
+      get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False
+    )
+    last = ocp.checkpoint_managers.LatestN(self._keep)
+    kept = [last, highest] if self._best else [last]
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(kept),
+      best_fn=value if self._best else None,  # has Orbax write the metrics
+      cleanup_tmp_directories=True,
+    )
     return ocp.CheckpointManager(self.folder, options=options)
 
-  def save(self, step: int, state: Any, data_state: DataState, extra: Mapping[str, Any]) -> None:
+  def save(
+    self,
+    step: int,
+    state: Any,
+    data_state: DataState,
+    extra: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
+  ) -> None:
     """Starts writing checkpoint `step`, and returns once the arrays are copied off the devices.
 
     The caller may then donate `state`. Under its own name the checkpoint appears only when
-    complete. An earlier save still running is waited for, and its error, if any, raised.
+    complete, and only then older ones go. An earlier save still running is waited for.
 
     Args:
       step: iterations done; the checkpoint's name.
       state: tree of arrays on any mesh; typed PRNG keys welcome.
-      data_state: what this process's data iterator gives as its state.
+      data_state: the state of the data iterator: a position in one order for all processes, of
+        which the first one's is kept.
       extra: statistics of the run, as JSON takes them.
+      metrics: what is known of this state; where `best` is missing or not finite, it is never the
+        best one.
+
+    Raises:
+      OSError: this save, or the one before it, could not be written (the disk is full).
     """
-    data_states = _gather(_encode(data_state))
     # Serialised here and now: the caller may go on changing its dictionary while we write.
-    run = json.loads(json.dumps({"data_states": data_states, "extra": dict(extra)}))
+    run = json.loads(json.dumps({"data_state": _encode(data_state), "extra": dict(extra)}))
     arrays = {path: _raw(leaf) for path, leaf in _flatten(state).items()}
     args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), run=ocp.args.JsonSave(run))
-    self._manager.save(step, args=args, force=True)
+    value = (metrics or {}).get(self._best, math.nan)
+    known = {self._best: float(value)} if math.isfinite(value) else None
+    with _writable(self.folder):
+      self._manager.save(step, args=args, metrics=known, force=True)
 
   def wait(self) -> None:
-    """Returns when the save in progress, if any, is complete; raises what went wrong with it."""
+    """Returns when the save in progress, if any, is complete.
+
+    Raises:
+      OSError: it could not be written.
+    """
     if "_manager" in vars(self):
-      self._manager.wait_until_finished()
+      with _writable(self.folder):
+        self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits for the save in progress and lets go of the folder."""
@@ -78,19 +109,29 @@ class Checkpoints:
     """The last complete checkpoint's step, None when there is none."""
     return max(ocp.utils.checkpoint_steps(self.folder), default=None)
 
+  def best(self) -> int | None:
+    """The step of the highest metric, the last one of equals; None where none has the metric."""
+    steps = sorted(ocp.utils.checkpoint_steps(self.folder))
+    values = {step: self._metrics(step).get(self._best) for step in steps}
+    known = [(value, step) for step, value in values.items() if value is not None]
+    return max(known)[1] if known else None
+
   def restore(
-    self, abstract_state: Any, step: int | None = None
+    self, abstract_state: Any, step: int | str | None = None
   ) -> tuple[Any, DataState, dict[str, Any]]:
     """(state, data_state, extra) of checkpoint `step` (default: the latest), bit for bit.
 
+    The mesh and the number of processes may differ from those that saved. The numbers restored are
+    the same; what is computed from them elsewhere may differ in the last bits, as sums are taken
+    in another order.
+
     Args:
       abstract_state: tree of arrays or `jax.ShapeDtypeStruct`s with the shapes, dtypes and
-        shardings wanted; the mesh may differ from the one that saved.
-      step: which checkpoint.
+        shardings wanted.
+      step: which checkpoint; `BEST`: the one of the highest metric.
 
     Raises:
-      ValueError: there is no such checkpoint, it cannot be read, it holds another tree, or its
-        data positions are of another number of processes.
+      ValueError: there is no such checkpoint, it cannot be read, or it holds another tree.
     """
     folder = self._folder_of(step)
     leaves = _flatten(abstract_state)
@@ -102,12 +143,12 @@ class Checkpoints:
     arrays = _read_arrays(folder, restore_args)
     with _readable(folder):
       run = ocp.JsonCheckpointHandler().restore(folder / "run")
-      data_states, extra = run["data_states"], run["extra"]
+      data_state, extra = _decode(run["data_state"]), run["extra"]
     restored = [_typed(arrays[path], leaf.dtype) for path, leaf in leaves.items()]
     state = jax.tree.unflatten(jax.tree.structure(abstract_state), restored)
-    return state, _decode(_own(data_states, folder)), extra
+    return state, data_state, extra
 
-  def load(self, name: str, step: int | None = None) -> dict[str, Any]:
+  def load(self, name: str, step: int | str | None = None) -> dict[str, Any]:
     """The arrays under `name` ("params") as nested dictionaries of numpy arrays, read alone."""
     folder = self._folder_of(step)
     paths = [path for path in _saved_arrays(folder) if path.startswith(name + "/")]
@@ -122,12 +163,23 @@ class Checkpoints:
       node[leaf] = array
     return tree
 
-  def _folder_of(self, step: int | None) -> epath.Path:
+  def _metrics(self, step: int) -> dict[str, float]:
+    folder = self.folder / str(step)
+    if not (folder / "metrics").exists():
+      return {}
+    with _readable(folder):
+      return ocp.JsonCheckpointHandler(filename="metrics").restore(folder / "metrics")
+
+  def _folder_of(self, step: int | str | None) -> epath.Path:
     steps = sorted(ocp.utils.checkpoint_steps(self.folder))
-    if not steps or step not in (None, *steps):
-      asked = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-      raise ValueError(f"{self.folder}: {asked}; complete ones: {steps or 'none'}")
-    return self.folder / str(steps[-1] if step is None else step)
+    chosen = {None: self.latest, BEST: self.best}.get(step, lambda: step)()
+    if chosen not in steps:
+      which = {None: "", BEST: f" with {self._best or 'any metric: keep_best is empty'}"}
+      raise ValueError(
+        f"{self.folder}: no checkpoint{which.get(step, f' of step {step}')}; complete ones: "
+        f"{steps or 'none'}"
+      )
+    return self.folder / str(chosen)
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -157,13 +209,30 @@ def _readable(folder: epath.Path) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    cause = error
-    while cause.__cause__ is not None:
-      cause = cause.__cause__
-    reason = (str(cause) or type(cause).__name__).splitlines()[0][:160]
     raise ValueError(
-      f"checkpoint {folder}: cannot be read ({reason}); remove it to go on from an earlier one"
+      f"checkpoint {folder}: cannot be read ({_reason(error)}); remove it to go on from an earlier "
+      "one"
     ) from error
+
+
+@contextlib.contextmanager
+def _writable(folder: epath.Path) -> Iterator[None]:
+  """Turns whatever a full disk makes the writer raise into one line that names the folder."""
+  try:
+    yield
+  except Exception as error:
+    raise OSError(
+      f"checkpoints {folder}: cannot be written ({_reason(error)}); the complete ones are as they "
+      "were: make room, and the same command goes on from the last of them"
+    ) from error
+
+
+def _reason(error: BaseException) -> str:
+  """One short line; of a long one the end, where file systems say what is wrong."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  line = (str(error) or type(error).__name__).splitlines()[0]
+  return line if len(line) <= 160 else f"{line[:60]} ... {line[-95:]}"
 
 
 def _saved_arrays(folder: epath.Path) -> dict[str, Any]:
@@ -195,30 +264,11 @@ def _check_same(saved: dict[str, Any], wanted: dict[str, Any], folder: epath.Pat
     )
 
 
-def _encode(data_state: DataState) -> str:
+def _encode(data_state: DataState) -> dict[str, Any]:
   if isinstance(data_state, bytes):
-    return json.dumps({"base64": base64.b64encode(data_state).decode()})
-  return json.dumps({"json": data_state})
+    return {"base64": base64.b64encode(data_state).decode()}
+  return {"json": data_state}
 
 
-def _decode(text: str) -> DataState:
-  entry = json.loads(text)
+def _decode(entry: dict[str, Any]) -> DataState:
   return base64.b64decode(entry["base64"]) if "base64" in entry else entry["json"]
-
-
-def _gather(text: str) -> list[str]:
-  """The text of every process, in order of process; Orbax writes JSON from the first one only."""
-  data = np.frombuffer(text.encode(), np.uint8)
-  sizes = multihost_utils.process_allgather(np.int32(data.size))
-  padded = multihost_utils.process_allgather(np.pad(data, (0, int(max(sizes)) - data.size)))
-  return [row[:size].tobytes().decode() for row, size in zip(padded, sizes, strict=True)]
-
-
-def _own(data_states: list[str], folder: epath.Path) -> str:
-  """This process's data position; each one counts its own share of the examples."""
-  if len(data_states) != jax.process_count():
-    raise ValueError(
-      f"checkpoint {folder}: holds the data positions of {len(data_states)} processes, this run "
-      f"has {jax.process_count()}; start as many"
-    )
-  return data_states[jax.process_index()]

@@ -145,6 +145,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     raise ValueError("config.judges is empty: name one reward model or more")
   if config.samples_per_prompt < 1:
     raise ValueError(f"samples_per_prompt is {config.samples_per_prompt}: give 1 or more")
+  process, processes = jax.process_index(), jax.process_count()
   mesh = sharding.make_mesh(devices=jax.local_devices())
   sharding.check_batch(config.batch_size, mesh)
   prompts, chosen = choose_prompts(config)
@@ -153,12 +154,13 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     side: app.open_policy(config[side], config.dtype, config[f"{side}_step"]).place(mesh)
     for side in SIDES
   }
-  app.open_workdir(config, workdir, free=("gallery",), progress="batches/*.npz")
+  app.open_workdir(
+    config, workdir, free=("gallery",), progress="batches/*.npz", is_writer=process == 0
+  )
 
   ### Paint and score, batch by batch; what is on disk is done.
   folder, key = workdir / "batches", jax.random.key(config.seed)
   folder.mkdir(parents=True, exist_ok=True)
-  process, processes = jax.process_index(), jax.process_count()
   work = list(batches(chosen, config.batch_size))
   done = sum((folder / f"{number:05d}.npz").is_file() for number, _, _ in work)
   bar = progress(len(work), done, visible=process == 0)
@@ -215,4 +217,4 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  app.run_with_config(evaluate)
+  app.run_with_config(evaluate, several_processes=True)

@@ -2,8 +2,9 @@
 
   python -m prefpaint_jax.export --workdir=runs/mini --output=aligned
 
-Takes the latest checkpoint (the moving average of the parameters where the run kept one), and
-everything that alignment does not change from the base model.
+Takes the latest checkpoint, that of --step=40, or --step=best, which `keep_best` kept (in each the
+moving average of the parameters where the run has one), and from the base model everything that
+alignment does not change.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ from prefpaint_jax import app
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
-_STEP = flags.DEFINE_integer("step", None, "Iteration of the checkpoint; default: the latest.")
+_STEP = flags.DEFINE_string("step", None, "Iteration of the checkpoint, or best; default: latest.")
 
 
 def main() -> None:

@@ -14,7 +14,10 @@ from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 
@@ -22,13 +25,14 @@ class MetricsWriter:
   """`workdir/metrics.jsonl`, one object per iteration, and `workdir/tensorboard`.
 
   With `is_writer` false (every process but the first) it takes the same calls and writes nothing.
+  What was written survives the process, and a full disk is an error of the call that meets it.
   """
 
   def __init__(self, workdir: str | os.PathLike[str], is_writer: bool = True):
     self._workdir = Path(workdir)
     self._is_writer = is_writer
     self._lines: TextIO | None = None
-    self._events: SummaryWriter | None = None
+    self._events: EventsWriter | None = None
     self._purge_step: int | None = None
 
   def truncate(self, iteration: int) -> None:
@@ -57,14 +61,15 @@ class MetricsWriter:
     finite = {name: number for name, number in numbers.items() if math.isfinite(number)}
     line = {"iteration": iteration} | {name: finite.get(name) for name in numbers}
     print(json.dumps(line, allow_nan=False), file=self._lines, flush=True)
-    for name, number in finite.items():
-      self._events.add_scalar(name, number, iteration)
+    scalars = [summary.scalar(name, number).value[0] for name, number in finite.items()]
+    self._add_event(Event(step=iteration, summary=Summary(value=scalars)))
 
   def image(self, iteration: int, name: str, image: np.ndarray) -> None:
     """A uint8 picture [H, W, 3] for TensorBoard."""
     if self._is_writer:
       self._open()
-      self._events.add_image(name, image, iteration, dataformats="HWC")
+      picture = summary.image(name, image, dataformats="HWC")
+      self._add_event(Event(step=iteration, summary=picture))
 
   def close(self) -> None:
     if self._lines is not None:
@@ -76,9 +81,18 @@ class MetricsWriter:
     if self._lines is None:
       self._workdir.mkdir(parents=True, exist_ok=True)
       self._lines = (self._workdir / "metrics.jsonl").open("a")
-      self._events = SummaryWriter(
-        str(self._workdir / "tensorboard"), purge_step=self._purge_step, flush_secs=30
-      )
+      # Not SummaryWriter: its thread dies of a full disk, and its queue then blocks for ever.
+      folder = self._workdir / "tensorboard"
+      folder.mkdir(exist_ok=True)
+      self._events = EventsWriter(str(folder / "events"))
+      if self._purge_step is not None:
+        mark = SessionLog(status=SessionLog.START)
+        self._add_event(Event(step=self._purge_step, session_log=mark))
+
+  def _add_event(self, event: Event) -> None:
+    event.wall_time = time.time()
+    self._events.write_event(event)
+    self._events.flush()
 
 
 class LogLines:

@@ -63,14 +63,14 @@ def make_programs(
   return Programs(
     init=jax.jit(init, out_shardings=layout),
     rollout=jax.jit(
-      functools.partial(alignment.rollout, modules, settings, steps),
+      functools.partial(alignment.rollout, modules, settings, steps, mesh=mesh),
       out_shardings=(prompts, trajectory, batch),
     ),
-    paint=jax.jit(functools.partial(alignment.paint, modules, settings, steps)),
-    score=jax.jit(functools.partial(alignment.score, network, settings)),
+    paint=jax.jit(functools.partial(alignment.paint, modules, settings, steps, mesh=mesh)),
+    score=jax.jit(functools.partial(alignment.score, network, settings, mesh=mesh)),
     draw_timesteps=draw_timesteps,
     update=jax.jit(
-      functools.partial(alignment.update, modules, settings, steps, optimizer),
+      functools.partial(alignment.update, modules, settings, steps, optimizer, mesh=mesh),
       donate_argnums=0,
       out_shardings=(layout, None),
     ),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -93,6 +94,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
   """A whole copy on every device."""
   return NamedSharding(mesh, P())
+
+
+def place(layout: Any, tree: Any) -> Any:
+  """Global arrays of host arrays that every process holds whole; each copies what is its own.
+
+  `layout` is a sharding for all of them, or a tree with one for each.
+
+  `device_put` would first gather the arrays of all processes on every device, to compare them.
+  """
+
+  def place_one(array: Any, sharding: NamedSharding) -> jax.Array:
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+  if isinstance(layout, NamedSharding):
+    layout = jax.tree.map(lambda _: layout, tree)
+  return jax.tree.map(place_one, tree, layout)
 
 
 def to_global(mesh: Mesh, local_tree: Any) -> Any:

@@ -3,7 +3,8 @@
   python -m prefpaint_jax.train --config=configs/rl.py:mini --workdir=runs/mini
 
 The workdir receives config.json, metrics.jsonl, TensorBoard events, pictures of the same held-out
-prompts, and checkpoints; the same command resumes an interrupted run exactly.
+prompts, and checkpoints; the same command resumes an interrupted run exactly. On other devices it
+resumes as well, and the numbers then differ in their last bits.
 """
 # Shapes: P prompts of an iteration, N held-out prompts, H W pixels.
 
@@ -12,28 +13,42 @@ import dataclasses
 import functools
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from prefpaint_jax import alignment, app, comparison, diffusion, metrics, sharding, simulation
+from prefpaint_jax import (
+  alignment,
+  app,
+  comparison,
+  diffusion,
+  distributed,
+  lora,
+  metrics,
+  sharding,
+  simulation,
+)
 from prefpaint_jax.alignment import Frozen, Settings, TrainState, Trust
 from prefpaint_jax.checkpoint import Checkpoints
 from prefpaint_jax.data import prompts as prompt_io
 from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.optimizer import make_optimizer
 from prefpaint_jax.programs import make_programs
 from prefpaint_jax.reward import RewardModel
 
+KEEP_BEST = ("held_out/reward", "held_out/reward_winrate", "reward/mean")  # metrics to choose by
+
 
 def settings_from(config: ConfigDict) -> Settings:
-  names = [field.name for field in dataclasses.fields(Settings) if field.name != "trust"]
-  values = {name: config[name] for name in names}
+  names = [field.name for field in dataclasses.fields(Settings)]
+  values = {name: config[name] for name in names if name not in ("trust", "lora")}
   values["skip_steps"] = tuple(config.skip_steps)
-  return Settings(**values, trust=Trust(**config.trust))
+  return Settings(**values, lora=config.lora.rank > 0, trust=Trust(**config.trust))
 
 
 @contextlib.contextmanager
@@ -55,6 +70,20 @@ def stop_requests() -> Iterator[list[int]]:
       signal.signal(number, handler)
 
 
+def check_keep_best(config: ConfigDict) -> None:
+  """Refuses a metric that checkpoints would not have."""
+  name, every = config.keep_best, config.eval_every
+  if name not in ("", *KEEP_BEST):
+    raise ValueError(f"keep_best is {name!r}: give one of {', '.join(KEEP_BEST)}, or none")
+  is_measured = bool(config.eval_prompts and every) and config.checkpoint_every % every == 0
+  if name.startswith("held_out/") and not is_measured:
+    raise ValueError(
+      f"keep_best={name} is measured every eval_every={every} iterations on "
+      f"eval_prompts={config.eval_prompts}, checkpoints are written every "
+      f"{config.checkpoint_every}: make checkpoint_every a multiple of eval_every"
+    )
+
+
 def train(config: ConfigDict, workdir: Path) -> TrainState:
   ### Settings: refuse what cannot work before anything is loaded.
   settings = settings_from(config)
@@ -71,9 +100,12 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         f"{field} {config[field]} does not divide by num_samples {config.num_samples}, which are "
         "painted at a time"
       )
-  app.open_workdir(config, workdir, free=("num_iterations",))
+  check_keep_best(config)
   process, processes = jax.process_index(), jax.process_count()
   is_writer = process == 0
+  may_change = ("num_iterations", "keep_checkpoints", "keep_best")
+  may_change += tuple(f"mesh.{name}" for name in config.mesh)
+  app.open_workdir(config, workdir, free=may_change, is_writer=is_writer)
 
   ### Data: prompts to learn from, and the same held-out ones for every picture.
   loader = prompt_io.prompt_loader(
@@ -96,7 +128,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
   modules, network = policy.modules, judge.network
   modules.latent_shape(1, config.size, config.size)  # refuses a size that does not fit
   steps = diffusion.ddim_steps(modules.schedule, settings.num_steps, settings.eta)
-  optimizer = alignment.make_optimizer(
+  optimizer = make_optimizer(
     config.optimizer,
     config.learning_rate,
     config.adam_b1,
@@ -105,28 +137,35 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     config.weight_decay,
     config.clip_norm,
     config.warmup_updates,
+    config.moments_dtype,
   )
-  everywhere = sharding.replicated(mesh)
-  base = jax.device_put(policy.params.pop("unet"), everywhere)
+  base = policy.params.pop("unet")
+  # What is trained: all of the base's parameters, or adapters that begin as no change to it.
+  begin = base
+  if settings.lora:
+    begin = lora.init(jax.random.key(config.seed), base, config.lora.rank, config.lora.targets)
   compares = bool(config.sample_every or config.eval_every or config.final_prompts)
-  keeps_base = bool(settings.kl_weight) or compares
   frozen = Frozen(
-    vae=jax.device_put(policy.params["vae"], everywhere),
-    reward=jax.device_put(judge.params, everywhere),
-    chol=None
-    if judge.bound is None
-    else jax.device_put(judge.bound.chol.astype(np.float32), everywhere),
-    context=jax.device_put(policy.empty_context, everywhere),
-    base=base if settings.kl_weight else None,
+    vae=policy.params["vae"],
+    reward=judge.params,
+    chol=None if judge.bound is None else judge.bound.chol.astype(np.float32),
+    context=policy.empty_context,
+    base=base if settings.lora else None,
   )
+  split, whole = sharding.DEFAULT_RULES, ((r"", P()),)
+  place = lambda tree, rules: sharding.place(sharding.specs(tree, rules, mesh), tree)
+  begin = place(begin, split)
+  frozen = place(frozen, split if config.mesh.split_frozen else whole)
+  if settings.kl_weight and not settings.lora:
+    frozen = frozen._replace(base=begin)
 
   ### Programs: one per stage, each compiled once.
-  programs = make_programs(modules, network, settings, steps, optimizer, mesh, base)
+  programs = make_programs(modules, network, settings, steps, optimizer, mesh, begin)
 
   ### State: fresh, or exactly where an earlier run stopped.
-  checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+  checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best)
   if checkpoints.latest() is None:
-    state = programs.init(base)
+    state = programs.init(begin)
   else:
     abstract = jax.tree.map(
       lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
@@ -135,7 +174,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     )
     state, position, _ = checkpoints.restore(abstract)
     loader.set_state(position)
-  base = base if keeps_base else None
+  begin = begin if compares else None  # to paint with
   start = int(state.iteration)
   writer = metrics.MetricsWriter(workdir, is_writer)
   writer.truncate(start)
@@ -149,8 +188,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
 
   def paint_and_score(params, batch, key) -> tuple[np.ndarray, np.ndarray]:
     """Images [N, H, W, 3] and rewards [N] of a batch that every process holds whole."""
-    part = np.array_split(np.arange(config.num_samples), processes)[process]
-    images, masks = sharding.to_global(mesh, (batch["image"][part], batch["mask"][part]))
+    images, masks = sharding.place(sharding.batch_sharding(mesh), (batch["image"], batch["mask"]))
     painted = programs.paint(params, frozen, images, masks, key)
     rewards = judge_rewards(frozen.reward, painted, images * (1.0 - masks))
     return multihost_utils.process_allgather((painted, rewards), tiled=True)
@@ -164,7 +202,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     return state.ema if settings.ema_decay else state.params
 
   sample_batch = held_out_batch(0)
-  base_sample = paint_and_score(base, sample_batch, sample_key) if config.sample_every else None
+  base_sample = paint_and_score(begin, sample_batch, sample_key) if config.sample_every else None
 
   def write_sample(iteration: int) -> None:
     now = paint_and_score(current(), sample_batch, sample_key)
@@ -194,14 +232,23 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
       judged["true_preference"] = simulation.true_preference(painted, held["mask"])["combined"]
     return judged | comparison.measure(painted, held["mask"], held["image"])
 
-  judge_base = functools.cache(lambda chunk: judge_chunk(base, chunk))
+  judge_base = functools.cache(lambda chunk: judge_chunk(begin, chunk))
 
-  def compare(number: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What `judge_chunk` says of the policy and of the base on the first `number` prompts."""
-    chunks = range(number // config.num_samples)
-    sides = [judge_chunk(current(), c) for c in chunks], [judge_base(c) for c in chunks]
+  def compare(
+    number: int, gives_up: Callable = bool
+  ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]] | None:
+    """What `judge_chunk` says of the policy and of the base on the first `number` prompts.
+
+    None where `gives_up()` turned true meanwhile.
+    """
+    ours, theirs = [], []
+    for chunk in range(number // config.num_samples):
+      if gives_up():
+        return None
+      ours.append(judge_chunk(current(), chunk))
+      theirs.append(judge_base(chunk))
     join = lambda parts: {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return join(sides[0]), join(sides[1])
+    return join(ours), join(theirs)
 
   def held_out_metrics() -> dict[str, float]:
     ours, theirs = compare(config.eval_prompts)
@@ -219,12 +266,13 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
   images_per_iteration = config.batch_size * settings.samples_per_prompt
   bar = metrics.progress(config.num_iterations, start, visible=is_writer)
   late = None  # the update metrics of the iteration before, with what was known of it then
+  done = saved = start
   updated_at = time.perf_counter()
 
   def finish(
     iteration: int, known: dict, update_metrics: list, scored_at: float, evaluates: bool = False
-  ) -> float:
-    """Waits for an iteration's update and writes its line; returns when the update was done."""
+  ) -> tuple[float, dict[str, float]]:
+    """Waits for an iteration's update and writes its line; returns when it was done, and this."""
     collected = jax.device_get(update_metrics)
     done_at = time.perf_counter()
     line = dict(known)
@@ -238,7 +286,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
       f"reward {line['reward/mean']:+.3f}, {line['images_per_s']:.1f} images/s", refresh=False
     )
     bar.update()
-    return done_at
+    return done_at, line
 
   with (
     stop_requests() as stop,
@@ -249,15 +297,19 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     if start == 0 and config.sample_every:
       write_sample(0)
       updated_at = time.perf_counter()
+    # A signal reaches one process; all stop after the same iteration, or chunk of prompts.
+    asked_to_stop = lambda: stop if processes == 1 else distributed.any_process(bool(stop), mesh)
+    stopping = False
     for iteration in range(start, config.num_iterations):
       rollout_key, timestep_key = jax.random.split(jax.random.fold_in(loop_key, iteration))
+      stopping = asked_to_stop()
       batch = next(loader)
       images, masks = sharding.to_global(mesh, (batch["image"], batch["mask"]))
       behaviour = state.params if state.behaviour is None else state.behaviour
       prompts, trajectory, painted = programs.rollout(behaviour, frozen, images, masks, rollout_key)
       scores, score_metrics = programs.score(frozen, prompts, painted)
       if late is not None:
-        updated_at = finish(*late)
+        updated_at, _ = finish(*late)
       update_metrics = []
       for indices in programs.draw_timesteps(timestep_key):
         state, one = programs.update(state, frozen, prompts, trajectory, scores, indices)
@@ -270,19 +322,21 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
       late = iteration + 1, known, update_metrics, scored_at
       done = iteration + 1
       too_many_nan = known["reward/nan_fraction"] > config.max_nan_fraction
-      last = bool(stop) or too_many_nan or done == config.num_iterations
+      last = too_many_nan or done == config.num_iterations
+      # Not where a run happens to stop: a resumed one leaves the same as one that never did.
       is_due = lambda every, done=done, last=last: every and (done % every == 0 or last)
-      # Not where a run happens to stop: a resumed one writes the same lines as one that was not.
       evaluates = bool(config.eval_prompts and config.eval_every) and done % config.eval_every == 0
       if is_due(config.checkpoint_every) or is_due(config.sample_every) or evaluates:
-        finish(*late, evaluates)
+        _, line = finish(*late, evaluates)
         late = None
-        if is_due(config.checkpoint_every):
-          checkpoints.save(done, state, loader.get_state(), {})
+        # A checkpoint says that all before it is written: it comes last.
         if is_due(config.sample_every):
           write_sample(done)
+        if is_due(config.checkpoint_every):
+          checkpoints.save(done, state, loader.get_state(), {}, line)
+          saved = done
         updated_at = time.perf_counter()
-      if last:
+      if last or stopping:
         break
     if late is not None:
       finish(*late)
@@ -292,21 +346,25 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         f"iteration {done}: {known['reward/nan_fraction']:.0%} of the rewards are not finite, "
         f"max_nan_fraction is {config.max_nan_fraction:.0%}; the run was stopped"
       )
-    if stop:
-      saved = " and saved; the same command goes on" if config.checkpoint_every else ""
-      print(f"stopped after iteration {done}{saved}")
+
+    ### The result.
+    compared = compare(config.final_prompts, asked_to_stop) if config.final_prompts else None
+    if compared is None and (stopping or config.final_prompts):
+      if saved != done:
+        checkpoints.save(done, state, loader.get_state(), {})
+        checkpoints.wait()
+      if is_writer:
+        print(f"stopped after iteration {done} and saved; the same command goes on")
       return state
 
-  ### The result.
-  if config.final_prompts:
-    ours, theirs = compare(config.final_prompts)
-    if is_writer:
-      print(f"{config.final_prompts} held-out prompts, policy against base, same noise:")
-      titles = {"reward": "learned reward", "true_preference": "true preference"}
-      for name in (name for name in titles if name in ours):
-        print(comparison.describe(titles[name], ours[name], theirs[name]))
+  if compared is not None and is_writer:
+    ours, theirs = compared
+    print(f"{config.final_prompts} held-out prompts, policy against base, same noise:")
+    titles = {"reward": "learned reward", "true_preference": "true preference"}
+    for name in (name for name in titles if name in ours):
+      print(comparison.describe(titles[name], ours[name], theirs[name]))
   return state
 
 
 if __name__ == "__main__":
-  app.run_with_config(train)
+  app.run_with_config(train, several_processes=True)

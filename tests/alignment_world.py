@@ -112,10 +112,27 @@ def toy_rollout(settings: Settings, params, prompts: Prompts, seed: int) -> Traj
 TOY_FROZEN = Frozen(vae={}, reward={}, chol=None, context=jnp.zeros((1, 1, 3)), base=TOY)
 
 
-def toy_loss(settings: Settings, params, prompts, trajectory, scores, indices):
-  evaluate = functools.partial(
-    alignment.policy_loss, ToyModules, settings, steps_of(settings), frozen=TOY_FROZEN
-  )
-  return jax.jit(jax.value_and_grad(evaluate, has_aux=True))(
-    params, prompts=prompts, trajectory=trajectory, scores=scores, indices=indices
-  )
+def loss_of(modules, settings: Settings):
+  """`policy_loss` of a whole update, of (params, frozen, prompts, trajectory, scores, indices)."""
+
+  def loss(params, frozen, prompts, trajectory, scores, indices):
+    count = jnp.maximum(scores.valid.sum(), 1) * indices.shape[0]
+    return alignment.policy_loss(
+      modules,
+      settings,
+      steps_of(settings),
+      params,
+      frozen.base,
+      prompts,
+      trajectory,
+      scores,
+      indices,
+      count,
+    )
+
+  return loss
+
+
+def toy_loss(settings: Settings, params, *arguments):
+  measure = jax.jit(jax.value_and_grad(loss_of(ToyModules, settings), has_aux=True))
+  return measure(params, TOY_FROZEN, *arguments)

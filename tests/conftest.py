@@ -26,3 +26,26 @@ def inpainter():
   from prefpaint_jax import testing
 
   return testing.tiny_inpainter()
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+  """All runs of a file, in this process and others, share their compiled programs."""
+  import jax
+
+  before = {
+    "jax_disable_most_optimizations": False,
+    "jax_compilation_cache_dir": jax.config.jax_compilation_cache_dir,
+    "jax_persistent_cache_min_compile_time_secs": 1.0,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+  }
+  values = True, str(tmp_path_factory.mktemp("compiled")), 0.0, -1
+  now = dict(zip(before, values, strict=True))
+  for name, value in now.items():
+    jax.config.update(name, value)
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in now.items():
+      patch.setenv(name.upper(), str(value).lower() if value is True else str(value))
+    yield
+  for name, value in before.items():
+    jax.config.update(name, value)

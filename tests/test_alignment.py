@@ -14,6 +14,7 @@ from alignment_world import (
   TOY,
   B,
   assert_trees_close,
+  loss_of,
   made_up_scores,
   make_settings,
   painted,
@@ -35,8 +36,7 @@ def loss_and_gradient(settings: Settings, remat: bool = False):
   """(params, frozen, prompts, trajectory, scores, indices) -> ((loss, metrics), gradients)."""
   modules = world()[0]
   modules = dataclasses.replace(modules, unet=modules.unet.clone(remat=remat))
-  loss = functools.partial(alignment.policy_loss, modules, settings, steps_of(settings))
-  return quick_jit(jax.value_and_grad(loss, has_aux=True))
+  return quick_jit(jax.value_and_grad(loss_of(modules, settings), has_aux=True))
 
 
 def perturbed(params, scale: float = 0.003):
@@ -53,8 +53,7 @@ def test_first_update_has_ratio_one_and_no_clipping(dtype):
   settings = make_settings(clip_range=1e-5)
   modules, params, _, frozen = world(dtype)
   prompts, trajectory, _ = painted(dtype)
-  loss = functools.partial(alignment.policy_loss, modules, settings, steps_of(settings))
-  evaluate = jax.jit(jax.grad(loss, has_aux=True))
+  evaluate = jax.jit(jax.grad(loss_of(modules, settings), has_aux=True))
   scores = made_up_scores()
   for index in range(STEPS):
     gradients, metrics = evaluate(params, frozen, prompts, trajectory, scores, jnp.array([index]))

@@ -130,11 +130,11 @@ def test_chunks_give_what_the_whole_gives(size):
   x, y = rng.normal(size=(2, 8, 3)).astype(np.float32)
   seen = []
 
-  def function(x, y):
+  def function(scale, x, y):
     seen.append(x.shape[0])
-    return {"sum": jnp.tanh(x) + y, "square": (x**2).sum(-1)}
+    return {"sum": jnp.tanh(scale * x) + y, "square": (x**2).sum(-1)}
 
-  whole, chunked = function(x, y), alignment.in_chunks(function, size, x, y)
+  whole, chunked = function(2.0, x, y), alignment.in_chunks(function, size, None, 2.0, x, y)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), chunked, whole)
   assert max(seen[1:]) <= (size or 8)
 

@@ -24,6 +24,7 @@ from alignment_world import (
 
 from prefpaint_jax import alignment, rl
 from prefpaint_jax.alignment import Scores
+from prefpaint_jax.optimizer import make_optimizer
 from prefpaint_jax.train import settings_from
 
 
@@ -60,7 +61,7 @@ def test_released_rhythm_equals_a_torch_loop():
   config = get_config("released")
   settings = dataclasses.replace(settings_from(config), behaviour_refresh=2)
   learning_rate = 1e-3  # the released 2e-6 would drown in the rounding of six iterations
-  optimizer = alignment.make_optimizer(
+  optimizer = make_optimizer(
     "adamw", learning_rate, config.adam_b1, config.adam_b2, config.adam_eps, config.weight_decay
   )
   steps = steps_of(settings)

@@ -220,7 +220,7 @@ def test_two_processes_see_halves_of_the_global_batches_in_the_order_of_prompts(
     assert expected["id"].tolist() == next(order)["id"].tolist()
     for index, half in enumerate(halves):
       for name, value in half.items():
-        np.testing.assert_array_equal(value, expected[name][index::2])
+        np.testing.assert_array_equal(value, expected[name][2 * index : 2 * index + 2])
 
 
 def test_resumed_loader_goes_on_exactly(built):

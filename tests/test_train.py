@@ -17,10 +17,12 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from prefpaint_jax import metrics, testing
+from prefpaint_jax import alignment, app, comparison, metrics, testing
 from prefpaint_jax.checkpoint import Checkpoints
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.train import train
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 ROOT = Path(__file__).parents[1]
 get_config = runpy.run_path(str(ROOT / "configs" / "rl.py"))["get_config"]
@@ -32,32 +34,12 @@ RHYTHMS = {
   "gradient_accumulation": 2,
   "behaviour_refresh": 4,
   "ema_decay": 0.5,
+  "keep_best": "reward/mean",
   "eval_every": 2,
   "eval_prompts": 8,
   "final_prompts": 8,
 }
 BARE = {"sample_every": 0, "eval_every": 0, "checkpoint_every": 0, "final_prompts": 0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-  """All runs of this file, in this process and others, share their compiled programs."""
-  before = {
-    "jax_disable_most_optimizations": False,
-    "jax_compilation_cache_dir": jax.config.jax_compilation_cache_dir,
-    "jax_persistent_cache_min_compile_time_secs": 1.0,
-    "jax_persistent_cache_min_entry_size_bytes": 0,
-  }
-  values = True, str(tmp_path_factory.mktemp("compiled")), 0.0, -1
-  now = dict(zip(before, values, strict=True))
-  for name, value in now.items():
-    jax.config.update(name, value)
-  with pytest.MonkeyPatch.context() as patch:
-    for name, value in now.items():
-      patch.setenv(name.upper(), str(value).lower() if value is True else str(value))
-    yield
-  for name, value in before.items():
-    jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -236,10 +218,80 @@ def test_terminated_and_resumed_equals_uninterrupted(world, finished, tmp_path):
   stopped_after = Checkpoints(tmp_path / "checkpoints").latest()
   assert stopped_after < 5
   assert f"stopped after iteration {stopped_after} and saved" in printed
-  # A picture of the iteration where it happened to stop is none of the uninterrupted run.
-  if stopped_after not in (2, 4):
-    (tmp_path / "samples" / f"{stopped_after:06d}.png").unlink()
   assert_same_run(tmp_path, train(make_config(world, **RHYTHMS), tmp_path), finished)
+
+
+def signalled_at(monkeypatch, module, name: str, call: int, *signals: signal.Signals) -> None:
+  """Has this process send itself signals when a function is called for the `call`-th time."""
+  function, calls = getattr(module, name), []
+
+  def call_and_signal(*args, **kwargs):
+    calls.append(name)
+    if len(calls) == call:
+      for number in signals:
+        signal.raise_signal(number)
+    return function(*args, **kwargs)
+
+  monkeypatch.setattr(module, name, call_and_signal)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("module", "name", "call", "stopped_after"),
+  [
+    (alignment, "rollout", 1, 1),  # while the first iteration is compiled
+    (comparison, "measure", 4, 5),  # in the first of two chunks of the final comparison
+  ],
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_without_checkpoints_is_saved_when_told_to_stop(
+  world, finished, module, name, call, stopped_after, number, tmp_path, monkeypatch, capsys
+):
+  config = RHYTHMS | {"final_prompts": 16}
+  with monkeypatch.context() as patch:
+    signalled_at(patch, module, name, call, number)
+    train(make_config(world, **config | {"checkpoint_every": 0}), tmp_path)
+  assert capsys.readouterr().out == (
+    f"stopped after iteration {stopped_after} and saved; the same command goes on\n"
+  )
+  assert Checkpoints(tmp_path / "checkpoints").latest() == stopped_after
+  state = train(make_config(world, **config), tmp_path)
+  assert_same_run(tmp_path, state, finished)
+  assert "16 held-out prompts, policy against base" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_second_signal_has_its_usual_effect(world, tmp_path, monkeypatch):
+  signalled_at(monkeypatch, alignment, "rollout", 1, signal.SIGINT, signal.SIGINT)
+  with pytest.raises(KeyboardInterrupt):
+    train(make_config(world, **RHYTHMS), tmp_path)
+  assert Checkpoints(tmp_path / "checkpoints").latest() is None
+
+
+@pytest.mark.slow
+def test_run_goes_on_with_parameters_split_over_fewer_devices(world, finished, tmp_path):
+  split = {"mesh.data": 2, "mesh.fsdp": 4, "num_iterations": 3}
+  train(make_config(world, **RHYTHMS | split), tmp_path)
+  state = train(make_config(world, **RHYTHMS), tmp_path)
+  for ours, theirs in zip(*map(jax.tree.leaves, (state, finished.state)), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+  ours, theirs = (
+    [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for folder in (tmp_path, finished.workdir)
+  )
+  assert [line["iteration"] for line in ours] == [1, 2, 3, 4, 5]
+  rewards = lambda lines: [line["reward/mean"] for line in lines]
+  np.testing.assert_allclose(rewards(ours), rewards(theirs), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_best_checkpoint_is_that_of_the_highest_metric(finished):
+  rewards = {line["iteration"]: line["reward/mean"] for line in finished.lines()}
+  best = max((3, 5), key=rewards.get)  # checkpoints are of these iterations
+  expected = Checkpoints(finished.workdir / "checkpoints").load("ema", best)
+  for step in ("best", str(best), best):
+    opened = app.open_policy(str(finished.workdir), step=step).params["unet"]
+    assert jax.tree.all(jax.tree.map(np.array_equal, opened, expected))
 
 
 @pytest.mark.slow
@@ -283,6 +335,11 @@ def test_batch_that_does_not_divide_over_the_devices_is_refused(world, tmp_path)
     ({"eta": 0.0}, "eta is 0.0: a deterministic chain"),
     ({"size": 9}, "images are 9x9: both sides must be multiples of 2"),
     ({"trust.norm": "l2"}, r"trust\.norm is 'l2'"),
+    ({"keep_best": "reward/men"}, "keep_best is 'reward/men': give one of held_out/reward, "),
+    (
+      {"keep_best": "held_out/reward", "eval_every": 4},
+      "eval_every=4 .* every 2: make checkpoint_every a multiple of eval_every",
+    ),
   ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_compiled(world, changes, match, tmp_path):

@@ -68,8 +68,9 @@ def endless_batches(
   """Batches as `stack` makes them of examples; `name` says what these are, should there be few.
 
   Every epoch is shuffled anew from `seed`. The order is one for all processes: global batch i is
-  the i-th run of `batch_size` examples, of which this process gets every `process_count`-th, so it
-  stacks batch_size / process_count. The iterator's `get_state()` and `set_state()` resume exactly.
+  the i-th run of `batch_size` examples, of which this process reads and stacks its own part, so
+  that the parts in order of process are the batch. The iterator's `get_state()` and `set_state()`
+  resume exactly; the state is that of every process, whatever their number.
   """
   if batch_size < 1 or batch_size % process_count:
     raise ValueError(
@@ -81,10 +82,12 @@ def endless_batches(
       f"{len(examples)} {name} are fewer than batch_size {batch_size}: "
       f"add {name} or lower batch_size"
     )
-  order = grain.MapDataset.source(examples).seed(seed)
+  order = grain.MapDataset.range(len(examples)).seed(seed)
   if shuffle:
     order = order.shuffle()
-  mine = order.repeat(ENDLESS).slice(slice(process_index, None, process_count))
-  batches = mine.batch(batch_size // process_count, batch_fn=stack)
+  share = batch_size // process_count
+  mine = slice(process_index * share, (process_index + 1) * share)
+  read = lambda indices: stack([examples[int(i)] for i in indices[mine]])
+  batches = order.repeat(ENDLESS).batch(batch_size).map(read)
   # An element is a whole batch: a few in flight hide the decoding; grain's default is 500.
   return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)))
