@@ -428,7 +428,8 @@ def update(
     add = lambda carry, some: (jax.tree.map(jnp.add, carry, one_pass(some)), None)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one_pass, passes[0]))
     # XLA's CPU backend computes a convolution's weight gradient some 50 times slower in a loop.
-    unroll = passes.shape[0] if jax.default_backend() == "cpu" else 1
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    unroll = passes.shape[0] if platform == "cpu" else 1
     return jax.lax.scan(add, zeros, passes, unroll=unroll)[0]
 
   if mesh is not None and mesh.size > 1:
