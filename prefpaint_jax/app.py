@@ -32,6 +32,8 @@ def run(main: Callable[[], None], several_processes: bool = False) -> None:
       sys.exit(f"error: unexpected argument {argv[1]!r}; options begin with --")
     logging.set_verbosity(logging.WARNING)
     try:
+      if "jax" in sys.modules:  # else the command compiles nothing
+        enable_compilation_cache()
       if several_processes:
         distributed.initialize()
       main()

@@ -1,0 +1,644 @@
+"""Plans a run for machines that are not there: memory, work, traffic and time of an iteration.
+
+  python -m prefpaint_jax.plan --config=configs/rl.py --topology=v5e:4x4 --config.mesh.fsdp=4
+
+Compiles the stages of `programs` for a TPU topology (libtpu does that without a TPU), or without
+--topology for the devices at hand, from shapes alone: no weights are read or made.
+
+What it says of memory is the compiler's own allotment. Operations are those of products and
+convolutions, what collectives send and the traffic with memory are counted in the compiled
+program. Time is an estimate: as if every chip ran at its peaks.
+"""
+# Shapes: L text tokens, D features.
+
+import itertools
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import Mesh, Sharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict, config_flags
+
+from prefpaint_jax import app, diffusion, lora, mini, sharding, testing
+from prefpaint_jax.alignment import Frozen, Settings, TrainState
+from prefpaint_jax.inpainter import NETWORKS, Modules, make_modules
+from prefpaint_jax.models.config import RewardConfig
+from prefpaint_jax.models.reward import RewardNetwork
+from prefpaint_jax.optimizer import make_optimizer
+from prefpaint_jax.programs import Programs, make_programs
+from prefpaint_jax.reward import network_shapes
+from prefpaint_jax.train import settings_from
+from prefpaint_jax.weights import folder as weights
+
+GIB = 2**30
+
+### Chips.
+
+
+class Chip(NamedTuple):
+  """What a chip does at best."""
+
+  flops: float  # per second, dense bfloat16
+  memory: float  # bytes that a program may use
+  bandwidth: float  # bytes per second from and to it
+  links: float  # bytes per second sent to other chips
+
+
+# By the beginning of a device's kind; the longest that fits counts. The makers' data sheets, but
+# for the memory of TPUs: what their compiler says is available.
+CHIPS = {
+  "TPU v4": Chip(275e12, 31.25 * GIB, 1228e9, 300e9),
+  "TPU v5 lite": Chip(197e12, 15.75 * GIB, 819e9, 200e9),
+  "TPU v5": Chip(459e12, 95.73 * GIB, 2765e9, 600e9),
+  "TPU v6 lite": Chip(918e12, 31.24 * GIB, 1638e9, 400e9),
+  "NVIDIA A100": Chip(312e12, 80e9, 2039e9, 300e9),
+  "NVIDIA A100-SXM4-40GB": Chip(312e12, 40e9, 1555e9, 300e9),
+  "NVIDIA H100": Chip(989e12, 80e9, 3350e9, 450e9),
+  "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 450e9),
+}
+
+
+def find_chip(kind: str) -> Chip | None:
+  """The chip of a `device_kind`, if it is one of `CHIPS`."""
+  fitting = [name for name in CHIPS if kind.startswith(name)]
+  return CHIPS[max(fitting, key=len)] if fitting else None
+
+
+def topology_devices(name: str) -> list[jax.Device]:
+  """Devices of a TPU topology such as "v5e:4x4", to compile for and not to run on."""
+  answers = {  # to what libtpu would ask the machine about itself
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is taken, so several processes may plan
+  }
+  for variable, value in answers.items():
+    os.environ.setdefault(variable, value)
+  # On v4 and v5p the two cores of a chip are one device, as they are where there is a chip.
+  options = {"chip_config_name": "megacore"} if name.startswith(("v4", "v5p")) else {}
+  try:
+    return list(topologies.get_topology_desc(name, "tpu", **options).devices)
+  except RuntimeError as error:
+    if "not installed" in str(error):
+      reason = "libtpu, the compiler for TPUs, is missing; pip install 'prefpaint_jax[plan]'"
+    else:
+      found = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+      found = found.split(" and does not match")[0]
+      reason = f"{found}; give one such as v5e:4x4, v5p:2x2x2, v6e:8x8"
+    raise ValueError(f"--topology={name}: {reason}") from error
+
+
+### What a compiled program says.
+
+
+class Instruction(NamedTuple):
+  opcode: str
+  result: str  # type, as written
+  operands: tuple[str, ...]  # types
+  rest: str  # attributes; the value of a constant
+  times: int  # that it runs
+  fused: bool  # part of a fusion, which is one instruction to the memory
+
+
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*):?([^{}]*)\})?")
+_BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
+
+
+def _bytes(text: str) -> int:
+  """Bytes of the elements of a type's arrays."""
+  arrays = _ARRAY.findall(text)
+  return sum(_size(dtype, _shape(dimensions)) for dtype, dimensions, _, _ in arrays)
+
+
+def _memory_bytes(text: str) -> int:
+  """Bytes that they take in the main memory, where a TPU's layouts pad them to whole tiles.
+
+  Arrays in its small, fast memories, which layouts give as S(1) and so on, take none.
+  """
+  total = 0
+  for dtype, dimensions, order, layout in _ARRAY.findall(text):
+    if re.search(r"S\([1-9]", layout):
+      continue
+    shape = _shape(dimensions)
+    if shape and (tile := re.search(r"T\(([\d,]+)\)", layout)):
+      for axis, side in zip(order.split(","), reversed(tile[1].split(",")), strict=False):
+        shape[int(axis)] = -(-shape[int(axis)] // int(side)) * int(side)
+    total += _size(dtype, shape)
+  return total
+
+
+def _shape(dimensions: str) -> list[int]:
+  return [int(size) for size in dimensions.split(",") if size]
+
+
+def _size(dtype: str, shape: Sequence[int]) -> int:
+  bits = _BITS[dtype] if dtype in _BITS else int(re.search(r"\d+", dtype)[0])
+  return math.prod(shape) * bits // 8
+
+
+def _closing(text: str, opening: int) -> int:
+  """Where the parenthesis at `opening` closes."""
+  depth = 0
+  for i in range(opening, len(text)):
+    depth += (text[i] == "(") - (text[i] == ")")
+    if depth == 0:
+      return i
+  raise ValueError(f"a parenthesis does not close: {text[:80]}")
+
+
+def _parse(hlo_text: str) -> tuple[dict[str, list[Instruction]], str]:
+  """{name of a computation: its instructions}, and the name of the entry."""
+  computations, entry = {}, ""
+  for line in hlo_text.splitlines():
+    line = re.sub(r"/\*.*?\*/", "", line)  # numbers of the elements of long tuples
+    if header := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
+      types, body = {}, computations.setdefault(header[2], [])
+      entry = header[2] if header[1] else entry
+    elif equation := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)", line):
+      name, right = equation.groups()
+      end = _closing(right, 0) + 1 if right.startswith("(") else right.index(" ")
+      types[name], call = right[:end], right[end + 1 :]
+      opening = call.index("(")
+      closing = _closing(call, opening)
+      opcode, inside, rest = call[:opening], call[opening + 1 : closing], call[closing + 1 :]
+      names = re.findall(r"[\w.-]+", inside)
+      operands = tuple(types[name] for name in names if name in types)
+      rest = inside if opcode == "constant" else rest
+      body.append(Instruction(opcode, types[name], operands, rest, 1, False))
+  return computations, entry
+
+
+def _trip_count(loop: Instruction, computations: Mapping[str, list[Instruction]]) -> int:
+  """How often a `while` runs; 1 where the program does not tell."""
+  if known := re.search(r"known_trip_count\W+n\W+(\d+)", loop.rest):
+    return int(known[1])
+  # Otherwise in the form that JAX's scans have: a counter from zero to a constant.
+  condition = computations[re.search(r"condition=%?([\w.-]+)", loop.rest)[1]]
+  limits = [one.rest for one in condition if one.opcode == "constant"]
+  counts = any("direction=LT" in one.rest for one in condition if one.opcode == "compare")
+  return int(limits[0]) if counts and len(limits) == 1 else 1
+
+
+_CALLERS = ("while", "conditional", "fusion", "call", "async-start")
+_CALLED = re.compile(r"\b(?:body|calls|to_apply|\w+_computation|branch_computations)=(\{.*?\}|\S+)")
+
+
+def instructions(hlo_text: str) -> Iterator[Instruction]:
+  """Every instruction that runs, once, with how often; of a conditional, those of all branches."""
+  computations, entry = _parse(hlo_text)
+
+  def walk(name: str, times: int, fused: bool) -> Iterator[Instruction]:
+    for one in computations[name]:
+      yield one._replace(times=times, fused=fused)
+      if one.opcode in _CALLERS:
+        inner = times * (_trip_count(one, computations) if one.opcode == "while" else 1)
+        for group in _CALLED.findall(one.rest):
+          for called in re.findall(r"[\w.-]+", group):
+            yield from walk(called, inner, fused or one.opcode == "fusion")
+
+  return walk(entry, 1, False)
+
+
+# Bytes that each of n chips in a ring sends for one byte of its operand.
+_SENT: dict[str, Callable[[int], float]] = {
+  "all-reduce": lambda n: 2 * (n - 1) / n,
+  "all-gather": lambda n: n - 1,
+  "reduce-scatter": lambda n: (n - 1) / n,
+  "all-to-all": lambda n: (n - 1) / n,
+  "collective-permute": lambda n: 1,
+}
+
+
+def collectives(hlo_text: str) -> dict[str, tuple[int, int]]:
+  """{kind: (how many run, bytes that a chip sends for them)} of a compiled program.
+
+  One inside a loop counts each time; an asynchronous pair counts once. Bytes are those of a ring
+  over a group of n chips: of a buffer that is whole on every chip before or after, an all-reduce
+  sends 2 (n-1)/n, an all-gather, a reduce-scatter and an all-to-all (n-1)/n, a permutation all.
+  """
+  everyone = re.search(r"num_partitions=(\d+)", hlo_text)
+  totals: dict[str, tuple[int, int]] = {}
+  for one in instructions(hlo_text):
+    kind = one.opcode.removesuffix("-start")
+    if kind in _SENT:
+      n = _group_size(one.rest) or (int(everyone[1]) if everyone else 1)
+      sent = round(sum(map(_bytes, one.operands)) * _SENT[kind](n))
+      count, before = totals.get(kind, (0, 0))
+      totals[kind] = count + one.times, before + sent * one.times
+  return totals
+
+
+def _group_size(rest: str) -> int | None:
+  """Chips of a collective's group, in the three ways to write replica_groups; None: all."""
+  if axes := re.search(r"replica_groups=mesh\[(.*?)\] *\{(.*?)\}", rest):
+    sizes = dict(re.findall(r"'(.+?)'=(\d+)", axes[1]))
+    parts = re.findall(r"'(.+?)'(?::\(\d+\)(\d+))?", axes[2])
+    return math.prod(int(part or sizes[name]) for name, part in parts)
+  if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+    return int(iota[1])
+  listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
+  return len(listed[1].split(",")) if listed else None
+
+
+_UNMOVED = (
+  *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while"),
+  *("conditional", "call", "async-start", "after-all", "opt-barrier", "partition-id", "replica-id"),
+)
+
+
+def memory_traffic(hlo_text: str) -> int:
+  """Bytes that a compiled program moves from and to a chip's main memory.
+
+  Every instruction reads its operands and writes its result: too much where it reads a part of an
+  operand, or where a cache keeps it.
+  """
+  total = 0
+  for one in instructions(hlo_text):
+    if one.fused or one.opcode in _UNMOVED or one.opcode.endswith(("-done", "-update")):
+      continue
+    # What an asynchronous start returns names its operands too.
+    moved = (one.result,) if one.opcode.endswith("-start") else (one.result, *one.operands)
+    total += one.times * sum(map(_memory_bytes, moved))
+  return total
+
+
+def flops(jaxpr: Any) -> float:
+  """Floating point operations of a jaxpr's products and convolutions, on all devices together.
+
+  A scan counts as often as it runs (XLA's own analysis has a loop's body once), a conditional as
+  its costliest branch; a loop that ends by itself counts once.
+  """
+  total = 0.0
+  for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    params = equation.params
+    match equation.primitive.name:
+      case "dot_general":
+        contracted = params["dimension_numbers"][0][0]
+        terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        total += 2 * equation.outvars[0].aval.size * terms
+      case "conv_general_dilated":
+        kernel = equation.invars[1].aval
+        terms = kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        # Where the gradient of a strided one puts zeros between pixels there is nothing to do.
+        terms /= math.prod(params["lhs_dilation"])
+        total += 2 * equation.outvars[0].aval.size * terms
+      case "cond":
+        total += max(map(flops, params["branches"]))
+      case name:
+        times = params["length"] if name == "scan" else 1
+        if name == "shard_map":
+          manual = next(value for key, value in params.items() if key.endswith("manual_axes"))
+          times = math.prod(params["mesh"].shape[axis] for axis in manual)
+        inner = jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+        total += times * sum(flops(x) for x in inner if hasattr(x, "eqns"))
+  return total
+
+
+### The programs of a config, from shapes.
+
+# Architectures of hub names, so that nothing is fetched: the generation of Stable Diffusion.
+KNOWN = {
+  "stable-diffusion-v1-5/stable-diffusion-inpainting": 1,
+  "kd5678/prefpaint-v1.0": 1,
+  "stabilityai/stable-diffusion-2-inpainting": 2,
+}
+
+
+def read_architecture(policy: str) -> tuple[dict[str, dict], str]:
+  """The configs of a policy's networks, and a word on where they come from."""
+  path = Path(mini.locate(policy, "policy")).expanduser()
+  if (path / "model_index.json").is_file():
+    configs = {part: weights.read_config(path / part) for part in NETWORKS}
+    configs["scheduler"] = weights.read_config(path / "scheduler", "scheduler_config.json")
+    return configs, "read from its folder"
+  if policy not in KNOWN:
+    raise ValueError(
+      f"config.policy {policy}: no such pipeline folder, and not a hub name of known architecture; "
+      f"give a folder, or one of {', '.join(KNOWN)}"
+    )
+  configs = testing.full_size_configs()
+  if KNOWN[policy] == 1:
+    return configs, "that of Stable Diffusion 1.5 inpainting"
+  configs["unet"] |= {
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+  }
+  configs["text_encoder"] |= {"hidden_size": 1024, "num_attention_heads": 16}
+  return configs, "that of Stable Diffusion 2 inpainting"
+
+
+def read_reward(reward: str) -> RewardConfig:
+  """The config of a reward folder; of any other name, the released reward's."""
+  path = Path(mini.locate(reward, "reward")).expanduser()
+  return RewardConfig.from_dict(weights.read_config(path) if path.is_dir() else {})
+
+
+class Run(NamedTuple):
+  """What `train` holds and runs for a config, as shapes with their shardings."""
+
+  programs: Programs
+  state: TrainState
+  frozen: Frozen
+  begin: Any  # parameters before the first iteration, kept to compare with; or None
+  parameters: dict[str, int]
+
+
+def _run(config: ConfigDict, settings: Settings, modules: Modules, mesh: Mesh) -> Run:
+  network = RewardNetwork(read_reward(config.reward), jnp.dtype(config.dtype))
+  steps = diffusion.ddim_steps(modules.schedule, settings.num_steps, settings.eta)
+  optimizer = make_optimizer(
+    config.optimizer,
+    config.learning_rate,
+    config.adam_b1,
+    config.adam_b2,
+    config.adam_eps,
+    config.weight_decay,
+    config.clip_norm,
+    config.warmup_updates,
+    config.moments_dtype,
+  )
+  shapes = jax.eval_shape(modules.init, jax.random.key(0))
+  base = begin = shapes["unet"]
+  if settings.lora:
+    adapters = lambda key: lora.init(key, base, config.lora.rank, config.lora.targets)
+    begin = jax.eval_shape(adapters, jax.random.key(0))
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  D, L = network.config.feature_dim, modules.text_encoder.config.max_position_embeddings
+  frozen = Frozen(
+    vae=shapes["vae"],
+    reward=network_shapes(network.config),
+    chol=array(D, D) if settings.trust.needs_bound else None,
+    context=array(1, L, modules.unet.config.cross_attention_dim),
+    base=base if settings.lora else None,
+  )
+  trees = {"unet": base, "vae": frozen.vae, "reward": frozen.reward}
+  trees |= {"adapters": begin} if settings.lora else {}
+  parameters = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in trees.items()}
+
+  split, whole = sharding.DEFAULT_RULES, ((r"", P()),)
+  place = lambda tree, rules: _place(tree, sharding.specs(tree, rules, mesh))
+  begin = place(begin, split)
+  frozen = place(frozen, split if config.mesh.split_frozen else whole)
+  if settings.kl_weight and not settings.lora:
+    frozen = frozen._replace(base=begin)
+  programs = make_programs(modules, network, settings, steps, optimizer, mesh, begin)
+  compares = config.sample_every or config.eval_every or config.final_prompts
+  state = _place(programs.shapes, programs.layout)
+  return Run(programs, state, frozen, begin if compares else None, parameters)
+
+
+def _place(tree: Any, layout: Any) -> Any:
+  """The shapes of `tree` with a sharding for all of them, or with a tree of shardings."""
+  if isinstance(layout, Sharding):
+    layout = jax.tree.map(lambda _: layout, tree)
+  put = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+  return jax.tree.map(put, tree, layout)
+
+
+def _bytes_per_chip(tree: Any) -> int:
+  part = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  return sum(map(part, jax.tree.leaves(tree)))
+
+
+### A plan.
+
+
+class DoesNotFitError(Exception):
+  """A compiler found no room for a program; says how much it needs of how much."""
+
+
+def _measure(program: Any, arguments: tuple, live: Any, chips: int) -> tuple[dict[str, Any], Any]:
+  """What a stage takes of each chip, and the shapes and shardings of its outputs.
+
+  `live` is all that a run has in memory meanwhile, arguments or not.
+  """
+  began = time.perf_counter()
+  traced = program.trace(*arguments)
+  try:
+    compiled = traced.lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    sizes = re.findall(r"\(([\d.]+[KMGT])\)", str(error))
+    raise DoesNotFitError(" of ".join(sizes) or str(error).splitlines()[0]) from error
+  seconds = time.perf_counter() - began
+  memory, text = compiled.memory_analysis(), compiled.as_text()
+  parts = {
+    "arguments": memory.argument_size_in_bytes,
+    "temporaries": memory.temp_size_in_bytes,
+    "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    "program": memory.generated_code_size_in_bytes,
+    "others": max(0, _bytes_per_chip(live) - memory.argument_size_in_bytes),
+  }
+  stage = {
+    "memory": parts | {"total": sum(parts.values())},
+    "flops": flops(traced.jaxpr) / chips,
+    "traffic": memory_traffic(text),
+    "collectives": collectives(text),
+    "compile_seconds": seconds,
+  }
+  return stage, _place(traced.out_info, compiled.output_shardings)
+
+
+def estimate(stage: Mapping[str, Any], chip: Chip) -> dict[str, float]:
+  """Seconds of a stage at the chip's peaks: the longer of work and memory, then the links."""
+  seconds = {
+    "work": stage["flops"] / chip.flops,
+    "memory": stage["traffic"] / chip.bandwidth,
+    "links": sum(sent for _, sent in stage["collectives"].values()) / chip.links,
+  }
+  return seconds | {"total": max(seconds["work"], seconds["memory"]) + seconds["links"]}
+
+
+def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
+  """Compiles the stages of an iteration for `devices`: a report that json can hold.
+
+  `report["stages"]` has, of rollout, score and update, per chip: memory in bytes, flops, traffic,
+  collectives, estimated seconds; and times, how often an iteration runs the stage. A stage that
+  does not compile for want of memory ends the plan; `report["does_not_fit"]` says so.
+  """
+  settings = settings_from(config)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+  sharding.check_batch(config.batch_size, mesh)
+  configs, source = read_architecture(config.policy)
+  modules = make_modules(configs, config.dtype, config.remat, where=config.policy)
+  modules.latent_shape(1, config.size, config.size)  # refuses a size that does not fit
+  run = _run(config, settings, modules, mesh)
+  kind = devices[0].device_kind
+  chip = find_chip(kind)
+  chosen = ("batch_size", "samples_per_prompt", "size", "num_steps", "dtype", "remat")
+  report = {
+    "policy": config.policy,
+    "architecture": source,
+    "parameters": run.parameters,
+    "chip": kind,
+    "chips": mesh.size,
+    "mesh": dict(mesh.shape),
+    "config": {name: config[name] for name in chosen},
+    "stages": {},
+  }
+
+  along_batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  picture = lambda channels: jax.ShapeDtypeStruct(
+    (config.batch_size, config.size, config.size, channels), jnp.float32, sharding=along_batch
+  )
+  images, masks = picture(3), picture(1)
+  key = _place(jax.eval_shape(jax.random.key, 0), everywhere)
+  live = [run.state, run.frozen, images, masks]
+  # The base of a KL term is the same arrays as what the run began with.
+  live += [run.begin] if run.frozen.base is not run.begin else []
+
+  def stage(name: str, program: Any, arguments: tuple, times: int = 1) -> Any:
+    measured, outputs = _measure(program, arguments, live, mesh.size)
+    report["stages"][name] = measured | {"times": times}
+    live.append(outputs)
+    return outputs
+
+  ### The stages; each one's outputs are the next one's arguments.
+  programs, state, frozen = run.programs, run.state, run.frozen
+  behaviour = state.params if state.behaviour is None else state.behaviour
+  indices = jax.eval_shape(programs.draw_timesteps, key)[0]
+  try:
+    prompts, trajectory, painted = stage(
+      "rollout", programs.rollout, (behaviour, frozen, images, masks, key)
+    )
+    scores, _ = stage("score", programs.score, (frozen, prompts, painted))
+    arguments = state, frozen, prompts, trajectory, scores, _place(indices, everywhere)
+    stage("update", programs.update, arguments, settings.updates_per_iteration)
+  except DoesNotFitError as error:
+    report["does_not_fit"] = f"{('rollout', 'score', 'update')[len(report['stages'])]}: {error}"
+  return report | (judge(report, chip) if chip else {})
+
+
+def judge(report: Mapping[str, Any], chip: Chip) -> dict[str, Any]:
+  """What a chip makes of a report: its memory, the stages with estimates, and what does not fit."""
+  stages = {
+    name: stage | {"seconds": estimate(stage, chip)} for name, stage in report["stages"].items()
+  }
+  found = {"available": chip.memory, "stages": stages}
+  if "does_not_fit" in report:
+    return found
+  seconds = sum(stage["seconds"]["total"] * stage["times"] for stage in stages.values())
+  images = report["config"]["batch_size"] * report["config"]["samples_per_prompt"]
+  found |= {"seconds": seconds, "images_per_s": images / seconds}
+  largest = max(stages, key=lambda name: stages[name]["memory"]["total"])
+  most = stages[largest]["memory"]["total"]
+  if most > chip.memory:
+    found["does_not_fit"] = f"{largest}: {most / GIB:.2f} of {chip.memory / GIB:.2f} GiB"
+  return found
+
+
+def describe(report: Mapping[str, Any]) -> str:
+  """A report as a table, a column for each stage."""
+  config, stages, available = report["config"], report["stages"], report.get("available")
+  images, chips = config["batch_size"] * config["samples_per_prompt"], report["chips"]
+  mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+  counts = ", ".join(f"{name} {count:,}" for name, count in report["parameters"].items())
+  head = [
+    f"{report['policy']}, its architecture {report['architecture']}",
+    f"parameters: {counts}",
+    f"{chips} x {report['chip']}, mesh of {mesh}: {images} images an iteration, {images / chips:g} "
+    f"per chip; {config['size']} pixels, {config['num_steps']} steps, {config['dtype']}, remat "
+    f"{'on' if config['remat'] else 'off'}",
+  ]
+  rows = [("per chip", [f"{name} x{stage['times']}" for name, stage in stages.items()])]
+
+  def add(title: str, value: Callable[[Mapping[str, Any]], float]) -> None:
+    values = map(value, stages.values())
+    rows.append((title, [f"{x:,.1f}" if abs(x) >= 100 else f"{x:.3g}" for x in values]))
+
+  for name in ("arguments", "temporaries", "outputs", "program", "others", "total"):
+    add(f"memory, GiB: {name}", lambda stage, name=name: stage["memory"][name] / GIB)
+  if available:
+    free = lambda stage: (available - stage["memory"]["total"]) / GIB
+    add(f"memory, GiB: free of {available / GIB:.2f}", free)
+  add("work, TFLOP", lambda stage: stage["flops"] / 1e12)
+  add("memory traffic, GB", lambda stage: stage["traffic"] / 1e9)
+  for kind in _SENT:
+    found = [stage["collectives"].get(kind, (0, 0)) for stage in stages.values()]
+    if any(count for count, _ in found):
+      rows.append((f"{kind}, GB (number)", [f"{sent / 1e9:.3g} ({n})" for n, sent in found]))
+  if available:
+    for name in ("work", "memory", "links", "total"):
+      add(f"ESTIMATE, seconds: {name}", lambda stage, name=name: stage["seconds"][name])
+  width = max(len(title) for title, _ in rows)
+  table = [f"{title:<{width}}" + "".join(f"{x:>18}" for x in values) for title, values in rows]
+  tail = [_verdict(report)] if available or "does_not_fit" in report else []
+  return "\n".join([*head, "", *table, *tail])
+
+
+def _verdict(report: Mapping[str, Any]) -> str:
+  if "does_not_fit" in report:
+    return f"DOES NOT FIT: {report['does_not_fit']}"
+  most = max(stage["memory"]["total"] for stage in report["stages"].values())
+  return (
+    f"fits, {most / GIB:.2f} of {report['available'] / GIB:.2f} GiB; ESTIMATE at the chips' peaks: "
+    f"{report['seconds']:.3g} s an iteration, {report['images_per_s']:.3g} images per second"
+  )
+
+
+def search(config: ConfigDict, devices: Sequence[jax.Device]) -> Iterator[dict[str, Any]]:
+  """Plans with the parameters split over 1, 4 and all chips, with and without rematerialisation.
+
+  Of each, with 1, 2, 4, 8 and 16 prompts per chip, until it does not fit.
+  """
+  chips = len(devices)
+  splits = {1, math.gcd(4, chips), chips}
+  for fsdp, remat in itertools.product(sorted(splits), (False, True)):
+    for per_chip in (1, 2, 4, 8, 16):
+      tried = config.copy_and_resolve_references()
+      tried.update(remat=remat, batch_size=per_chip * chips, mesh={"data": -1, "fsdp": fsdp})
+      report = plan(tried, devices)
+      yield report
+      if "does_not_fit" in report:
+        break
+
+
+def _summary(report: Mapping[str, Any]) -> str:
+  """A report as one line."""
+  config, fsdp = report["config"], report["mesh"]["fsdp"]
+  tried = f"batch_size={config['batch_size']} mesh.fsdp={fsdp} remat={config['remat']}"
+  return f"{tried:<44} {_verdict(report)}"
+
+
+if __name__ == "__main__":
+  _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file[:preset].")
+  _TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs, as v5e:4x4; default: these devices.")
+  _SEARCH = flags.DEFINE_bool("search", False, "Try batch sizes, mesh.fsdp and remat.")
+  _OUTPUT = flags.DEFINE_string("output", None, "json to write: the report, or the list of them.")
+  flags.mark_flag_as_required("config")
+
+  def main() -> None:
+    if _TOPOLOGY.value:
+      jax.config.update("jax_platforms", "cpu")  # a chip that is here is left alone
+    devices = topology_devices(_TOPOLOGY.value) if _TOPOLOGY.value else jax.devices()
+    if _SEARCH.value:
+      if not find_chip(devices[0].device_kind):
+        raise ValueError(
+          f"--search: how fast a {devices[0].device_kind} is, is not known; give a --topology"
+        )
+      result = []
+      for report in search(_CONFIG.value, devices):
+        print(_summary(report), flush=True)
+        result.append(report)
+      fitting = [report for report in result if "does_not_fit" not in report]
+      fitting.sort(key=lambda report: -report["images_per_s"])
+      print("", "fastest first:", *map(_summary, fitting), sep="\n")
+    else:
+      result = plan(_CONFIG.value, devices)
+      print(describe(result))
+    if _OUTPUT.value:
+      Path(_OUTPUT.value).write_text(json.dumps(result, indent=2) + "\n")
+
+  app.run(main)

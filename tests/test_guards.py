@@ -1,0 +1,107 @@
+"""What would make an iteration slower without making it wrong: more work, or waits for the host."""
+
+import re
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from alignment_world import make_settings, steps_of, world
+from ml_collections import ConfigDict
+
+from prefpaint_jax import plan, sharding, testing
+from prefpaint_jax.inpainter import make_modules
+from prefpaint_jax.optimizer import make_optimizer
+from prefpaint_jax.programs import make_programs
+from prefpaint_jax.train import settings_from
+
+get_config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rl.py"))["get_config"]
+STAGES = ("rollout", "score", "update")
+
+
+def one_device():
+  return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+# ------------------------------------------------------------------------------------------- work
+
+# Floating point operations of a stage, as `plan` counts them. Give a new figure where one is meant
+# to change.
+WORK = {
+  "tiny": {"rollout": 41_900_544, "score": 277_696, "update": 29_596_672},
+  "mini": {"rollout": 70_351_978_496, "score": 3_978_641_408, "update": 63_455_625_216},
+}
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory) -> dict[str, ConfigDict]:
+  tiny = get_config()
+  paths = testing.write_tiny_world(tmp_path_factory.mktemp("world"), 1, 1)
+  tiny.update_from_flattened_dict(testing.tiny_training(paths))
+  return {"tiny": tiny, "mini": get_config("mini")}
+
+
+def trace(config: ConfigDict) -> dict[str, jax.stages.Traced]:
+  """The stages of an iteration on one device, traced with shapes."""
+  mesh, settings = one_device(), settings_from(config)
+  architectures, _ = plan.read_architecture(config.policy)
+  modules = make_modules(architectures, config.dtype, config.remat)
+  run = plan._run(config, settings, modules, mesh)
+  side = config.size, config.size
+  images, masks = (
+    jax.ShapeDtypeStruct((config.batch_size, *side, channels), jnp.float32) for channels in (3, 1)
+  )
+  key = jax.eval_shape(jax.random.key, 0)
+  behaviour = run.state.params if run.state.behaviour is None else run.state.behaviour
+  rollout = run.programs.rollout.trace(behaviour, run.frozen, images, masks, key)
+  prompts, trajectory, painted = rollout.out_info
+  score = run.programs.score.trace(run.frozen, prompts, painted)
+  scores, _ = score.out_info
+  indices = jax.eval_shape(run.programs.draw_timesteps, key)[0]
+  update = run.programs.update.trace(run.state, run.frozen, prompts, trajectory, scores, indices)
+  return dict(zip(STAGES, (rollout, score, update), strict=True))
+
+
+@pytest.mark.parametrize("preset", WORK)
+def test_work_of_an_iteration_does_not_grow(preset, configs):
+  traced = trace(configs[preset])
+  for name in STAGES:
+    work, known = plan.flops(traced[name].jaxpr), WORK[preset][name]
+    assert work <= 1.02 * known, f"{name}: {work:,.0f} operations, they were {known:,.0f}"
+
+
+def test_programs_call_nothing_on_the_host(configs):
+  for name, traced in trace(configs["tiny"]).items():
+    text = str(traced.jaxpr)
+    assert "dot_general" in text
+    assert not re.search(r"callback|infeed|outfeed", text), name
+
+
+# -------------------------------------------------------------------------------------- transfers
+
+
+def test_an_iteration_sends_nothing_from_the_host_once_its_prompts_are_placed():
+  settings, mesh = make_settings(updates_per_iteration=2), one_device()
+  modules, base, network, frozen = world()
+  optimizer = make_optimizer("adamw", 1e-3)
+  steps = steps_of(settings)
+  base, frozen, pictures, key = jax.device_put(
+    (base, frozen, testing.tiny_prompts(4), jax.random.key(0)), sharding.replicated(mesh)
+  )
+  programs = make_programs(modules, network, settings, steps, optimizer, mesh, base)
+  state = programs.init(base)
+
+  def iterate(state):
+    prompts, trajectory, painted = programs.rollout(state.params, frozen, *pictures, key)
+    scores, _ = programs.score(frozen, prompts, painted)
+    for indices in programs.draw_timesteps(key):
+      state, _ = programs.update(state, frozen, prompts, trajectory, scores, indices)
+    return programs.end_iteration(state)
+
+  state = iterate(state)  # compiles, which may place constants
+  with jax.transfer_guard("disallow"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+      jnp.ones(3) + 1.0  # the guard is at work
+    state = iterate(state)
+  assert int(state.iteration) == 2
