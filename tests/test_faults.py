@@ -1,0 +1,327 @@
+"""Runs that are killed at any moment, disks that fill up: nothing is lost, nothing doubled."""
+
+import json
+import multiprocessing
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefpaint_jax import testing, train
+from prefpaint_jax.checkpoint import Checkpoints
+from prefpaint_jax.programs import Programs, make_programs
+
+ROOT = Path(__file__).parents[1]
+# Everything that a state can hold, and a save each iteration.
+FIELDS = {
+  "num_iterations": 8,
+  "batch_size": 2,
+  "num_samples": 2,
+  "behaviour_refresh": 3,
+  "ema_decay": 0.5,
+  "checkpoint_every": 1,
+  "keep_checkpoints": 2,
+  "keep_best": "reward/mean",
+  "sample_every": 3,
+}
+
+# ------------------------------------------------------------------------------ killed and resumed
+
+KILLS = 20
+SAVES_HIT = 5  # kills that leave a half-written checkpoint behind, at least
+
+
+def stand_ins(*arguments) -> Programs:
+  """The programs of an iteration, with cheap ones where the networks would be.
+
+  Everything depends on everything that a real one depends on: policy, pictures, keys and steps.
+  """
+
+  def mean(tree) -> jax.Array:
+    leaves = [x.ravel() for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.mean(jnp.concatenate(leaves))
+
+  def paint(policy, frozen, images, masks, key):
+    return images + masks * jnp.tanh(mean(policy) * jax.random.normal(key, images.shape))
+
+  def rollout(policy, frozen, images, masks, key):
+    painted = paint(policy, frozen, images, masks, key)
+    return images, masks, painted
+
+  def score(frozen, prompts, painted):
+    reward = jnp.mean(painted)
+    return reward, {"reward/mean": reward, "reward/nan_fraction": jnp.zeros(())}
+
+  @jax.jit
+  def change_of(state, prompts, scores, indices):
+    return 1e-2 * (scores + mean(prompts) * jnp.sum(indices) + mean(state))
+
+  def change_by(state, change):
+    change_one = lambda x: x + change if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return jax.tree.map(change_one, state)
+
+  programs = make_programs(*arguments)
+  # Apart from what is to add, which XLA would else work out again for every array it is added to.
+  change_by = jax.jit(change_by, donate_argnums=0, out_shardings=programs.layout)
+
+  def update(state, frozen, prompts, trajectory, scores, indices):
+    change = change_of(state, prompts, scores, indices)
+    return change_by(state, change), {"change": change}
+
+  return programs._replace(
+    paint=jax.jit(paint), rollout=jax.jit(rollout), score=jax.jit(score), update=update
+  )
+
+
+def attempt(fields: dict, workdir: Path, compiled: Path) -> None:
+  """A run in a process of its own."""
+  os.environ["XLA_FLAGS"] = ""  # one device
+  jax.config.update("jax_disable_most_optimizations", True)
+  jax.config.update("jax_compilation_cache_dir", str(compiled))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  config = runpy.run_path(str(ROOT / "configs" / "rl.py"))["get_config"]()
+  config.update_from_flattened_dict(fields)
+  train.make_programs = stand_ins
+  train.train(config.lock(), workdir)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Callable[[Path], multiprocessing.Process]:
+  """Starts a run in a workdir. Its process is forked from one that has imported everything."""
+  server = multiprocessing.get_context("forkserver")
+  server.set_forkserver_preload(["prefpaint_jax.train"])
+  compiled, world = (tmp_path_factory.mktemp(name) for name in ("compiled", "world"))
+  fields = testing.tiny_training(testing.write_tiny_world(world)) | FIELDS
+
+  def start(workdir: Path) -> multiprocessing.Process:
+    process = server.Process(target=attempt, args=(fields, workdir, compiled), daemon=True)
+    process.start()
+    return process
+
+  return start
+
+
+def half_written(workdir: Path) -> set[tuple[str, int]]:
+  """Names and inodes of what saves in progress, or killed ones, have begun."""
+  entries = os.scandir(workdir / "checkpoints") if (workdir / "checkpoints").exists() else []
+  return {(entry.name, entry.inode()) for entry in entries if "orbax-checkpoint-tmp" in entry.name}
+
+
+def wait_for_save(process: multiprocessing.Process, workdir: Path, count: int) -> None:
+  """Returns while the process writes its `count`-th checkpoint, or when it has ended."""
+  before, seen = half_written(workdir), set()
+  while len(seen) < count and process.is_alive():
+    seen |= half_written(workdir) - before
+    time.sleep(0.0005)
+
+
+def complete_lines(workdir: Path) -> list[dict]:
+  """Without a half-written last one, and without what depends on the clock."""
+  file = workdir / "metrics.jsonl"
+  *lines, _ = file.read_text().split("\n") if file.exists() else [""]
+  return [
+    {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "images_per_s"))}
+    for line in lines
+  ]
+
+
+def assert_nothing_before_the_last_checkpoint_is_lost(workdir: Path) -> int:
+  latest = Checkpoints(workdir / "checkpoints").latest() or 0
+  lines = [line["iteration"] for line in complete_lines(workdir)]
+  assert lines[:latest] == list(range(1, latest + 1))
+  due = {f"{i:06d}.png" for i in range(latest + 1) if i % FIELDS["sample_every"] == 0 and latest}
+  assert due <= {path.name for path in workdir.glob("samples/*")}
+  return latest
+
+
+def assert_same_run(workdir: Path, expected: Path) -> None:
+  """State, position in the data, metrics and pictures are equal to the last bit."""
+  last = str(FIELDS["num_iterations"])
+  for name in ("params", "opt_state", "behaviour", "ema"):
+    ours, theirs = (Checkpoints(w / "checkpoints").load(name) for w in (workdir, expected))
+    flat, flat_expected = (dict(leaves_of(tree)) for tree in (ours, theirs))
+    assert flat.keys() == flat_expected.keys()
+    for path, leaf in flat.items():
+      np.testing.assert_array_equal(leaf, flat_expected[path], err_msg=path)
+  contents = lambda w, pattern: {path.name: path.read_bytes() for path in w.glob(pattern)}
+  for pattern in (f"checkpoints/{last}/run/metadata", "samples/*", "config.json"):
+    assert contents(workdir, pattern) == contents(expected, pattern)
+  assert complete_lines(workdir) == complete_lines(expected)
+  # Killed after the last save, it has had no other that would have removed an older one.
+  names = lambda w: {path.name for path in (w / "checkpoints").iterdir()}
+  assert names(expected) <= names(workdir)
+
+
+def leaves_of(tree: dict, prefix: str = ""):
+  for name, value in tree.items():
+    path = f"{prefix}/{name}"
+    yield from leaves_of(value, path) if isinstance(value, dict) else [(path, value)]
+
+
+@pytest.mark.slow
+def test_run_killed_twenty_times_ends_as_one_that_never_was(start, tmp_path):
+  expected = tmp_path / "undisturbed"
+  for workdir in (expected, tmp_path / "timed"):  # the first one compiles
+    began = time.monotonic()
+    process = start(workdir)
+    process.join()
+    assert process.exitcode == 0
+    duration = time.monotonic() - began
+  assert_same_run(tmp_path / "timed", expected)
+  assert len(complete_lines(expected)) == FIELDS["num_iterations"]
+
+  rng = np.random.default_rng(0)
+  kills = saves_hit = attempts = latest = 0
+  runs = [tmp_path / "killed_0"]
+  while kills < KILLS or saves_hit < SAVES_HIT:
+    attempts += 1
+    assert attempts < 3 * KILLS, f"{kills} kills in {attempts} attempts, {saves_hit} of saves"
+    left, began = half_written(runs[-1]), time.monotonic()
+    process = start(runs[-1])
+    if attempts % 2:
+      process.join(rng.uniform(0.0, duration))
+    else:
+      wait_for_save(process, runs[-1], count=rng.integers(1, 4))
+      time.sleep(rng.uniform(0.0, 0.02))
+    process.kill()
+    process.join()
+    before, latest = latest, assert_nothing_before_the_last_checkpoint_is_lost(runs[-1])
+    assert before <= latest
+    if process.exitcode == 0:  # it was done before its time
+      duration = time.monotonic() - began
+      runs.append(tmp_path / f"killed_{len(runs)}")
+      latest = 0
+    else:
+      kills += 1
+      saves_hit += bool(half_written(runs[-1]) - left)
+  process = start(runs[-1])
+  process.join()
+  assert process.exitcode == 0
+  for workdir in runs:
+    assert_same_run(workdir, expected)
+  print(f"{kills} kills, {saves_hit} during a save, in {attempts} attempts at {len(runs)} runs")
+
+
+# -------------------------------------------------------------------------------------- full disks
+
+
+@pytest.fixture
+def on_small_disk(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+  """Runs Python code where the folder `disk` is a file system of so many bytes."""
+  disk = tmp_path / "disk"
+  disk.mkdir()
+
+  def run(code: str, size: int, *arguments: str) -> subprocess.CompletedProcess:
+    mount = f'mount -t tmpfs -o size={size} none {disk} && exec "$@"'
+    python = [sys.executable, "-c", f"disk = {str(disk)!r}\n" + textwrap.dedent(code), *arguments]
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh", *python]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    return subprocess.run(
+      command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+  if shutil.which("unshare") is None or run("", 4096).returncode:
+    pytest.skip("no file system can be mounted here")
+  return run
+
+
+def test_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(on_small_disk, tmp_path):
+  code = """
+    import jax.numpy as jnp, numpy as np
+    from prefpaint_jax.checkpoint import Checkpoints
+
+    state, too_much = {"params": jnp.arange(100.0)}, {"params": jnp.arange(4e5)}
+    for found_by in ("wait", "close", "save"):
+      checkpoints = Checkpoints(disk + "/run")
+      step = (checkpoints.latest() or 0) + 1
+      checkpoints.save(step, state, {"next": step}, {})
+      try:
+        checkpoints.save(step + 1, too_much, None, {})
+        getattr(checkpoints, found_by)(*((step + 2, state, None, {}) if found_by == "save" else ()))
+      except OSError as error:
+        print(error)
+      reader = Checkpoints(disk + "/run")
+      assert reader.latest() == step
+      restored, data_state, _ = reader.restore(state)
+      np.testing.assert_array_equal(restored["params"], state["params"])
+      assert data_state == {"next": step}
+  """
+  ended = on_small_disk(code, 2**20)
+  assert ended.returncode == 0, ended.stderr
+  assert not ended.stderr
+  lines = ended.stdout.splitlines()
+  assert len(lines) == 3
+  for line in lines:
+    assert f"checkpoints {tmp_path}/disk/run: cannot be written" in line
+    assert "No space left on device" in line and "make room" in line
+
+
+@pytest.mark.slow
+def test_run_on_a_full_disk_ends_in_one_line_and_goes_on_from_its_last_checkpoint(
+  on_small_disk, tmp_path
+):
+  code = """
+    import os, subprocess, sys
+    from prefpaint_jax.checkpoint import Checkpoints
+
+    arguments = [sys.executable, "-m", "prefpaint_jax.train", *sys.argv[1:]]
+    for changes in [], ["--config.keep_checkpoints=1"]:
+      ended = subprocess.run([*arguments, *changes], stderr=subprocess.PIPE, text=True)
+      error = [line for line in ended.stderr.splitlines() if not line.startswith("iteration ")]
+      latest = Checkpoints(disk + "/run/checkpoints").latest()
+      print(ended.returncode, latest, *error, sep="\\t")
+      os.system(f"rm -rf {disk}/run/checkpoints/[12]")  # room
+  """
+  fields = testing.tiny_training(testing.write_tiny_world(tmp_path / "world")) | FIELDS
+  fields |= {"num_iterations": 12, "keep_checkpoints": 100}
+  arguments = [f"--config.{name}={value}" for name, value in fields.items()]
+  run = f"{tmp_path}/disk/run"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    ended = on_small_disk(
+      code, 2**23, f"--config={ROOT}/configs/rl.py", f"--workdir={run}", *arguments
+    )
+  assert ended.returncode == 0, ended.stderr
+  full, resumed = (line.split("\t") for line in ended.stdout.splitlines())
+  status, latest, *error = full
+  assert status == "1" and 2 < int(latest) < 12
+  assert len(error) == 1 and error[0].startswith("error: "), "\n".join(error)
+  assert run in error[0] and "No space left on device" in error[0]
+  assert resumed == ["0", "12"]
+
+
+def test_metrics_on_a_full_disk_are_one_line_and_no_run_hangs(on_small_disk, tmp_path):
+  code = """
+    from prefpaint_jax import app
+    from prefpaint_jax.metrics import MetricsWriter
+
+    def main(config, workdir):
+      writer = MetricsWriter(workdir)
+      try:
+        for iteration in range(1, 10_000):
+          writer.write(iteration, {f"name_{i}": iteration for i in range(50)})
+      finally:
+        writer.close()
+
+    app.run_with_config(main)
+  """
+  disk = f"{tmp_path}/disk"
+  ended = on_small_disk(code, 2**19, f"--config={ROOT}/configs/rl.py", f"--workdir={disk}")
+  assert ended.returncode == 1
+  assert ended.stderr == (
+    f"error: {disk}: No space left on device; make room, and the same command goes on from its "
+    "last checkpoint\n"
+  )
