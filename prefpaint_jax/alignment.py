@@ -221,13 +221,22 @@ def region(settings: Settings, prompts: Prompts) -> jax.Array | None:
 def _start_chain(modules, settings, policy, frozen, images, masks, key, mesh):
   """How a chain begins: prompts, the policy as a `predict`, its noise, and the key of its steps."""
   prompts = encode_prompts(modules, settings, frozen, images, masks, mesh)
-  if mesh is not None:  # gathered once, not in every step
+  predict = modules.predict
+  if mesh is not None and mesh.size > 1:
+    # Parameters are gathered once, not in every step; from there on each device is on its own.
     policy = jax.lax.with_sharding_constraint(policy, sharding.replicated(mesh))
+    own = P(mesh.axis_names)
+    predict = jax.shard_map(
+      predict,
+      mesh=mesh,
+      in_specs=(P(), Prompts(*(own,) * 4, context=P()), own, P()),
+      out_specs=own,
+      check_vma=False,
+    )
   policy = merged(settings, frozen.base, policy)
   noise_key, chain_key = jax.random.split(key)
   noise = jax.random.normal(noise_key, prompts.masked_latents.shape)
-  predict = lambda latents, t: modules.predict(policy, prompts, latents, t)
-  return prompts, predict, noise, chain_key
+  return prompts, functools.partial(predict, policy, prompts), noise, chain_key
 
 
 def rollout(
