@@ -41,7 +41,8 @@ class GroupNorm(nn.Module):
     mean = total / count
     variance = jnp.maximum(squares / count - jnp.square(mean), 0.0)
     inverse = jax.lax.rsqrt(variance + self.epsilon)
-    per_channel = functools.partial(jnp.repeat, repeats=C // G, axis=1, total_repeat_length=C)
+    # Not jnp.repeat, which gathers, and scatters on the way back.
+    per_channel = lambda x: jnp.broadcast_to(x[..., None], (B, G, C // G)).reshape(B, C)
     gain = per_channel(inverse) * scale
     offset = bias - per_channel(mean) * gain
     return (wide * gain[:, None, None] + offset[:, None, None]).astype(self.dtype)
