@@ -26,6 +26,8 @@ BEST = "best"  # in place of a step: the checkpoint of the highest metric
 
 # Orbax reports every phase of every save, and what it raises anyway; a run's log is for the run.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+# Of all the arrays that find no room on a full disk, the first one's error is raised.
+logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 
 class Checkpoints:
