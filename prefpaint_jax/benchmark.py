@@ -22,7 +22,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from prefpaint_jax import alignment, app, plan, sharding, testing
+from prefpaint_jax import alignment, app, cost, plan, sharding, testing
 from prefpaint_jax.inpainter import make_modules
 from prefpaint_jax.train import settings_from
 
@@ -68,7 +68,7 @@ def benchmark(
   configs, source = plan.read_architecture(config.policy)
   modules = make_modules(configs, config.dtype, config.remat, where=config.policy)
   modules.latent_shape(1, config.size, config.size)  # refuses a size that does not fit
-  run = plan._run(config, settings, modules, mesh)
+  run = plan.outline(config, settings, modules, mesh)
   programs, frozen = run.programs, _materialise_frozen(run.frozen)
   state = programs.init(materialise(run.state.params))
   pictures = testing.tiny_prompts(config.batch_size, size=config.size)
@@ -96,7 +96,7 @@ def benchmark(
       "times": times,
       "seconds": quartiles(seconds[1:]),  # the first one warms up
       "compile_seconds": compile_seconds,
-      "flops": plan.flops(traced.jaxpr),
+      "flops": cost.flops(traced.jaxpr),
       "memory": {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,

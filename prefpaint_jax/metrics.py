@@ -10,15 +10,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+  from prefpaint_jax.tensorboard import EventFile
 
 
 class MetricsWriter:
@@ -32,7 +31,7 @@ class MetricsWriter:
     self._workdir = Path(workdir)
     self._is_writer = is_writer
     self._lines: TextIO | None = None
-    self._events: EventsWriter | None = None
+    self._events: EventFile | None = None
     self._purge_step: int | None = None
 
   def truncate(self, iteration: int) -> None:
@@ -61,15 +60,13 @@ class MetricsWriter:
     finite = {name: number for name, number in numbers.items() if math.isfinite(number)}
     line = {"iteration": iteration} | {name: finite.get(name) for name in numbers}
     print(json.dumps(line, allow_nan=False), file=self._lines, flush=True)
-    scalars = [summary.scalar(name, number).value[0] for name, number in finite.items()]
-    self._add_event(Event(step=iteration, summary=Summary(value=scalars)))
+    self._events.scalars(iteration, finite)
 
   def image(self, iteration: int, name: str, image: np.ndarray) -> None:
     """A uint8 picture [H, W, 3] for TensorBoard."""
     if self._is_writer:
       self._open()
-      picture = summary.image(name, image, dataformats="HWC")
-      self._add_event(Event(step=iteration, summary=picture))
+      self._events.image(iteration, name, image)
 
   def close(self) -> None:
     if self._lines is not None:
@@ -81,18 +78,9 @@ class MetricsWriter:
     if self._lines is None:
       self._workdir.mkdir(parents=True, exist_ok=True)
       self._lines = (self._workdir / "metrics.jsonl").open("a")
-      # Not SummaryWriter: its thread dies of a full disk, and its queue then blocks for ever.
-      folder = self._workdir / "tensorboard"
-      folder.mkdir(exist_ok=True)
-      self._events = EventsWriter(str(folder / "events"))
-      if self._purge_step is not None:
-        mark = SessionLog(status=SessionLog.START)
-        self._add_event(Event(step=self._purge_step, session_log=mark))
+      from prefpaint_jax.tensorboard import EventFile  # as late as it can be: see there
 
-  def _add_event(self, event: Event) -> None:
-    event.wall_time = time.time()
-    self._events.write_event(event)
-    self._events.flush()
+      self._events = EventFile(self._workdir / "tensorboard", self._purge_step)
 
 
 class LogLines:

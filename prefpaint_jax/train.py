@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -49,6 +50,20 @@ def settings_from(config: ConfigDict) -> Settings:
   values = {name: config[name] for name in names if name not in ("trust", "lora")}
   values["skip_steps"] = tuple(config.skip_steps)
   return Settings(**values, lora=config.lora.rank > 0, trust=Trust(**config.trust))
+
+
+def optimizer_from(config: ConfigDict) -> optax.GradientTransformation:
+  return make_optimizer(
+    config.optimizer,
+    config.learning_rate,
+    config.adam_b1,
+    config.adam_b2,
+    config.adam_eps,
+    config.weight_decay,
+    config.clip_norm,
+    config.warmup_updates,
+    config.moments_dtype,
+  )
 
 
 @contextlib.contextmanager
@@ -128,17 +143,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
   modules, network = policy.modules, judge.network
   modules.latent_shape(1, config.size, config.size)  # refuses a size that does not fit
   steps = diffusion.ddim_steps(modules.schedule, settings.num_steps, settings.eta)
-  optimizer = make_optimizer(
-    config.optimizer,
-    config.learning_rate,
-    config.adam_b1,
-    config.adam_b2,
-    config.adam_eps,
-    config.weight_decay,
-    config.clip_norm,
-    config.warmup_updates,
-    config.moments_dtype,
-  )
+  optimizer = optimizer_from(config)
   base = policy.params.pop("unet")
   # What is trained: all of the base's parameters, or adapters that begin as no change to it.
   begin = base

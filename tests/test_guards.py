@@ -10,7 +10,7 @@ import pytest
 from alignment_world import make_settings, steps_of, world
 from ml_collections import ConfigDict
 
-from prefpaint_jax import plan, sharding, testing
+from prefpaint_jax import cost, plan, sharding, testing
 from prefpaint_jax.inpainter import make_modules
 from prefpaint_jax.optimizer import make_optimizer
 from prefpaint_jax.programs import make_programs
@@ -47,7 +47,7 @@ def trace(config: ConfigDict) -> dict[str, jax.stages.Traced]:
   mesh, settings = one_device(), settings_from(config)
   architectures, _ = plan.read_architecture(config.policy)
   modules = make_modules(architectures, config.dtype, config.remat)
-  run = plan._run(config, settings, modules, mesh)
+  run = plan.outline(config, settings, modules, mesh)
   side = config.size, config.size
   images, masks = (
     jax.ShapeDtypeStruct((config.batch_size, *side, channels), jnp.float32) for channels in (3, 1)
@@ -67,7 +67,7 @@ def trace(config: ConfigDict) -> dict[str, jax.stages.Traced]:
 def test_work_of_an_iteration_does_not_grow(preset, configs):
   traced = trace(configs[preset])
   for name in STAGES:
-    work, known = plan.flops(traced[name].jaxpr), WORK[preset][name]
+    work, known = cost.flops(traced[name].jaxpr), WORK[preset][name]
     assert work <= 1.02 * known, f"{name}: {work:,.0f} operations, they were {known:,.0f}"
 
 

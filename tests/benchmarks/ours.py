@@ -12,10 +12,9 @@ from worlds import World
 from prefpaint_jax import alignment, diffusion, sharding
 from prefpaint_jax.alignment import Frozen
 from prefpaint_jax.inpainter import Inpainter
-from prefpaint_jax.optimizer import make_optimizer
 from prefpaint_jax.programs import make_programs
 from prefpaint_jax.reward import RewardModel
-from prefpaint_jax.train import settings_from
+from prefpaint_jax.train import optimizer_from, settings_from
 from prefpaint_jax.weights import names
 
 Outputs = dict[str, jax.Array]
@@ -36,17 +35,7 @@ class Ours:
     policy = Inpainter.from_pretrained(config.policy, config.dtype, config.remat)
     judge = RewardModel.from_pretrained(config.reward, dtype=config.dtype)
     modules = policy.modules
-    optimizer = make_optimizer(
-      config.optimizer,
-      config.learning_rate,
-      config.adam_b1,
-      config.adam_b2,
-      config.adam_eps,
-      config.weight_decay,
-      config.clip_norm,
-      config.warmup_updates,
-      config.moments_dtype,
-    )
+    optimizer = optimizer_from(config)
     place = functools.partial(sharding.place, sharding.replicated(self.mesh))
     begin = place(policy.params["unet"])
     self.frozen = place(
