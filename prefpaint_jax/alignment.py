@@ -155,6 +155,15 @@ def merged(settings: Settings, base: Params | None, params: Params) -> Params:
   return lora.merge(base, params) if settings.lora else params
 
 
+def gather(modules: Modules, settings: Settings, params: Params, mesh: Mesh | None) -> Params:
+  """What is trained, whole on every device; what the UNet rounds is rounded before it is sent."""
+  if mesh is None or mesh.shape["fsdp"] == 1:
+    return params
+  if not settings.lora:
+    params = modules.round_params(params)
+  return jax.lax.with_sharding_constraint(params, sharding.replicated(mesh))
+
+
 def in_chunks(function, size: int, mesh: Mesh | None, params: Params, *arrays: jax.Array):
   """`function(params, *arrays)` on each device's own examples, at most `size` (0: all) at a time.
 
@@ -222,9 +231,9 @@ def _start_chain(modules, settings, policy, frozen, images, masks, key, mesh):
   """How a chain begins: prompts, the policy as a `predict`, its noise, and the key of its steps."""
   prompts = encode_prompts(modules, settings, frozen, images, masks, mesh)
   predict = modules.predict
+  # Once, not in every step; from there on each device is on its own.
+  policy = gather(modules, settings, policy, mesh)
   if mesh is not None and mesh.size > 1:
-    # Parameters are gathered once, not in every step; from there on each device is on its own.
-    policy = jax.lax.with_sharding_constraint(policy, sharding.replicated(mesh))
     own = P(mesh.axis_names)
     predict = jax.shard_map(
       predict,
@@ -430,7 +439,9 @@ def update(
       loss = lambda params: policy_loss(
         modules, settings, steps, params, base, *rollout, some, count
       )
-      return jax.grad(loss, has_aux=True)(params)
+      gradients, metrics = jax.grad(loss, has_aux=True)(params)
+      # Of rounded parameters they are rounded too, as within the UNet; sums are not.
+      return jax.tree.map(lambda x: x.astype(jnp.float32), gradients), metrics
 
     if passes.shape[0] == 1:
       return one_pass(passes[0])
@@ -443,7 +454,10 @@ def update(
 
   if mesh is not None and mesh.size > 1:
     add_up = _on_shares(add_up, mesh, state.params)
-  gradients, metrics = add_up(state.params, frozen.base, count, passes, prompts, trajectory, scores)
+  params, base = gather(modules, settings, state.params, mesh), frozen.base
+  if settings.kl_weight and not settings.lora:
+    base = gather(modules, settings, base, mesh)
+  gradients, metrics = add_up(params, base, count, passes, prompts, trajectory, scores)
   metrics["ppo/grad_norm"] = optax.tree.norm(gradients)
   n = settings.gradient_accumulation
   if n > 1:

@@ -98,6 +98,15 @@ class Modules:
     output = self.unet.apply({"params": unet_params}, sample, timestep, prompts.context)
     return output.astype(jnp.float32)
 
+  def round_params(self, unet_params: Params) -> Params:
+    """As the UNet's layers read them: in its compute dtype, but for those of norms."""
+    dtype = self.unet.dtype
+
+    def round_one(path: tuple, x: jax.Array) -> jax.Array:
+      return x if "norm" in jax.tree_util.keystr(path) else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(round_one, unet_params)
+
   def predict_guided(
     self,
     unet_params: Params,

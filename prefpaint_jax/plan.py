@@ -244,7 +244,9 @@ def estimate(stage: Mapping[str, Any], chip: Chip) -> dict[str, float]:
   return seconds | {"total": max(seconds["work"], seconds["memory"]) + seconds["links"]}
 
 
-def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
+def plan(
+  config: ConfigDict, devices: Sequence[jax.Device], say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
   """Compiles the stages of an iteration for `devices`: a report that json can hold.
 
   `report["stages"]` has, of rollout, score and update, per chip: memory in bytes, flops, traffic,
@@ -285,6 +287,7 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
   def stage(name: str, program: Any, arguments: tuple, times: int = 1) -> Any:
     measured, outputs = _measure(program, arguments, live, mesh.size)
     report["stages"][name] = measured | {"times": times}
+    say(f"{name}: compiled in {measured['compile_seconds']:.0f} s")
     live.append(outputs)
     return outputs
 
@@ -419,7 +422,8 @@ if __name__ == "__main__":
       fitting.sort(key=lambda report: -report["images_per_s"])
       print("", "fastest first:", *map(_summary, fitting), sep="\n")
     else:
-      result = plan(_CONFIG.value, devices)
+      result = plan(_CONFIG.value, devices, lambda line: print(line, flush=True))
+      print()
       print(describe(result))
     if _OUTPUT.value:
       Path(_OUTPUT.value).write_text(json.dumps(result, indent=2) + "\n")

@@ -62,6 +62,25 @@ def test_first_update_has_ratio_one_and_no_clipping(dtype):
     assert 0 < optax.tree.norm(gradients) < 1e4
 
 
+@pytest.mark.slow
+def test_rounding_parameters_before_the_unet_does_changes_no_bit():
+  settings = make_settings()
+  modules, params, _, frozen = world("bfloat16")
+  prompts, trajectory, _ = painted("bfloat16")
+  arguments = frozen, prompts, trajectory, made_up_scores(), jnp.array([1])
+
+  @jax.jit
+  def evaluate(params):
+    compute = jax.value_and_grad(loss_of(modules, settings), has_aux=True)
+    loss, gradients = compute(params, *arguments)
+    return loss, jax.tree.map(lambda x: x.astype(jnp.float32), gradients)
+
+  rounded = modules.round_params(params)
+  kinds = [x.dtype for x in jax.tree.leaves(rounded)]
+  assert 0 < kinds.count(jnp.float32) < kinds.count(jnp.bfloat16)  # norms and the others
+  jax.tree.map(np.testing.assert_array_equal, evaluate(rounded), evaluate(params))
+
+
 # ------------------------------------------------------------------------------ against torch
 
 
