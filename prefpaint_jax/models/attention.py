@@ -26,10 +26,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   g = _divisor(B * H, BLOCK // (n * M))
   grouped = lambda x: x.swapaxes(1, 2).reshape(-1, g, x.shape[1], D)
   arrays = tuple(map(grouped, (query, key, value)))
-  if n * g == L * B * H:  # one block: its scores are kept for the way back
-    y = _whole(*(x[0] for x in arrays))
-  else:
-    y = jax.lax.map(lambda xs: _blocked(n, *xs), arrays)
+  y = _map(lambda xs: _blocked(n, *xs), arrays)
   return y.reshape(B, H, L, D).swapaxes(1, 2)
 
 
@@ -38,10 +35,11 @@ def _divisor(number: int, most: int) -> int:
   return max(n for n in range(1, number + 1) if number % n == 0 and n <= max(1, most))
 
 
-def _whole(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  """[g, L, D] over [g, M, D]."""
-  weights = jax.nn.softmax(_scores(query, key)).astype(value.dtype)
-  return _einsum("gnm,gmd->gnd", weights, value).astype(query.dtype)
+def _map(function, xs):
+  """`jax.lax.map`, without a loop where there is one to map over."""
+  if jax.tree.leaves(xs)[0].shape[0] > 1:
+    return jax.lax.map(function, xs)
+  return jax.tree.map(lambda y: y[None], function(jax.tree.map(lambda x: x[0], xs)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -50,11 +48,17 @@ def _blocked(n: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.
   return _forward(n, query, key, value)[0]
 
 
+# On a CPU products of thin matrices are up to four times as fast with keys along the last axis.
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
-  return _einsum("gnd,gmd->gnm", query * query.shape[-1] ** -0.5, key)
+def _turn(x: jax.Array) -> jax.Array:
+  """[g, M, D] -> [g, D, M], and not by way of another product, as XLA would have it."""
+  return jax.lax.optimization_barrier(x).swapaxes(1, 2)
+
+
+def _scores(query: jax.Array, turned_key: jax.Array) -> jax.Array:
+  return _einsum("gnd,gdm->gnm", query * query.shape[-1] ** -0.5, turned_key)
 
 
 def _split(x: jax.Array, n: int) -> jax.Array:
@@ -67,36 +71,50 @@ def _join(x: jax.Array) -> jax.Array:
 
 
 def _forward(n, query, key, value):
-  def block(q: jax.Array):
-    scores = _scores(q, key)
-    highest = scores.max(-1, keepdims=True)
-    weights = jnp.exp(scores - highest)
-    total = weights.sum(-1, keepdims=True)
-    y = _einsum("gnm,gmd->gnd", weights.astype(value.dtype), value) / total
-    return y.astype(query.dtype), highest + jnp.log(total)
+  turned_key = _turn(key)
+  # A column of ones sums the weights in the product that has to be made anyway.
+  extended = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
 
-  y, log_total = map(_join, jax.lax.map(block, _split(query, n)))
+  def block(q: jax.Array):
+    scores = _scores(q, turned_key)
+    highest = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - highest).astype(value.dtype)
+    sums = _einsum("gnm,gmd->gnd", weights, extended)
+    y, total = sums[..., :-1], sums[..., -1:]
+    return (y / total).astype(query.dtype), highest + jnp.log(total)
+
+  y, log_total = map(_join, _map(block, _split(query, n)))
   return y, (query, key, value, y, log_total)
 
 
 def _backward(n, residuals, dy):
   query, key, value, y, log_total = residuals
+  turned_key, turned_value = _turn(key), _turn(value)
   # Row sums of dS ∘ P in closed form.
   delta = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), -1, keepdims=True)
 
-  def block(carry, xs):
-    dkey, dvalue = carry
+  def block(xs):
     q, dy, delta, log_total = xs
-    weights = jnp.exp(_scores(q, key) - log_total)
-    dvalue += _einsum("gnm,gnd->gmd", weights.astype(dy.dtype), dy)
-    dscores = weights * (_einsum("gnd,gmd->gnm", dy, value) - delta)
+    weights = jnp.exp(_scores(q, turned_key) - log_total)
+    dvalue = _einsum("gnd,gnm->gdm", dy, weights.astype(dy.dtype))
+    dscores = weights * (_einsum("gnd,gdm->gnm", dy, turned_value) - delta)
     dscores = (dscores * query.shape[-1] ** -0.5).astype(query.dtype)
-    dkey += _einsum("gnm,gnd->gmd", dscores, q)
+    dkey = _einsum("gnd,gnm->gdm", q, dscores)
     return (dkey, dvalue), _einsum("gnm,gmd->gnd", dscores, key).astype(query.dtype)
 
-  zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (key, value))
   blocks = tuple(_split(x, n) for x in (query, dy, delta, log_total))
-  (dkey, dvalue), dquery = jax.lax.scan(block, zeros, blocks)
+  if len(blocks[0]) == 1:
+    turned, dquery = block(jax.tree.map(lambda x: x[0], blocks))
+    dquery = dquery[None]
+  else:
+
+    def add(carry, xs):
+      one, dquery = block(xs)
+      return jax.tree.map(jnp.add, carry, one), dquery
+
+    zeros = (jnp.zeros(turned_key.shape, jnp.float32),) * 2
+    turned, dquery = jax.lax.scan(add, zeros, blocks)
+  dkey, dvalue = map(_turn, turned)
   return _join(dquery), dkey.astype(key.dtype), dvalue.astype(value.dtype)
 
 

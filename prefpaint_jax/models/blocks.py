@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from prefpaint_jax.models.attention import attention
+from prefpaint_jax.models.convolution import convolve
 
 Dtype = jnp.dtype
 
@@ -49,7 +50,15 @@ class GroupNorm(nn.Module):
 
 
 def conv(features: int, kernel: int, dtype: Dtype, name: str, stride: int = 1, padding="SAME"):
-  return nn.Conv(features, (kernel, kernel), (stride, stride), padding, dtype=dtype, name=name)
+  return nn.Conv(
+    features,
+    (kernel, kernel),
+    (stride, stride),
+    padding,
+    dtype=dtype,
+    conv_general_dilated=convolve,
+    name=name,
+  )
 
 
 class ResnetBlock2D(nn.Module):

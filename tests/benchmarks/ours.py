@@ -12,7 +12,7 @@ from worlds import World
 from prefpaint_jax import alignment, diffusion, sharding
 from prefpaint_jax.alignment import Frozen
 from prefpaint_jax.inpainter import Inpainter
-from prefpaint_jax.programs import make_programs
+from prefpaint_jax.programs import compiler_options, make_programs
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.train import optimizer_from, settings_from
 from prefpaint_jax.weights import names
@@ -59,10 +59,12 @@ class Ours:
     def weighed(params, prompts, latents, cotangent):
       return jnp.sum(modules.predict(params, prompts, latents, worlds.TIMESTEP) * cotangent)
 
-    self._encode = jax.jit(functools.partial(alignment.encode_prompts, modules, self.settings))
-    self._decode = jax.jit(modules.decode)
-    self._predict = jax.jit(modules.predict)
-    self._gradient = jax.jit(jax.grad(weighed))
+    options = compiler_options(jax.devices()[0].platform)
+    jit = functools.partial(jax.jit, compiler_options=options)
+    self._encode = jit(functools.partial(alignment.encode_prompts, modules, self.settings))
+    self._decode = jit(modules.decode)
+    self._predict = jit(modules.predict)
+    self._gradient = jit(jax.grad(weighed))
 
   def work(self, stage: str) -> Outputs:
     return jax.block_until_ready(getattr(self, stage)())
