@@ -156,6 +156,28 @@ def test_two_processes_equal_one_with_as_many_devices(together, alone):
 
 
 @pytest.mark.slow
+def test_two_processes_evaluate_as_one(world, cache, tmp_path):
+  command = [
+    sys.executable,
+    "-m",
+    "prefpaint_jax.evaluate",
+    f"--config={ROOT}/configs/eval.py:mini",
+  ]
+  fields = {"policy": world["policy"], "baseline": world["policy"], "prompts": world["prompts"]}
+  fields |= {"judges": f"('{world['reward']}',)", "size": testing.SIZE, "num_prompts": 6}
+  fields |= {"num_steps": 2, "batch_size": 2, "samples_per_prompt": 2}
+  command += [f"--config.{name}={value}" for name, value in fields.items()]
+  results = []
+  for processes in (1, 2):
+    workdir, log = tmp_path / str(processes), tmp_path / f"{processes}.log"
+    with started([*command, f"--workdir={workdir}"], processes, 1, cache, log) as running:
+      finish(running, log)
+    results.append(json.loads((workdir / "eval.json").read_text()))
+  alone, together = ([result["judges"], result["drift"]] for result in results)
+  assert together == alone
+
+
+@pytest.mark.slow
 def test_one_process_alone_writes(together):
   log = together.with_suffix(".log")
   assert "iteration 4/4" in said(log, 0) and "iteration" not in said(log, 1)
