@@ -213,7 +213,7 @@ if __name__ == "__main__":
     config = _CONFIG.value
     jax.config.update("jax_enable_compilation_cache", False)  # loading would pass for compiling
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    say = print if jax.process_index() == 0 else lambda line: None
+    say = print if jax.process_index() == 0 else lambda *lines, **how: None
     report = benchmark(config, mesh, _REPEATS.value, lambda line: say(line, flush=True))
     chip = plan.find_chip(report["device"])
     peak = 1e12 * _PEAK.value if _PEAK.value else chip and chip.flops
