@@ -132,15 +132,22 @@ SENT: dict[str, Callable[[int], float]] = {
 def collectives(hlo_text: str) -> dict[str, tuple[int, int]]:
   """{kind: (how many run, bytes that a chip sends for them)} of a compiled program.
 
-  One inside a loop counts each time; an asynchronous pair counts once. Bytes are those of a ring
+  One inside a loop counts each time; an asynchronous one counts once, though a TPU's programs write
+  it into the start, the end and all that runs meanwhile, as one channel. Bytes are those of a ring
   over a group of n chips: of a buffer that is whole on every chip before or after, an all-reduce
   sends 2 (n-1)/n, an all-gather, a reduce-scatter and an all-to-all (n-1)/n, a permutation all.
   """
   everyone = re.search(r"num_partitions=(\d+)", hlo_text)
   totals: dict[str, tuple[int, int]] = {}
+  channels = set()
   for one in instructions(hlo_text):
     kind = one.opcode.removesuffix("-start")
     if kind in SENT:
+      channel = re.search(r"channel_id=(\d+)", one.rest)
+      if one.fused and channel:
+        if channel[1] in channels:
+          continue
+        channels.add(channel[1])
       n = _group_size(one.rest) or (int(everyone[1]) if everyone else 1)
       sent = round(sum(map(_bytes, one.operands)) * SENT[kind](n))
       count, before = totals.get(kind, (0, 0))

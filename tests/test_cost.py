@@ -74,6 +74,28 @@ def test_collectives_of_hand_written_hlo_are_counted_by_hand():
   }
 
 
+def test_an_asynchronous_collective_that_fusions_share_is_one():
+  """As TPU programs write it: in its start, in what runs meanwhile, and in its end."""
+  part = """\
+%NAME (p: bf16[64,64]) -> bf16[256,64] {
+  %p = bf16[64,64]{1,0} parameter(0)
+  ROOT %g = bf16[256,64]{1,0} all-gather(%p), channel_id=12, dimensions={0}
+}
+
+"""
+  text = f"""\
+HloModule jit_f, num_partitions=4
+
+{part.replace("NAME", "first")}{part.replace("NAME", "second")}\
+ENTRY %main (a: bf16[64,64]) -> bf16[256,64] {{
+  %a = bf16[64,64]{{1,0}} parameter(0)
+  %start = bf16[256,64]{{1,0}} fusion(%a), kind=kCustom, calls=%first
+  ROOT %end = bf16[256,64]{{1,0}} fusion(%a), kind=kCustom, calls=%second
+}}
+"""
+  assert cost.collectives(text) == {"all-gather": (1, 3 * 64 * 64 * 2)}
+
+
 def test_memory_traffic_counts_whole_tiles_and_main_memory_only():
   text = """\
 HloModule jit_g
