@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, config_flags
 
 from prefpaint_jax import alignment, app, cost, plan, sharding, testing
 from prefpaint_jax.inpainter import make_modules
-from prefpaint_jax.programs import compiler_options
+from prefpaint_jax.programs import fast_jit
 from prefpaint_jax.train import settings_from
 
 MIB = 2**20
@@ -114,8 +114,7 @@ def benchmark(
     "rollout", programs.rollout, behaviour(), frozen, images, masks, key
   )
   encode = functools.partial(alignment.encode_prompts, modules, settings, mesh=mesh)
-  options = compiler_options(mesh.devices.flat[0].platform)
-  jit = functools.partial(jax.jit, compiler_options=options)
+  jit = fast_jit(mesh.devices.flat[0].platform)
   stage("encode", jit(encode), frozen, images, masks)
   decode = functools.partial(alignment.decode, modules, chunk=settings.decode_batch, mesh=mesh)
   stage("decode", jit(decode), frozen.vae, trajectory.latents[-1], prompts)

@@ -148,6 +148,7 @@ class Run(NamedTuple):
 
 
 def outline(config: ConfigDict, settings: Settings, modules: Modules, mesh: Mesh) -> Run:
+  """The programs of a config's run and all that it holds, as shapes: nothing is read or made."""
   network = RewardNetwork(read_reward(config.reward), jnp.dtype(config.dtype))
   steps = diffusion.ddim_steps(modules.schedule, settings.num_steps, settings.eta)
   optimizer = optimizer_from(config)

@@ -12,7 +12,7 @@ from worlds import World
 from prefpaint_jax import alignment, diffusion, sharding
 from prefpaint_jax.alignment import Frozen
 from prefpaint_jax.inpainter import Inpainter
-from prefpaint_jax.programs import compiler_options, make_programs
+from prefpaint_jax.programs import fast_jit, make_programs
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.train import optimizer_from, settings_from
 from prefpaint_jax.weights import names
@@ -59,8 +59,7 @@ class Ours:
     def weighed(params, prompts, latents, cotangent):
       return jnp.sum(modules.predict(params, prompts, latents, worlds.TIMESTEP) * cotangent)
 
-    options = compiler_options(jax.devices()[0].platform)
-    jit = functools.partial(jax.jit, compiler_options=options)
+    jit = fast_jit(jax.devices()[0].platform)
     self._encode = jit(functools.partial(alignment.encode_prompts, modules, self.settings))
     self._decode = jit(modules.decode)
     self._predict = jit(modules.predict)
