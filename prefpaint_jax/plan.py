@@ -246,13 +246,16 @@ def estimate(stage: Mapping[str, Any], chip: Chip) -> dict[str, float]:
 
 
 def plan(
-  config: ConfigDict, devices: Sequence[jax.Device], say: Callable[[str], None] = lambda _: None
+  config: ConfigDict,
+  devices: Sequence[jax.Device],
+  after_stage: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
   """Compiles the stages of an iteration for `devices`: a report that json can hold.
 
   `report["stages"]` has, of rollout, score and update, per chip: memory in bytes, flops, traffic,
   collectives, estimated seconds; and times, how often an iteration runs the stage. A stage that
   does not compile for want of memory ends the plan; `report["does_not_fit"]` says so.
+  `after_stage` is called with the report as far as it is: a large program compiles for long.
   """
   settings = settings_from(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
@@ -288,7 +291,7 @@ def plan(
   def stage(name: str, program: Any, arguments: tuple, times: int = 1) -> Any:
     measured, outputs = _measure(program, arguments, live, mesh.size)
     report["stages"][name] = measured | {"times": times}
-    say(f"{name}: compiled in {measured['compile_seconds']:.0f} s")
+    after_stage(report)
     live.append(outputs)
     return outputs
 
@@ -403,13 +406,25 @@ if __name__ == "__main__":
   _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file[:preset].")
   _TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs, as v5e:4x4; default: these devices.")
   _SEARCH = flags.DEFINE_bool("search", False, "Try batch sizes, mesh.fsdp and remat.")
-  _OUTPUT = flags.DEFINE_string("output", None, "json to write: the report, or the list of them.")
+  _OUTPUT = flags.DEFINE_string(
+    "output", None, "json to write, after every stage: the report, or the list of them."
+  )
   flags.mark_flag_as_required("config")
 
   def main() -> None:
     if _TOPOLOGY.value:
       jax.config.update("jax_platforms", "cpu")  # a chip that is here is left alone
     devices = topology_devices(_TOPOLOGY.value) if _TOPOLOGY.value else jax.devices()
+
+    def keep(result: Any) -> None:
+      if _OUTPUT.value:
+        Path(_OUTPUT.value).write_text(json.dumps(result, indent=2) + "\n")
+
+    def after_stage(report: dict[str, Any]) -> None:
+      name, stage = list(report["stages"].items())[-1]
+      print(f"{name}: compiled in {stage['compile_seconds']:.0f} s", flush=True)
+      keep(report)
+
     if _SEARCH.value:
       if not find_chip(devices[0].device_kind):
         raise ValueError(
@@ -419,14 +434,14 @@ if __name__ == "__main__":
       for report in search(_CONFIG.value, devices):
         print(_summary(report), flush=True)
         result.append(report)
+        keep(result)
       fitting = [report for report in result if "does_not_fit" not in report]
       fitting.sort(key=lambda report: -report["images_per_s"])
       print("", "fastest first:", *map(_summary, fitting), sep="\n")
     else:
-      result = plan(_CONFIG.value, devices, lambda line: print(line, flush=True))
+      report = plan(_CONFIG.value, devices, after_stage)
+      keep(report)
       print()
-      print(describe(result))
-    if _OUTPUT.value:
-      Path(_OUTPUT.value).write_text(json.dumps(result, indent=2) + "\n")
+      print(describe(report))
 
   app.run(main)
