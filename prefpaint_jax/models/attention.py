@@ -22,7 +22,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   if jax.default_backend() == "gpu" and half and D % 8 == 0 and D <= 128:
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
   M = key.shape[1]
-  n = _divisor(L, min(512, BLOCK // M))
+  n = _divisor(L, min(BLOCK // M, max(512, BLOCK // (M * B * H))))
   g = _divisor(B * H, BLOCK // (n * M))
   grouped = lambda x: x.swapaxes(1, 2).reshape(-1, g, x.shape[1], D)
   arrays = tuple(map(grouped, (query, key, value)))

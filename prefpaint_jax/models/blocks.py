@@ -21,6 +21,7 @@ class GroupNorm(nn.Module):
 
   The sums of x and x² per channel are all that touches the picture: their gradient costs a fifth
   of that of a mean and a variance over reshaped groups, and the affine map is one multiply-add.
+  Sums over who is a member of which group keep that map free of a group's own arithmetic.
   """
 
   num_groups: int
@@ -36,15 +37,13 @@ class GroupNorm(nn.Module):
     scale = self.param("scale", nn.initializers.ones, (C,))
     bias = self.param("bias", nn.initializers.zeros, (C,))
     count = H * W * C // G
+    member = jnp.repeat(jnp.eye(G), C // G, axis=1)
+    per_group = lambda x: (x[:, None, :] * member).sum(2) / count
+    per_channel = lambda x: (x[:, :, None] * member).sum(1)
     wide = x.astype(jnp.float32)
-    total = wide.sum((1, 2)).reshape(B, G, C // G).sum(-1)
-    squares = jnp.square(wide).sum((1, 2)).reshape(B, G, C // G).sum(-1)
-    mean = total / count
-    variance = jnp.maximum(squares / count - jnp.square(mean), 0.0)
-    inverse = jax.lax.rsqrt(variance + self.epsilon)
-    # Not jnp.repeat, which gathers, and scatters on the way back.
-    per_channel = lambda x: jnp.broadcast_to(x[..., None], (B, G, C // G)).reshape(B, C)
-    gain = per_channel(inverse) * scale
+    mean, squares = per_group(wide.sum((1, 2))), per_group(jnp.square(wide).sum((1, 2)))
+    variance = jnp.maximum(squares - jnp.square(mean), 0.0)
+    gain = per_channel(jax.lax.rsqrt(variance + self.epsilon)) * scale
     offset = bias - per_channel(mean) * gain
     return (wide * gain[:, None, None] + offset[:, None, None]).astype(self.dtype)
 
@@ -117,7 +116,7 @@ class Upsample2D(nn.Module):
 class Attention(nn.Module):
   """Multi-head attention of x [B, L, C] over itself, or over a context [B or 1, M, D].
 
-  A context of batch 1 (one text for all) has its keys and values computed once.
+  Over a context of batch 1, one text for all, the queries of all pictures are those of one.
   """
 
   num_heads: int
@@ -131,13 +130,28 @@ class Attention(nn.Module):
 
     def project(name: str, tokens: jax.Array) -> jax.Array:
       y = nn.Dense(C, use_bias=self.use_bias, dtype=self.dtype, name=name)(tokens)
-      y = y.reshape(*tokens.shape[:2], self.num_heads, C // self.num_heads)
-      return jnp.broadcast_to(y, (B, *y.shape[1:]))
+      return y.reshape(len(context), -1, self.num_heads, C // self.num_heads)
 
     query = project("to_q", x)
     key, value = project("to_k", context), project("to_v", context)
     y = attention(query, key, value).reshape(B, L, C)
     return nn.Dense(C, dtype=self.dtype, name="to_out_0")(y)
+
+
+class DensePair(nn.Module):
+  """The two halves of a dense layer's output [..., 2 features], as products of their own."""
+
+  features: int
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> list[jax.Array]:
+    shape = (x.shape[-1], 2 * self.features)
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+    bias = self.param("bias", nn.initializers.zeros, shape[1:])
+    x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
+    halves = zip(jnp.split(kernel, 2, axis=1), jnp.split(bias, 2), strict=True)
+    return [jnp.dot(x, kernel) + bias for kernel, bias in halves]
 
 
 class GEGLU(nn.Module):
@@ -147,7 +161,7 @@ class GEGLU(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    hidden, gate = jnp.split(nn.Dense(8 * x.shape[-1], dtype=self.dtype, name="proj")(x), 2, -1)
+    hidden, gate = DensePair(4 * x.shape[-1], self.dtype, name="proj")(x)
     return hidden * nn.gelu(gate, approximate=False)
 
 
