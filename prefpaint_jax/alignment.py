@@ -447,10 +447,7 @@ def update(
       return one_pass(passes[0])
     add = lambda carry, some: (jax.tree.map(jnp.add, carry, one_pass(some)), None)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one_pass, passes[0]))
-    # XLA's CPU backend computes a convolution's weight gradient some 50 times slower in a loop.
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    unroll = passes.shape[0] if platform == "cpu" else 1
-    return jax.lax.scan(add, zeros, passes, unroll=unroll)[0]
+    return jax.lax.scan(add, zeros, passes)[0]
 
   if mesh is not None and mesh.size > 1:
     add_up = _on_shares(add_up, mesh, state.params)

@@ -52,24 +52,38 @@ def test_bfloat16_stays_bfloat16():
     np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.02, atol=0.02 * jnp.abs(b).max())
 
 
-PADS = ((1, 1), (1, 1))
-OTHERS = {
-  "large picture": ((16, 16), (1, 1), PADS),
-  "strides": ((2, 2), (2, 2), PADS),
-  "padding": ((2, 2), (1, 1), ((0, 1), (0, 1))),
+OTHERS = {  # side of the kernel, size, strides, padding
+  "large picture": (3, (8, 6), (1, 1), ((1, 1), (1, 1))),
+  "single pixels": (1, (4, 4), (1, 1), ((0, 0), (0, 0))),
+  "strides": (3, (8, 8), (2, 2), ((1, 1), (1, 1))),
+  "strides, odd sides": (3, (7, 5), (2, 2), ((1, 1), (1, 1))),
+  "padding behind": (3, (8, 7), (2, 2), ((0, 1), (0, 1))),
+  "strides of single pixels": (1, (5, 5), (2, 2), "VALID"),
+  "uneven strides": (5, (9, 8), (2, 1), "SAME"),
+  "pixels left out": (3, (8, 8), (3, 3), "VALID"),
 }
 
 
-@pytest.mark.parametrize("size, strides, padding", OTHERS.values(), ids=OTHERS)
-def test_all_else_is_left_to_xla(size, strides, padding):
-  x, kernel = arrays(size, 64)
+@pytest.mark.parametrize("side, size, strides, padding", OTHERS.values(), ids=OTHERS)
+def test_gradients_are_those_of_the_convolution(side, size, strides, padding):
+  x, kernel = arrays(size, 4, side)
   ours = lambda x, kernel: convolve(x, kernel, strides, padding, **LAYOUT)
   assert not products(ours, x, kernel)
-  np.testing.assert_array_equal(ours(x, kernel), plain(x, kernel, strides, padding))
+  expected = value_and_gradients(lambda *xs: plain(*xs, strides, padding), x, kernel)
+  got = value_and_gradients(ours, x, kernel)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
 
 
-def test_other_devices_are_given_the_convolution_alone():
-  x, kernel = arrays((2, 2), 64)
-  ours = jax.jit(lambda x, kernel: convolve(x, kernel, (1, 1), ((1, 1), (1, 1)), **LAYOUT))
-  text = ours.trace(x, kernel).lower(lowering_platforms=("tpu",)).as_text()
-  assert "stablehlo.convolution" in text and "dot_general" not in text
+@pytest.mark.parametrize("size, side", [((2, 2), 3), ((8, 8), 3), ((8, 8), 1)])
+def test_other_devices_are_given_the_convolution_alone(size, side):
+  x, kernel = arrays(size, 64, side)
+  pads = ((side // 2,) * 2,) * 2
+
+  def text(function) -> str:
+    program = jax.jit(lambda *xs: value_and_gradients(function, *xs)).trace(x, kernel)
+    return program.lower(lowering_platforms=("tpu",)).as_text()
+
+  ours = text(lambda *xs: convolve(*xs, (1, 1), pads, **LAYOUT))
+  expected = text(lambda *xs: plain(*xs, padding=pads))
+  for operation in ("convolution", "dot_general", "transpose", "reverse"):
+    assert ours.count(f"stablehlo.{operation}") == expected.count(f"stablehlo.{operation}")

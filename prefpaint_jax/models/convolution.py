@@ -1,33 +1,103 @@
-"""Convolution of stride 1 by one product, where XLA's own is slow: on a CPU, by a large kernel.
+"""Convolution whose passes a CPU's compiler has a fast program for, wherever they stand.
 
-At a UNet's lowest resolutions a kernel is many times as large as the picture. XLA would turn such a
-kernel around for the gradient of its input, with one thread; products of the pixels' neighbourhoods
-take it as it lies. Other devices convolve as ever.
+XLA hands a convolution to a library on a CPU, if image, kernel and result lie as [B, H, W, C]
+and [K, K, I, O]. It rearranges others for that, as those of gradients are, but not within a loop,
+where they take up to 50 times as long. Here the gradients are written in that form.
+
+At a UNet's lowest resolutions a kernel is many times as large as the picture, and turning it around
+for the gradient of its input takes longest; products of the pixels' neighbourhoods take the kernel
+as it lies. Other devices convolve as ever.
 Shapes: B batch, H W pixels, I O features, K kernel side.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 LARGE = 4  # times the elements of the picture
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+class Window(NamedTuple):
+  strides: tuple[int, int]
+  pads: tuple[tuple[int, int], tuple[int, int]]
 
 
 def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **options) -> jax.Array:
   """`jax.lax.conv_general_dilated` of [B, H, W, I] with [K, K, I, O], as Flax calls it."""
+  if isinstance(padding, str):
+    spatial = x.shape[1:3], kernel.shape[:2]
+    padding = jax.lax.padtype_to_pads(*spatial, strides, padding)
+  return _convolve(Window(tuple(strides), tuple(map(tuple, padding))), x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolve(window: Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  if _is_large(window, x, kernel):
+    as_ever = functools.partial(_as_ever, window)
+    return jax.lax.platform_dependent(x, kernel, cpu=_product, default=as_ever)
+  return _as_ever(window, x, kernel)
+
+
+def _as_ever(window: Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  return jax.lax.conv_general_dilated(x, kernel, *window, dimension_numbers=LAYOUT)
+
+
+def _forward(window: Window, x: jax.Array, kernel: jax.Array):
+  return _convolve(window, x, kernel), (x, kernel)
+
+
+def _backward(window: Window, residuals, dy: jax.Array):
+  gradients = _products_gradients if _is_large(window, *residuals) else _gradients
+
+  def as_ever(x: jax.Array, kernel: jax.Array, dy: jax.Array):
+    (dx,) = jax.linear_transpose(lambda x: _as_ever(window, x, kernel), x)(dy)
+    (dkernel,) = jax.linear_transpose(lambda kernel: _as_ever(window, x, kernel), kernel)(dy)
+    return dx, dkernel
+
+  cpu = functools.partial(gradients, window)
+  return jax.lax.platform_dependent(*residuals, dy, cpu=cpu, default=as_ever)
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+def _gradients(window: Window, x: jax.Array, kernel: jax.Array, dy: jax.Array):
+  """Those of image and kernel, as two convolutions."""
+  if kernel.shape[:2] == (1, 1) and window == ((1, 1), ((0, 0), (0, 0))):
+    dkernel = jnp.einsum("bhwi,bhwo->io", x, dy)[None, None]
+    return jnp.einsum("bhwo,io->bhwi", dy, kernel[0, 0]), dkernel
+  # Along each axis: the picture's side, the kernel's, the padding before, and the reach of dy.
+  sides = zip(x.shape[1:], kernel.shape, window.pads, dy.shape[1:], window.strides, strict=False)
+  axes = [(n, k, before, (m - 1) * s + 1) for n, k, (before, _), m, s in sides]
+  convolution = functools.partial(
+    jax.lax.conv_general_dilated, window_strides=(1, 1), dimension_numbers=LAYOUT
+  )
+  dx = convolution(
+    dy,
+    kernel[::-1, ::-1].swapaxes(2, 3),
+    padding=[(k - 1 - before, n - reach + before) for n, k, before, reach in axes],
+    lhs_dilation=window.strides,
+  )
+  # The batch becomes the features, and the result [I, K, K, O].
+  dkernel = convolution(
+    x.transpose(3, 1, 2, 0),
+    dy.transpose(1, 2, 0, 3),
+    padding=[(before, k - 1 - n + reach - before) for n, k, before, reach in axes],
+    rhs_dilation=window.strides,
+  )
+  return dx, dkernel.transpose(1, 2, 0, 3)
+
+
+### By products.
+
+
+def _is_large(window: Window, x: jax.Array, kernel: jax.Array) -> bool:
   K = kernel.shape[0]
-  same = K % 2 == 1 and kernel.shape[1] == K and tuple(strides) == (1, 1)
-  same = same and [tuple(pads) for pads in padding] == [(K // 2, K // 2)] * 2
-  if same and kernel.size > LARGE * x.size:
-    return _by_product(x, kernel)
-  return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
-
-
-def _as_ever(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  pad = kernel.shape[0] // 2
-  layout = ("NHWC", "HWIO", "NHWC")
-  return jax.lax.conv_general_dilated(x, kernel, (1, 1), [(pad, pad)] * 2, dimension_numbers=layout)
+  same = K % 2 == 1 and kernel.shape[1] == K and window == ((1, 1), ((K // 2, K // 2),) * 2)
+  return same and kernel.size > LARGE * x.size
 
 
 def _neighbourhoods(K: int, x: jax.Array) -> jax.Array:
@@ -42,33 +112,15 @@ def _neighbourhoods(K: int, x: jax.Array) -> jax.Array:
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def _by_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  return jax.lax.platform_dependent(x, kernel, cpu=_product, default=_as_ever)
-
-
 def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
   near = _neighbourhoods(kernel.shape[0], x)
   flat = kernel.reshape(-1, kernel.shape[-1])
   return _einsum("bhwn,no->bhwo", near, flat).astype(x.dtype)
 
 
-def _forward(x: jax.Array, kernel: jax.Array):
-  return _by_product(x, kernel), (x, kernel)
-
-
-def _backward(residuals, dy: jax.Array):
-  def product(x, kernel, dy):
-    near, back = jax.vjp(functools.partial(_neighbourhoods, kernel.shape[0]), x)
-    dkernel = _einsum("bhwn,bhwo->no", near, dy).reshape(kernel.shape).astype(kernel.dtype)
-    flat = kernel.reshape(-1, kernel.shape[-1])
-    (dx,) = back(_einsum("bhwo,no->bhwn", dy, flat).astype(x.dtype))
-    return dx, dkernel
-
-  def as_ever(x, kernel, dy):
-    return jax.vjp(_as_ever, x, kernel)[1](dy)
-
-  return jax.lax.platform_dependent(*residuals, dy, cpu=product, default=as_ever)
-
-
-_by_product.defvjp(_forward, _backward)
+def _products_gradients(window: Window, x: jax.Array, kernel: jax.Array, dy: jax.Array):
+  near, back = jax.vjp(functools.partial(_neighbourhoods, kernel.shape[0]), x)
+  dkernel = _einsum("bhwn,bhwo->no", near, dy).reshape(kernel.shape).astype(kernel.dtype)
+  flat = kernel.reshape(-1, kernel.shape[-1])
+  (dx,) = back(_einsum("bhwo,no->bhwn", dy, flat).astype(x.dtype))
+  return dx, dkernel
