@@ -109,7 +109,7 @@ def _mini(config: ConfigDict) -> None:
     train_timesteps=8,
     skip_steps=(0, 2),
     updates_per_iteration=2,
-    decode_batch=0,
+    decode_batch=32,
     learning_rate=1e-4,
     warmup_updates=10,
     ema_decay=0.9,

@@ -6,19 +6,23 @@ the training scores. `calibrate` measures how often that holds, how tight it is,
 at all; `describe` says it in a few lines, `plot` shows it.
 """
 # Shapes: N samples.
+# matplotlib and scipy.stats take a second to import, and are imported where they are needed.
+
+from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from scipy import optimize, stats
+from scipy import optimize
 
 from prefpaint_jax.bound import Bound, confidence, effective_rank
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
 
 DELTAS = (0.1, 0.05, 0.01)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -198,6 +202,8 @@ def describe(calibration: Calibration) -> str:
 
 def plot(calibration: Calibration, samples: Samples, path: str | os.PathLike[str]) -> None:
   """A PNG: |error| over ‖z‖ with its quantiles and envelope, and the histogram of γ."""
+  from matplotlib.figure import Figure
+
   samples = _checked(samples)
   found, trust = calibration.errors[calibration.against], calibration.trust
   norms, errors = samples.norms, samples.errors[calibration.against]
@@ -243,6 +249,8 @@ def _spread(values: np.ndarray) -> Spread:
 
 
 def _agreement(norms: np.ndarray, errors: np.ndarray, constants: dict[float, float]) -> Agreement:
+  from scipy import stats
+
   ratio = errors / np.maximum(norms, 1e-30)  # ‖z‖ = 0 promises that there is no error
   envelope = float(np.quantile(ratio, ENVELOPE, method="inverted_cdf"))
   varied = len(errors) > 2 and not _is_constant(norms) and np.ptp(errors) > 0
@@ -288,7 +296,8 @@ def _is_constant(norms: np.ndarray) -> bool:
 def _relative_spread(norms: np.ndarray, k: float) -> float:
   """std / mean of exp(−k‖z‖)."""
   exponent = -k * norms
-  return float(stats.variation(np.exp(exponent - exponent.max())))  # no b, and no overflow
+  weight = np.exp(exponent - exponent.max())  # no b, and no overflow
+  return float(weight.std() / weight.mean())
 
 
 def _pair(spread: Spread) -> str:

@@ -26,7 +26,6 @@ import optax
 from flax.traverse_util import path_aware_map
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from scipy import stats
 
 from prefpaint_jax import app, calibration, fitting, reward, sharding, simulation
 from prefpaint_jax.bound import Moments, mahalanobis_norm, refit, sum_over_processes
@@ -135,6 +134,8 @@ def pair_accuracy(rewards: np.ndarray, scores: np.ndarray, valid: np.ndarray) ->
 
 def agreement(judged: Judged) -> dict[str, float]:
   """Held-out metrics, of all prompts and of each kind apart."""
+  from scipy import stats  # slow to import
+
   metrics = {}
   kinds = {f"{mask_io.KINDS[k]}/": judged.kinds == k for k in np.unique(judged.kinds)}
   for name, chosen in {"": np.full(judged.kinds.shape, True), **kinds}.items():

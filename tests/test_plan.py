@@ -28,8 +28,26 @@ def tiny_config(tmp_path, **fields):
 
 
 @pytest.fixture(scope="module")
-def report(quick_compilation, tmp_path_factory):
-  return plan.plan(tiny_config(tmp_path_factory.mktemp("world")), jax.devices())
+def planned(quick_compilation, tmp_path_factory):
+  seen = []
+  after_stage = lambda report: seen.append(json.loads(json.dumps(report)))
+  config = tiny_config(tmp_path_factory.mktemp("world"))
+  return plan.plan(config, jax.devices(), after_stage), seen
+
+
+@pytest.fixture
+def report(planned):
+  return planned[0]
+
+
+def test_report_is_given_after_every_stage(planned):
+  report, seen = planned
+  assert [list(one["stages"]) for one in seen] == [
+    ["rollout"],
+    ["rollout", "score"],
+    ["rollout", "score", "update"],
+  ]
+  assert seen[-1] == json.loads(json.dumps(report))
 
 
 def test_report_of_the_devices_at_hand_is_json_and_a_table(report):

@@ -18,7 +18,7 @@ SIZES = ("tiny", "mini", "medium", "sd15")
 
 # A run's own rhythm, and what differs by size. Neither side rematerialises, every iteration paints
 # with the current policy, and no term is on that only one of the sides would compute.
-_COMMON = {"remat": False, "behaviour_refresh": 1, "decode_batch": 0}
+_COMMON = {"remat": False, "behaviour_refresh": 1}
 _CHANGES: dict[str, dict[str, Any]] = {
   "tiny": {"batch_size": 2, "samples_per_prompt": 2, "updates_per_iteration": 1},
   "mini": {},
