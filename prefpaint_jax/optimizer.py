@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 Params = Any  # a tree of arrays
 
@@ -38,6 +39,21 @@ def make_optimizer(
   elif moments_dtype != "float32":
     raise ValueError(f"moments_dtype is {moments_dtype!r}; give 'float32' or 'bfloat16'")
   return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer
+
+
+def optimizer_from(config: ConfigDict) -> optax.GradientTransformation:
+  """The optimiser of an alignment config."""
+  return make_optimizer(
+    config.optimizer,
+    config.learning_rate,
+    config.adam_b1,
+    config.adam_b2,
+    config.adam_eps,
+    config.weight_decay,
+    config.clip_norm,
+    config.warmup_updates,
+    config.moments_dtype,
+  )
 
 
 class RoundedState(NamedTuple):

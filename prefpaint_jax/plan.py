@@ -30,13 +30,14 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict, config_flags
 
 from prefpaint_jax import app, cost, diffusion, lora, mini, sharding, testing
-from prefpaint_jax.alignment import Frozen, Settings, TrainState
+from prefpaint_jax.alignment import Frozen, TrainState
 from prefpaint_jax.inpainter import NETWORKS, Modules, make_modules
 from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.models.reward import RewardNetwork
+from prefpaint_jax.optimizer import optimizer_from
 from prefpaint_jax.programs import Programs, make_programs
 from prefpaint_jax.reward import network_shapes
-from prefpaint_jax.train import optimizer_from, settings_from
+from prefpaint_jax.settings import Settings, settings_from
 from prefpaint_jax.weights import folder as weights
 
 GIB = 2**30

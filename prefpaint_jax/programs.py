@@ -14,10 +14,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prefpaint_jax import alignment, rl, sharding
-from prefpaint_jax.alignment import Settings, TrainState
+from prefpaint_jax.alignment import TrainState
 from prefpaint_jax.diffusion import Steps, Trajectory
 from prefpaint_jax.inpainter import Modules, Params, Prompts
 from prefpaint_jax.models.reward import RewardNetwork
+from prefpaint_jax.settings import Settings
 
 # Instead of YNNPACK's convolutions XLA's own, which take half to all of the time.
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}

@@ -9,7 +9,6 @@ resumes as well, and the numbers then differ in their last bits.
 # Shapes: P prompts of an iteration, N held-out prompts, H W pixels.
 
 import contextlib
-import dataclasses
 import functools
 import signal
 import time
@@ -18,7 +17,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -34,36 +32,16 @@ from prefpaint_jax import (
   sharding,
   simulation,
 )
-from prefpaint_jax.alignment import Frozen, Settings, TrainState, Trust
+from prefpaint_jax.alignment import Frozen, TrainState
 from prefpaint_jax.checkpoint import Checkpoints
 from prefpaint_jax.data import prompts as prompt_io
 from prefpaint_jax.inpainter import Inpainter
-from prefpaint_jax.optimizer import make_optimizer
+from prefpaint_jax.optimizer import optimizer_from
 from prefpaint_jax.programs import make_programs
 from prefpaint_jax.reward import RewardModel
+from prefpaint_jax.settings import settings_from
 
 KEEP_BEST = ("held_out/reward", "held_out/reward_winrate", "reward/mean")  # metrics to choose by
-
-
-def settings_from(config: ConfigDict) -> Settings:
-  names = [field.name for field in dataclasses.fields(Settings)]
-  values = {name: config[name] for name in names if name not in ("trust", "lora")}
-  values["skip_steps"] = tuple(config.skip_steps)
-  return Settings(**values, lora=config.lora.rank > 0, trust=Trust(**config.trust))
-
-
-def optimizer_from(config: ConfigDict) -> optax.GradientTransformation:
-  return make_optimizer(
-    config.optimizer,
-    config.learning_rate,
-    config.adam_b1,
-    config.adam_b2,
-    config.adam_eps,
-    config.weight_decay,
-    config.clip_norm,
-    config.warmup_updates,
-    config.moments_dtype,
-  )
 
 
 @contextlib.contextmanager

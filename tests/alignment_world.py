@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefpaint_jax import alignment, diffusion, testing
-from prefpaint_jax.alignment import Frozen, Scores, Settings, Trust
+from prefpaint_jax.alignment import Frozen, Scores
 from prefpaint_jax.diffusion import Trajectory
 from prefpaint_jax.inpainter import Prompts
-from prefpaint_jax.train import settings_from
+from prefpaint_jax.settings import Settings, Trust, settings_from
 
 get_config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rl.py"))["get_config"]
 WORLD = dict.fromkeys(("policy", "reward", "prompts"), "")  # nothing here is read from disk

@@ -27,7 +27,7 @@ from alignment_world import (
 )
 
 from prefpaint_jax import alignment, diffusion, testing
-from prefpaint_jax.alignment import Settings, Trust
+from prefpaint_jax.settings import Settings, Trust
 from prefpaint_jax.weights import names
 
 

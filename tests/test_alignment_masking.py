@@ -25,9 +25,10 @@ from alignment_world import (
 )
 
 from prefpaint_jax import alignment, sharding, testing
-from prefpaint_jax.alignment import Scores, Trust
+from prefpaint_jax.alignment import Scores
 from prefpaint_jax.diffusion import Trajectory
 from prefpaint_jax.inpainter import Prompts
+from prefpaint_jax.settings import Trust
 
 # -------------------------------------------------------------------------------- NaN rewards
 

@@ -25,7 +25,7 @@ from alignment_world import (
 from prefpaint_jax import alignment, rl
 from prefpaint_jax.alignment import Scores
 from prefpaint_jax.optimizer import make_optimizer
-from prefpaint_jax.train import settings_from
+from prefpaint_jax.settings import settings_from
 
 
 def test_released_preset_has_the_numbers_of_the_released_code():

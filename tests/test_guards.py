@@ -14,7 +14,7 @@ from prefpaint_jax import cost, plan, sharding, testing
 from prefpaint_jax.inpainter import make_modules
 from prefpaint_jax.optimizer import make_optimizer
 from prefpaint_jax.programs import make_programs
-from prefpaint_jax.train import settings_from
+from prefpaint_jax.settings import settings_from
 
 get_config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rl.py"))["get_config"]
 STAGES = ("rollout", "score", "update")

@@ -12,9 +12,10 @@ from worlds import World
 from prefpaint_jax import alignment, diffusion, sharding
 from prefpaint_jax.alignment import Frozen
 from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.optimizer import optimizer_from
 from prefpaint_jax.programs import fast_jit, make_programs
 from prefpaint_jax.reward import RewardModel
-from prefpaint_jax.train import optimizer_from, settings_from
+from prefpaint_jax.settings import settings_from
 from prefpaint_jax.weights import names
 
 Outputs = dict[str, jax.Array]
