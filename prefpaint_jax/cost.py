@@ -195,27 +195,58 @@ def flops(jaxpr: Any) -> float:
   A scan counts as often as it runs (XLA's own analysis has a loop's body once), a conditional as
   its costliest branch; a loop that ends by itself counts once.
   """
+  return _total(jaxpr, _product_operations)
+
+
+def other_operations(jaxpr: Any) -> float:
+  """What else it computes: one for each element of a result, or that a reduction takes in."""
+  return _total(jaxpr, _elementwise_operations)
+
+
+def _total(jaxpr: Any, count: Callable[[Any], float]) -> float:
+  """The sum of `count` over all equations, each as often as it runs."""
   total = 0.0
   for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-    params = equation.params
-    match equation.primitive.name:
-      case "dot_general":
-        contracted = params["dimension_numbers"][0][0]
-        terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-        total += 2 * equation.outvars[0].aval.size * terms
-      case "conv_general_dilated":
-        kernel = equation.invars[1].aval
-        terms = kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-        # Where the gradient of a strided one puts zeros between pixels there is nothing to do.
-        terms /= math.prod(params["lhs_dilation"])
-        total += 2 * equation.outvars[0].aval.size * terms
-      case "cond":
-        total += max(map(flops, params["branches"]))
-      case name:
-        times = params["length"] if name == "scan" else 1
-        if name == "shard_map":
-          manual = next(value for key, value in params.items() if key.endswith("manual_axes"))
-          times = math.prod(params["mesh"].shape[axis] for axis in manual)
-        inner = jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
-        total += times * sum(flops(x) for x in inner if hasattr(x, "eqns"))
+    name, params = equation.primitive.name, equation.params
+    if name == "cond":
+      total += max(_total(branch, count) for branch in params["branches"])
+      continue
+    times = params["length"] if name == "scan" else 1
+    if name == "shard_map":
+      manual = next(value for key, value in params.items() if key.endswith("manual_axes"))
+      times = math.prod(params["mesh"].shape[axis] for axis in manual)
+    leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+    inner = [x for x in leaves if hasattr(x, "eqns")]
+    total += times * sum(_total(x, count) for x in inner) if inner else count(equation)
   return total
+
+
+def _product_operations(equation: Any) -> float:
+  params = equation.params
+  match equation.primitive.name:
+    case "dot_general":
+      contracted = params["dimension_numbers"][0][0]
+      terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+    case "conv_general_dilated":
+      kernel = equation.invars[1].aval
+      terms = kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+      # Where the gradient of a strided one puts zeros between pixels there is nothing to do.
+      terms /= math.prod(params["lhs_dilation"])
+    case _:
+      return 0.0
+  return 2 * equation.outvars[0].aval.size * terms
+
+
+_MOVES = (
+  *("reshape", "broadcast_in_dim", "transpose", "rev", "squeeze", "pad", "concatenate", "split"),
+  *("slice", "dynamic_slice", "dynamic_update_slice", "gather", "scatter", "iota", "copy"),
+  *("convert_element_type", "select_n", "stop_gradient", "optimization_barrier"),
+)
+
+
+def _elementwise_operations(equation: Any) -> float:
+  name = equation.primitive.name
+  if name in ("dot_general", "conv_general_dilated", *_MOVES):
+    return 0.0
+  arrays = equation.invars if name.startswith("reduce_") else equation.outvars
+  return float(sum(array.aval.size for array in arrays))

@@ -157,6 +157,7 @@ def test_flops_of_a_scan_of_products_are_counted_every_time():
   # Both gradients of a product cost what it does.
   both = jax.make_jaxpr(jax.grad(loop, (0, 1)))(x, w)
   assert cost.flops(both) == 3 * 7 * 2 * 5 * 8 * 8
+  assert cost.other_operations(jax.make_jaxpr(loop)(x, w)) == 7 * 5 * 8 + 5 * 8  # tanh, and the sum
 
 
 @pytest.mark.parametrize("stride", [1, 2])

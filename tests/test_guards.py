@@ -11,7 +11,7 @@ from alignment_world import make_settings, steps_of, world
 from ml_collections import ConfigDict
 
 from prefpaint_jax import cost, plan, sharding, testing
-from prefpaint_jax.inpainter import make_modules
+from prefpaint_jax.inpainter import Prompts, make_modules
 from prefpaint_jax.optimizer import make_optimizer
 from prefpaint_jax.programs import make_programs
 from prefpaint_jax.settings import settings_from
@@ -69,6 +69,24 @@ def test_work_of_an_iteration_does_not_grow(preset, configs):
   for name in STAGES:
     work, known = cost.flops(traced[name].jaxpr), WORK[preset][name]
     assert work <= 1.02 * known, f"{name}: {work:,.0f} operations, they were {known:,.0f}"
+
+
+def test_products_are_nearly_all_that_stable_diffusion_computes():
+  configs, _ = plan.read_architecture("stable-diffusion-v1-5/stable-diffusion-inpainting")
+  modules = make_modules(configs, "bfloat16", remat=True)
+  params = jax.eval_shape(modules.init, jax.random.key(0))["unet"]
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  latents = array(4, 64, 64, 4)
+  known = array(4, 512, 512, 1), array(4, 512, 512, 3), array(4, 64, 64, 1), latents
+  prompts = Prompts(*known, context=array(1, 77, 768))
+
+  def loss(params, prompts, latents):
+    return modules.predict(params, prompts, latents, jnp.int32(1)).sum()
+
+  for function in (loss, jax.grad(loss)):
+    jaxpr = jax.make_jaxpr(function)(params, prompts, latents)
+    products, others = cost.flops(jaxpr), cost.other_operations(jaxpr)
+    assert products / (products + others) > 0.99
 
 
 def test_programs_call_nothing_on_the_host(configs):
