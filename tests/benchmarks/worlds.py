@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SIZES = ("tiny", "mini", "medium", "sd15")
 
 # A run's own rhythm, and what differs by size. Neither side rematerialises, every iteration paints
-# with the current policy, and no term is on that only one of the sides would compute.
-_COMMON = {"remat": False, "behaviour_refresh": 1}
+# with the current policy, and no term is on that only one of the sides would compute. A step of the
+# optimiser is far above the rounding of a parameter, which would hide what is compared.
+_COMMON = {"remat": False, "behaviour_refresh": 1, "learning_rate": 1e-4}
 _CHANGES: dict[str, dict[str, Any]] = {
   "tiny": {"batch_size": 2, "samples_per_prompt": 2, "updates_per_iteration": 1},
   "mini": {},
