@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from prefpaint_jax.models import attention as module
 from prefpaint_jax.models.attention import attention
@@ -64,3 +65,35 @@ def test_scores_of_all_tokens_are_nowhere():
   assert f"f32[1,{L},{L}]" not in gradient.lower(xs).compile().as_text()
   plain = jax.jit(jax.grad(lambda xs: jax.nn.dot_product_attention(*xs).sum()))
   assert f"{L},{L}]" in plain.lower(xs).compile().as_text()
+
+
+def test_kernel_for_tpus_gives_what_the_plain_formula_gives(monkeypatch):
+  monkeypatch.setattr(module, "FLASH", 128)
+  xs = arrays((1, 256, 384, 2, 40), jnp.bfloat16)
+  with pltpu.force_tpu_interpret_mode():
+    ours = module._flash(*xs).astype(jnp.float32)
+  exact = jax.nn.dot_product_attention(*(x.astype(jnp.float32) for x in xs))
+  plain = jax.nn.dot_product_attention(*xs).astype(jnp.float32)
+  assert jnp.abs(ours - exact).max() < 1.5 * jnp.abs(plain - exact).max()
+
+
+@pytest.mark.parametrize(
+  "L, M, dtype, expected",
+  [
+    (1024, 1024, jnp.bfloat16, True),
+    (1024, 77, jnp.bfloat16, False),
+    (256, 256, jnp.bfloat16, False),
+    (1024, 1024, jnp.float32, False),
+  ],
+)
+def test_kernel_is_for_tpus_where_there_is_no_gradient(L, M, dtype, expected):
+  xs = [jax.ShapeDtypeStruct((1, n, 2, 40), dtype) for n in (L, M, M)]
+  gradient = jax.grad(lambda xs: attention(*xs).astype(jnp.float32).sum())
+
+  def has_kernel(function, arguments, platform) -> bool:
+    traced = jax.jit(function).trace(*arguments)
+    return "tpu_custom_call" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+  assert has_kernel(attention, xs, "tpu") == expected
+  assert not has_kernel(gradient, [xs], "tpu")
+  assert not has_kernel(attention, xs, "cpu")

@@ -2,7 +2,8 @@
 
 Queries are taken in blocks and, backwards, their weights are computed again from the logarithm of
 each row's sum (Dao et al. 2022, arXiv 2205.14135): memory is linear in the number of tokens, and a
-block's scores stay in a cache. On NVIDIA GPUs cuDNN's kernel does the same where it can.
+block's scores stay in a cache. On NVIDIA GPUs cuDNN's kernel does the same where it can, on TPUs
+Pallas's does where there is no gradient: not every TPU's compiler keeps scores out of the memory.
 Shapes: B batch, L queries, M keys, H heads, D features of a head, G = B H, n queries of a block.
 """
 
@@ -10,9 +11,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import flash_attention
 
 # Scores of a block: 16 MB of float32. A CPU is slower with more, and no faster with fewer.
 BLOCK = 2**22
+FLASH = 512  # queries and keys of a block of Pallas's kernel
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -21,6 +24,30 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   half = query.dtype in (jnp.bfloat16, jnp.float16)
   if jax.default_backend() == "gpu" and half and D % 8 == 0 and D <= 128:
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+  suits = half and L % FLASH == key.shape[1] % FLASH == 0
+  return (_flash_without_gradient if suits else _in_blocks)(query, key, value)
+
+
+@jax.custom_vjp
+def _flash_without_gradient(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  return jax.lax.platform_dependent(query, key, value, tpu=_flash, default=_in_blocks)
+
+
+_flash_without_gradient.defvjp(
+  lambda *arrays: jax.vjp(_in_blocks, *arrays), lambda back, dy: back(dy)
+)
+
+
+def _flash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  heads_first = (x.swapaxes(1, 2) for x in (query, key, value))
+  sizes = flash_attention.BlockSizes(block_q=FLASH, block_k_major=FLASH, block_k=FLASH, block_b=1)
+  scale = query.shape[-1] ** -0.5
+  y = flash_attention.flash_attention(*heads_first, sm_scale=scale, block_sizes=sizes)
+  return y.swapaxes(1, 2)
+
+
+def _in_blocks(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  B, L, H, D = query.shape
   M = key.shape[1]
   n = _divisor(L, min(BLOCK // M, max(512, BLOCK // (M * B * H))))
   g = _divisor(B * H, BLOCK // (n * M))
