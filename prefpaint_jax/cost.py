@@ -176,15 +176,19 @@ _UNMOVED = (
 def memory_traffic(hlo_text: str) -> int:
   """Bytes that a compiled program moves from and to a chip's main memory.
 
-  Every instruction reads its operands and writes its result: too much where it reads a part of an
-  operand, or where a cache keeps it.
+  Every instruction reads its operands and writes its result: too much where a fusion reads a part
+  of an operand, or where a cache keeps it.
   """
   total = 0
   for one in instructions(hlo_text):
     if one.fused or one.opcode in _UNMOVED or one.opcode.endswith(("-done", "-update")):
       continue
-    # What an asynchronous start returns names its operands too.
-    moved = (one.result,) if one.opcode.endswith("-start") else (one.result, *one.operands)
+    moved = (one.result, *one.operands)
+    if one.opcode in ("slice", "slice-start"):  # reads what it gives
+      piece = one.result.replace(one.operands[0], "") if "start" in one.opcode else one.result
+      moved = (piece, re.sub(r"S\(\d+\)", "", piece))
+    elif one.opcode.endswith("-start"):  # what it returns names its operands too
+      moved = (one.result,)
     total += one.times * sum(map(_memory_bytes, moved))
   return total
 
