@@ -3,10 +3,11 @@
 Queries are taken in blocks and, backwards, their weights are computed again from the logarithm of
 each row's sum (Dao et al. 2022, arXiv 2205.14135): memory is linear in the number of tokens, and a
 block's scores stay in a cache. On NVIDIA GPUs cuDNN's kernel does the same where it can, on TPUs
-Pallas's does where there is no gradient: not every TPU's compiler keeps scores out of the memory.
+Pallas's for many tokens: not every TPU's compiler keeps scores out of the memory.
 Shapes: B batch, L queries, M keys, H heads, D features of a head, G = B H, n queries of a block.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -25,24 +26,29 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   if jax.default_backend() == "gpu" and half and D % 8 == 0 and D <= 128:
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
   suits = half and L % FLASH == key.shape[1] % FLASH == 0
-  return (_flash_without_gradient if suits else _in_blocks)(query, key, value)
+  return (_by_kernel if suits else _in_blocks)(query, key, value)
 
 
 @jax.custom_vjp
-def _flash_without_gradient(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def _by_kernel(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   return jax.lax.platform_dependent(query, key, value, tpu=_flash, default=_in_blocks)
 
 
-_flash_without_gradient.defvjp(
-  lambda *arrays: jax.vjp(_in_blocks, *arrays), lambda back, dy: back(dy)
-)
+def _gradients(arrays: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, ...]:
+  of = lambda function: lambda dy, *arrays: jax.vjp(function, *arrays)[1](dy)
+  return jax.lax.platform_dependent(dy, *arrays, tpu=of(_flash), default=of(_in_blocks))
+
+
+_by_kernel.defvjp(lambda *arrays: (_by_kernel(*arrays), arrays), _gradients)
 
 
 def _flash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  heads_first = (x.swapaxes(1, 2) for x in (query, key, value))
-  sizes = flash_attention.BlockSizes(block_q=FLASH, block_k_major=FLASH, block_k=FLASH, block_b=1)
-  scale = query.shape[-1] ** -0.5
-  y = flash_attention.flash_attention(*heads_first, sm_scale=scale, block_sizes=sizes)
+  blocks = {field.name: FLASH for field in dataclasses.fields(flash_attention.BlockSizes)}
+  y = flash_attention.flash_attention(
+    *(x.swapaxes(1, 2) for x in (query, key, value)),
+    sm_scale=query.shape[-1] ** -0.5,
+    block_sizes=flash_attention.BlockSizes(**blocks | {"block_b": 1}),
+  )
   return y.swapaxes(1, 2)
 
 
