@@ -27,7 +27,7 @@ from alignment_world import (
 )
 
 from prefpaint_jax import alignment, diffusion, testing
-from prefpaint_jax.settings import Settings, Trust
+from prefpaint_jax.settings import TRUST_NORMS, Settings, Trust
 from prefpaint_jax.weights import names
 
 
@@ -240,7 +240,7 @@ def test_trust_weights_equal_their_formulas():
 
 
 def test_only_norms_need_a_bound():
-  needs = {norm: Trust(norm).needs_bound for norm in alignment.TRUST_NORMS}
+  needs = {norm: Trust(norm).needs_bound for norm in TRUST_NORMS}
   assert needs == {"mahalanobis": True, "released": True, "constant": False, "none": False}
   with pytest.raises(ValueError, match=r"trust\.norm is 'euclid'; give one of mahalanobis"):
     Trust("euclid")
