@@ -6,7 +6,7 @@ the training scores. `calibrate` measures how often that holds, how tight it is,
 at all; `describe` says it in a few lines, `plot` shows it.
 """
 # Shapes: N samples.
-# matplotlib and scipy.stats take a second to import, and are imported where they are needed.
+# matplotlib and scipy take a second to import, and are imported where they are needed.
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from scipy import optimize
 
 from prefpaint_jax.bound import Bound, confidence, effective_rank
 
@@ -149,6 +148,8 @@ def suggest_trust(
 
   std / mean rises with k, from 0 towards a limit that the samples of the smallest norm set.
   """
+  from scipy import optimize
+
   norms = np.asarray(norms, np.float64)
   excess = norms - norms.min()  # what all norms have in common is a factor, which is b's affair
   limit = np.sqrt(1 / np.mean(excess == 0) - 1)

@@ -12,7 +12,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import flash_attention
 
 # Scores of a block: 16 MB of float32. A CPU is slower with more, and no faster with fewer.
 BLOCK = 2**22
@@ -43,6 +42,8 @@ _by_kernel.defvjp(lambda *arrays: (_by_kernel(*arrays), arrays), _gradients)
 
 
 def _flash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  from jax.experimental.pallas.ops.tpu import flash_attention  # only where it is needed
+
   blocks = {field.name: FLASH for field in dataclasses.fields(flash_attention.BlockSizes)}
   y = flash_attention.flash_attention(
     *(x.swapaxes(1, 2) for x in (query, key, value)),
