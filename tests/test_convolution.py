@@ -59,19 +59,31 @@ OTHERS = {  # side of the kernel, size, strides, padding
   "strides, odd sides": (3, (7, 5), (2, 2), ((1, 1), (1, 1))),
   "padding behind": (3, (8, 7), (2, 2), ((0, 1), (0, 1))),
   "strides of single pixels": (1, (5, 5), (2, 2), "VALID"),
+  "uneven padding": (3, (5, 4), (1, 1), ((0, 1), (0, 1))),
   "uneven strides": (5, (9, 8), (2, 1), "SAME"),
   "pixels left out": (3, (8, 8), (3, 3), "VALID"),
 }
 
 
 @pytest.mark.parametrize("side, size, strides, padding", OTHERS.values(), ids=OTHERS)
-def test_gradients_are_those_of_the_convolution(side, size, strides, padding):
+def test_gradients_are_those_of_the_convolution(side, size, strides, padding, monkeypatch):
+  if strides != (1, 1) or padding == ((0, 1), (0, 1)):  # never by products, however large
+    monkeypatch.setattr("prefpaint_jax.models.convolution.LARGE", 0)
   x, kernel = arrays(size, 4, side)
   ours = lambda x, kernel: convolve(x, kernel, strides, padding, **LAYOUT)
   assert not products(ours, x, kernel)
   expected = value_and_gradients(lambda *xs: plain(*xs, strides, padding), x, kernel)
   got = value_and_gradients(ours, x, kernel)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+
+
+@pytest.mark.parametrize("options", [{"rhs_dilation": (2, 2)}, {"feature_group_count": 2}])
+def test_what_is_not_plain_is_left_to_xla(options):
+  x, kernel = arrays((8, 8), 4)
+  kernel = kernel[:, :, : 4 // options.get("feature_group_count", 1)]
+  pads = ((1, 1), (1, 1))
+  expected = jax.lax.conv_general_dilated(x, kernel, (1, 1), pads, **LAYOUT, **options)
+  np.testing.assert_array_equal(convolve(x, kernel, (1, 1), pads, **LAYOUT, **options), expected)
 
 
 @pytest.mark.parametrize("size, side", [((2, 2), 3), ((8, 8), 3), ((8, 8), 1)])

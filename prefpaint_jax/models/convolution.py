@@ -18,6 +18,9 @@ import jax.numpy as jnp
 
 LARGE = 4  # times the elements of the picture
 LAYOUT = ("NHWC", "HWIO", "NHWC")
+# Anything else is left to XLA altogether.
+PLAIN = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1}
+PLAIN |= {"precision": None, "preferred_element_type": None}
 
 
 class Window(NamedTuple):
@@ -27,6 +30,8 @@ class Window(NamedTuple):
 
 def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **options) -> jax.Array:
   """`jax.lax.conv_general_dilated` of [B, H, W, I] with [K, K, I, O], as Flax calls it."""
+  if any(options.get(name, value) != value for name, value in PLAIN.items()):
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
   if isinstance(padding, str):
     spatial = x.shape[1:3], kernel.shape[:2]
     padding = jax.lax.padtype_to_pads(*spatial, strides, padding)
@@ -50,7 +55,7 @@ def _forward(window: Window, x: jax.Array, kernel: jax.Array):
 
 
 def _backward(window: Window, residuals, dy: jax.Array):
-  gradients = _products_gradients if _is_large(window, *residuals) else _gradients
+  gradients = _product_gradients if _is_large(window, *residuals) else _gradients
 
   def as_ever(x: jax.Array, kernel: jax.Array, dy: jax.Array):
     (dx,) = jax.linear_transpose(lambda x: _as_ever(window, x, kernel), x)(dy)
@@ -70,8 +75,8 @@ def _gradients(window: Window, x: jax.Array, kernel: jax.Array, dy: jax.Array):
     dkernel = jnp.einsum("bhwi,bhwo->io", x, dy)[None, None]
     return jnp.einsum("bhwo,io->bhwi", dy, kernel[0, 0]), dkernel
   # Along each axis: the picture's side, the kernel's, the padding before, and the reach of dy.
-  sides = zip(x.shape[1:], kernel.shape, window.pads, dy.shape[1:], window.strides, strict=False)
-  axes = [(n, k, before, (m - 1) * s + 1) for n, k, (before, _), m, s in sides]
+  sides = x.shape[1:3], kernel.shape[:2], window.pads, dy.shape[1:3], window.strides
+  axes = [(n, k, before, (m - 1) * s + 1) for n, k, (before, _), m, s in zip(*sides, strict=True)]
   convolution = functools.partial(
     jax.lax.conv_general_dilated, window_strides=(1, 1), dimension_numbers=LAYOUT
   )
@@ -118,7 +123,7 @@ def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
   return _einsum("bhwn,no->bhwo", near, flat).astype(x.dtype)
 
 
-def _products_gradients(window: Window, x: jax.Array, kernel: jax.Array, dy: jax.Array):
+def _product_gradients(window: Window, x: jax.Array, kernel: jax.Array, dy: jax.Array):
   near, back = jax.vjp(functools.partial(_neighbourhoods, kernel.shape[0]), x)
   dkernel = _einsum("bhwn,bhwo->no", near, dy).reshape(kernel.shape).astype(kernel.dtype)
   flat = kernel.reshape(-1, kernel.shape[-1])
