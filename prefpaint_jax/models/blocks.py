@@ -151,7 +151,7 @@ class DensePair(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, shape[1:])
     x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
     halves = zip(jnp.split(kernel, 2, axis=1), jnp.split(bias, 2), strict=True)
-    return [jnp.dot(x, kernel) + bias for kernel, bias in halves]
+    return [jnp.dot(x, half) + shift for half, shift in halves]
 
 
 class GEGLU(nn.Module):
