@@ -184,7 +184,7 @@ def memory_traffic(hlo_text: str) -> int:
     if one.fused or one.opcode in _UNMOVED or one.opcode.endswith(("-done", "-update")):
       continue
     moved = (one.result, *one.operands)
-    if one.opcode in ("slice", "slice-start"):  # reads what it gives
+    if one.opcode in ("slice", "slice-start", "dynamic-slice"):  # reads what it gives
       piece = one.result.replace(one.operands[0], "") if "start" in one.opcode else one.result
       moved = (piece, re.sub(r"S\(\d+\)", "", piece))
     elif one.opcode.endswith("-start"):  # what it returns names its operands too

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -203,7 +204,25 @@ class DoesNotFitError(Exception):
   """A compiler found no room for a program; says how much it needs of how much."""
 
 
-def _measure(program: Any, arguments: tuple, live: Any, chips: int) -> tuple[dict[str, Any], Any]:
+def compile_and_print(lowered: Any, platform: str) -> tuple[Any, str]:
+  """A compiled program and its text.
+
+  `as_text` cannot print a v6e's loops where they overlap ("Async done requires its operand to be an
+  asynchronous op"), but the compiler for TPUs can.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    compiled = lowered.compile(dump if platform == "tpu" else None)
+    try:
+      return compiled, compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+      written = list(Path(folder).glob("*.after_codegen.txt"))
+      if not written:
+        raise
+      return compiled, written[0].read_text()
+
+
+def _measure(program: Any, arguments: tuple, live: Any, mesh: Mesh) -> tuple[dict[str, Any], Any]:
   """What a stage takes of each chip, and the shapes and shardings of its outputs.
 
   `live` is all that a run has in memory meanwhile, arguments or not.
@@ -211,14 +230,14 @@ def _measure(program: Any, arguments: tuple, live: Any, chips: int) -> tuple[dic
   began = time.perf_counter()
   traced = program.trace(*arguments)
   try:
-    compiled = traced.lower().compile()
+    compiled, text = compile_and_print(traced.lower(), mesh.devices.flat[0].platform)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     sizes = re.findall(r"\(([\d.]+[KMGT])\)", str(error))
     raise DoesNotFitError(" of ".join(sizes) or str(error).splitlines()[0]) from error
   seconds = time.perf_counter() - began
-  memory, text = compiled.memory_analysis(), compiled.as_text()
+  memory = compiled.memory_analysis()
   parts = {
     "arguments": memory.argument_size_in_bytes,
     "temporaries": memory.temp_size_in_bytes,
@@ -228,7 +247,7 @@ def _measure(program: Any, arguments: tuple, live: Any, chips: int) -> tuple[dic
   }
   stage = {
     "memory": parts | {"total": sum(parts.values())},
-    "flops": cost.flops(traced.jaxpr) / chips,
+    "flops": cost.flops(traced.jaxpr) / mesh.size,
     "traffic": cost.memory_traffic(text),
     "collectives": cost.collectives(text),
     "compile_seconds": seconds,
@@ -290,7 +309,7 @@ def plan(
   live += [run.begin] if run.frozen.base is not run.begin else []
 
   def stage(name: str, program: Any, arguments: tuple, times: int = 1) -> Any:
-    measured, outputs = _measure(program, arguments, live, mesh.size)
+    measured, outputs = _measure(program, arguments, live, mesh)
     report["stages"][name] = measured | {"times": times}
     after_stage(report)
     live.append(outputs)

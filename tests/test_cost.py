@@ -113,15 +113,17 @@ def test_memory_traffic_of_a_slice_is_its_own():
   text = """\
 HloModule jit_g
 
-ENTRY %main (a: f32[800,128]) -> f32[16,128] {
+ENTRY %main (a: f32[800,128], i: s32[]) -> f32[16,128] {
   %a = f32[800,128]{1,0:T(8,128)} parameter(0)
+  %i = s32[] parameter(1)
   %go = ((f32[800,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a)
   %near = f32[8,128]{1,0:T(8,128)S(1)} slice-done(%go)
+  %there = f32[24,128]{1,0:T(8,128)} dynamic-slice(%a, %i, %i), dynamic_slice_sizes={24,128}
   ROOT %far = f32[16,128]{1,0:T(8,128)} slice(%a), slice={[0:16], [0:128]}
 }
 """
   # Fetched into the fast memory; read and written; a word for the fetch's state.
-  assert cost.memory_traffic(text) == 4 * 128 * (8 + 2 * 16) + 4
+  assert cost.memory_traffic(text) == 4 * 128 * (8 + 2 * 24 + 2 * 16) + 4
 
 
 def test_known_trip_counts_and_nested_loops_multiply():

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from prefpaint_jax import plan, testing
+from prefpaint_jax import cost, plan, testing
 
 get_config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rl.py"))["get_config"]
 
@@ -171,7 +172,18 @@ def test_tpu_compiler_says_how_much_is_missing():
   place = jax.sharding.SingleDeviceSharding(device)
   x = jax.ShapeDtypeStruct((8 * 2**30,), jnp.float32, sharding=place)
   with pytest.raises(plan.DoesNotFitError, match=r"[\d.]+G of 15.75G"):
-    plan._measure(jax.jit(lambda x: x + 1), (x,), x, 1)
+    plan._measure(jax.jit(lambda x: x + 1), (x,), x, Mesh([device], "chips"))
+
+
+@needs_libtpu
+def test_overlapping_loops_of_a_v6e_are_printed():
+  place = jax.sharding.SingleDeviceSharding(plan.topology_devices("v6e:1x1")[0])
+  x = jax.ShapeDtypeStruct((4, 1024, 8, 80), jnp.bfloat16, sharding=place)
+  lowered = jax.jit(jax.nn.dot_product_attention).lower(x, x, x)
+  compiled, text = plan.compile_and_print(lowered, "tpu")
+  with pytest.raises(jax.errors.JaxRuntimeError, match="Async done"):
+    compiled.as_text()
+  assert cost.memory_traffic(text) > 4 * 2 * x.size  # query, key, value and result, at least
 
 
 @pytest.mark.slow
