@@ -6,35 +6,21 @@ In blocks, by Pallas's kernel, and by the plain formula: four pictures of Stable
 512 pixels, in bfloat16. No TPU is needed.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
 from jax.sharding import SingleDeviceSharding
 
 from prefpaint_jax import cost, plan
 from prefpaint_jax.models import attention
 
 SHAPES = ((4, 4096, 8, 40), (4, 1024, 8, 80))
-
-
-def kernel(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  """Pallas's, also of the gradients, in blocks of 512."""
-  blocks = {field.name: 512 for field in dataclasses.fields(BlockSizes)}
-  sizes = BlockSizes(**blocks | {"block_b": 1})
-  arrays = (x.swapaxes(1, 2) for x in (query, key, value))
-  y = flash_attention(*arrays, sm_scale=query.shape[-1] ** -0.5, block_sizes=sizes)
-  return y.swapaxes(1, 2)
-
-
 WAYS = {
   "plain": jax.nn.dot_product_attention,
   "blocks": attention._in_blocks,
-  "kernel": kernel,
-  "here": attention.attention,
+  "kernel": attention._flash,
 }
 
 _TOPOLOGY = flags.DEFINE_multi_string("topology", ["v5e:2x2"], "TPUs to compile for.")
@@ -43,8 +29,8 @@ _TOPOLOGY = flags.DEFINE_multi_string("topology", ["v5e:2x2"], "TPUs to compile 
 def traffic(function, place: SingleDeviceSharding, shape: tuple[int, ...]) -> float:
   """GB of a program of query, key and value of this shape."""
   x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
-  compiled = jax.jit(function).lower(x, x, x).compile()
-  return cost.memory_traffic(compiled.as_text()) / 1e9
+  _, text = plan.compile_and_print(jax.jit(function).lower(x, x, x), "tpu")
+  return cost.memory_traffic(text) / 1e9
 
 
 def main(argv: list[str]) -> None:
