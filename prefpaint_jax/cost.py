@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.interpreters import partial_eval
 
 
 class Instruction(NamedTuple):
@@ -197,14 +198,19 @@ def flops(jaxpr: Any) -> float:
   """Floating point operations of a jaxpr's products and convolutions, on all devices together.
 
   A scan counts as often as it runs (XLA's own analysis has a loop's body once), a conditional as
-  its costliest branch; a loop that ends by itself counts once.
+  its costliest branch; a loop that ends by itself counts once. What nothing needs does not count.
   """
-  return _total(jaxpr, _product_operations)
+  return _total(_needed(jaxpr), _product_operations)
 
 
 def other_operations(jaxpr: Any) -> float:
   """What else it computes: one for each element of a result, or that a reduction takes in."""
-  return _total(jaxpr, _elementwise_operations)
+  return _total(_needed(jaxpr), _elementwise_operations)
+
+
+def _needed(jaxpr: Any) -> Any:
+  jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+  return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
 def _total(jaxpr: Any, count: Callable[[Any], float]) -> float:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from prefpaint_jax import alignment, rl, sharding
@@ -20,18 +20,27 @@ from prefpaint_jax.inpainter import Modules, Params, Prompts
 from prefpaint_jax.models.reward import RewardNetwork
 from prefpaint_jax.settings import Settings
 
-# Of YNNPACK the products only: XLA's own convolutions take half to all of the time of its.
-_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+_OPTIONS = {
+  # Of YNNPACK the products only: XLA's own convolutions take half to all of the time of its.
+  "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"},
+  # For fewer than 8 pictures XLA cuts each into pieces that overlap, puts them together for the
+  # norm and cuts again, which by its own estimates takes three times as long as all else.
+  "tpu": {
+    "xla_tpu_run_space_to_batch": False,
+    "xla_tpu_run_space_to_batch_on_new_platforms": False,
+  },
+}
 
 
 @functools.cache
-def fast_jit(platform: str) -> Callable:
-  """`jax.jit` with what makes the programs of a platform faster, where its compiler knows that."""
-  if platform != "cpu":
+def fast_jit(device: jax.Device) -> Callable:
+  """`jax.jit` with what makes the programs of a device faster, where its compiler knows that."""
+  if device.platform not in _OPTIONS:
     return jax.jit
-  jit = functools.partial(jax.jit, compiler_options=_CPU_OPTIONS)
+  jit = functools.partial(jax.jit, compiler_options=_OPTIONS[device.platform])
+  x = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
   try:
-    jit(lambda: 0).lower().compile()
+    jit(lambda x: x).lower(x).compile()
   except jax.errors.JaxRuntimeError:
     return jax.jit
   return jit
@@ -77,7 +86,7 @@ def make_programs(
     )
     return jnp.split(drawn, settings.updates_per_iteration)
 
-  jit = fast_jit(mesh.devices.flat[0].platform)
+  jit = fast_jit(mesh.devices.flat[0])
   return Programs(
     init=jax.jit(init, out_shardings=layout),
     rollout=jit(

@@ -35,6 +35,22 @@ def test_blocks_give_what_the_plain_formula_gives(sizes, block, monkeypatch):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), ours, plain)
 
 
+@pytest.mark.parametrize("block", [16, 2**21])
+def test_keys_of_one_text_serve_all_pictures(block, monkeypatch):
+  monkeypatch.setattr(module, "BLOCK", block)
+  query, key, value = arrays((3, 8, 16, 4, 4))
+
+  def plain(query, key, value):
+    key, value = (jnp.broadcast_to(x, (3, *x.shape[1:])) for x in (key, value))
+    return jax.nn.dot_product_attention(query, key, value)
+
+  xs = query, key[:1], value[:1]
+  expected = value_and_gradients(plain, xs)
+  for function in (attention, module._on_tpu):
+    ours = value_and_gradients(function, xs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), ours, expected)
+
+
 def test_attention_equals_torch(monkeypatch):
   torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
   monkeypatch.setattr(module, "BLOCK", 64)
@@ -99,6 +115,15 @@ def test_kernel_is_for_many_tokens_on_tpus(L, M, dtype, expected):
   for function in (attention, gradient):
     assert has_kernel(function, "tpu") == expected
     assert not has_kernel(function, "cpu")
+
+
+@pytest.mark.parametrize("M, loops", [(77, False), (512, False), (1000, True)])
+def test_few_keys_are_not_taken_in_blocks_on_tpus(M, loops):
+  xs = [jax.ShapeDtypeStruct((4, n, 8, 40), jnp.float32) for n in (4096, M, M)]
+  gradient = jax.grad(lambda *xs: attention(*xs).sum(), argnums=(0, 1, 2))
+  for function in (attention, gradient):
+    lowered = jax.jit(function).trace(*xs).lower(lowering_platforms=("tpu",))
+    assert ("stablehlo.while" in lowered.as_text()) == loops
 
 
 def test_gradients_beside_the_kernel_are_those_of_blocks():

@@ -177,6 +177,12 @@ def test_flops_of_a_scan_of_products_are_counted_every_time():
   assert cost.other_operations(jax.make_jaxpr(loop)(x, w)) == 7 * 5 * 8 + 5 * 8  # tanh, and the sum
 
 
+def test_a_product_that_nothing_needs_costs_nothing():
+  x = jnp.ones((8, 8))
+  gradient = lambda w, x, dy: jax.lax.cond(True, *[lambda: jax.vjp(jnp.dot, w, x)[1](dy)] * 2)
+  assert cost.flops(jax.make_jaxpr(gradient)(x, x, x)) == 2 * 2 * 8 * 8 * 8
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_flops_of_convolutions_and_their_gradients_are_xlas(stride):
   """But for the picture's border, which XLA leaves out."""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from jax.sharding import Mesh
 
 from prefpaint_jax import cost, plan, testing
+from prefpaint_jax.programs import fast_jit
 
 get_config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rl.py"))["get_config"]
 
@@ -184,6 +186,28 @@ def test_overlapping_loops_of_a_v6e_are_printed():
   with pytest.raises(jax.errors.JaxRuntimeError, match="Async done"):
     compiled.as_text()
   assert cost.memory_traffic(text) > 4 * 2 * x.size  # query, key, value and result, at least
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
+def test_few_pictures_are_not_cut_into_pieces(topology):
+  device = plan.topology_devices(topology)[0]
+  place = jax.sharding.SingleDeviceSharding(device)
+  x, kernel = (
+    jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+    for shape in ((4, 64, 64, 320), (3, 3, 320, 320))
+  )
+  layout = ("NHWC", "HWIO", "NHWC")
+  conv = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=layout)
+  twice = lambda x, kernel: conv(jax.nn.silu(conv(x, kernel)), kernel)
+
+  def batches(jit) -> set[str]:
+    _, text = plan.compile_and_print(jit(twice).lower(x, kernel), device.platform)
+    return set(re.findall(r"\[(\d+),[\d,]+,320\]", text))
+
+  pieces = {"16", "32", "64"}
+  assert batches(jax.jit) & pieces
+  assert not batches(fast_jit(device)) & pieces
 
 
 @pytest.mark.slow

@@ -3,7 +3,8 @@
 Queries are taken in blocks and, backwards, their weights are computed again from the logarithm of
 each row's sum (Dao et al. 2022, arXiv 2205.14135): memory is linear in the number of tokens, and a
 block's scores stay in a cache. On NVIDIA GPUs cuDNN's kernel does the same where it can, on TPUs
-Pallas's for many tokens: not every TPU's compiler keeps scores out of the memory.
+Pallas's for many tokens: not every TPU's compiler keeps scores out of the memory. Over few keys,
+as those of a text, a TPU is given the plain formula.
 Shapes: B batch, L queries, M keys, H heads, D features of a head, G = B H, n queries of a block.
 """
 
@@ -19,26 +20,51 @@ FLASH = 512  # queries and keys of a block of Pallas's kernel
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  """softmax(Q Kᵀ / √D) V of query [B, L, H, D] over key and value [B, M, H, D]; sums in float32."""
-  B, L, H, D = query.shape
-  half = query.dtype in (jnp.bfloat16, jnp.float16)
+  """softmax(Q Kᵀ / √D) V of query [B, L, H, D] over key and value [B or 1, M, H, D].
+
+  Sums are in float32.
+  """
+  D, half = query.shape[-1], query.dtype in (jnp.bfloat16, jnp.float16)
   if jax.default_backend() == "gpu" and half and D % 8 == 0 and D <= 128:
-    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-  suits = half and L % FLASH == key.shape[1] % FLASH == 0
-  return (_by_kernel if suits else _in_blocks)(query, key, value)
+    cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    return cudnn(_fold(query, key), key, value).reshape(query.shape)
+  return _by_platform(query, key, value)
+
+
+def _fold(x: jax.Array, key: jax.Array) -> jax.Array:
+  """[B, L, H, D] with the pictures that share keys, one below the other."""
+  return x.reshape(len(key), -1, *x.shape[2:])
 
 
 @jax.custom_vjp
-def _by_kernel(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  return jax.lax.platform_dependent(query, key, value, tpu=_flash, default=_in_blocks)
+def _by_platform(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  return jax.lax.platform_dependent(query, key, value, tpu=_on_tpu, default=_in_blocks)
 
 
-def _gradients(arrays: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, ...]:
-  of = lambda function: lambda dy, *arrays: jax.vjp(function, *arrays)[1](dy)
-  return jax.lax.platform_dependent(dy, *arrays, tpu=of(_flash), default=of(_in_blocks))
+def _by_platform_forward(*arrays: jax.Array):
+  _, log_total = jax.eval_shape(_forward, *arrays)
+  unused = lambda *xs: (_on_tpu(*xs), jnp.zeros_like(log_total))
+  y, log_total = jax.lax.platform_dependent(*arrays, tpu=unused, default=_forward)
+  return y, (*arrays, y, log_total)
 
 
-_by_kernel.defvjp(lambda *arrays: (_by_kernel(*arrays), arrays), _gradients)
+def _by_platform_backward(residuals: tuple[jax.Array, ...], dy: jax.Array):
+  on_tpu = lambda q, k, v, y, log_total, dy: jax.vjp(_on_tpu, q, k, v)[1](dy)
+  return jax.lax.platform_dependent(*residuals, dy, tpu=on_tpu, default=_backward)
+
+
+_by_platform.defvjp(_by_platform_forward, _by_platform_backward)
+
+
+def _on_tpu(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  half = query.dtype in (jnp.bfloat16, jnp.float16)
+  L, M = query.shape[1], key.shape[1]
+  key, value = (jnp.broadcast_to(x, (len(query), *x.shape[1:])) for x in (key, value))
+  if half and L % FLASH == M % FLASH == 0:
+    return _flash(query, key, value)
+  if M <= FLASH:  # few scores: blocks would cost more, in layouts turned around
+    return jax.nn.dot_product_attention(query, key, value)
+  return _in_blocks(query, key, value)
 
 
 def _flash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -53,15 +79,54 @@ def _flash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   return y.swapaxes(1, 2)
 
 
+### In blocks.
+
+
+@jax.custom_vjp
 def _in_blocks(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  B, L, H, D = query.shape
-  M = key.shape[1]
-  n = _divisor(L, min(BLOCK // M, max(512, BLOCK // (M * B * H))))
-  g = _divisor(B * H, BLOCK // (n * M))
-  grouped = lambda x: x.swapaxes(1, 2).reshape(-1, g, x.shape[1], D)
-  arrays = tuple(map(grouped, (query, key, value)))
-  y = _map(lambda xs: _blocked(n, *xs), arrays)
-  return y.reshape(B, H, L, D).swapaxes(1, 2)
+  return _forward(query, key, value)[0]
+
+
+def _sizes(query: jax.Array, key: jax.Array) -> tuple[int, int]:
+  """Queries of a block, and heads that are taken at once."""
+  G, M = len(key) * key.shape[2], key.shape[1]
+  n = _divisor(query.size // (G * key.shape[3]), min(BLOCK // M, max(512, BLOCK // (M * G))))
+  return n, _divisor(G, BLOCK // (n * M))
+
+
+def _group(x: jax.Array, g: int) -> jax.Array:
+  """[B, L, H, D] -> [G / g, g, L, D]."""
+  return x.swapaxes(1, 2).reshape(-1, g, x.shape[1], x.shape[3])
+
+
+def _ungroup(x: jax.Array, like: jax.Array) -> jax.Array:
+  return x.reshape(like.shape[0], like.shape[2], -1, like.shape[3]).swapaxes(1, 2)
+
+
+def _forward(query: jax.Array, key: jax.Array, value: jax.Array):
+  folded = _fold(query, key)
+  n, g = _sizes(query, key)
+  arrays = tuple(_group(x, g) for x in (folded, key, value))
+  y, log_total = _map(lambda xs: _group_forward(n, *xs), arrays)
+  return _ungroup(y, folded).reshape(query.shape), log_total
+
+
+def _backward(query, key, value, y, log_total, dy):
+  n, g = _sizes(query, key)
+  folded = _fold(query, key)
+  # Row sums of dS ∘ P in closed form.
+  delta = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), -1, keepdims=True)
+  queries = tuple(_group(_fold(x, key), g) for x in (query, dy, delta))
+  arrays = *queries, log_total, _group(key, g), _group(value, g)
+  dquery, dkey, dvalue = _map(lambda xs: _group_backward(n, *xs), arrays)
+  dquery = _ungroup(dquery, folded).reshape(query.shape)
+  return dquery, _ungroup(dkey, key), _ungroup(dvalue, value)
+
+
+_in_blocks.defvjp(
+  lambda *arrays: (lambda y, log_total: (y, (*arrays, y, log_total)))(*_forward(*arrays)),
+  lambda residuals, dy: _backward(*residuals, dy),
+)
 
 
 def _divisor(number: int, most: int) -> int:
@@ -74,12 +139,6 @@ def _map(function, xs):
   if jax.tree.leaves(xs)[0].shape[0] > 1:
     return jax.lax.map(function, xs)
   return jax.tree.map(lambda y: y[None], function(jax.tree.map(lambda x: x[0], xs)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocked(n: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  """[g, L, D] over [g, M, D], n queries of every head at a time."""
-  return _forward(n, query, key, value)[0]
 
 
 # On a CPU products of thin matrices are up to four times as fast with keys along the last axis.
@@ -104,7 +163,8 @@ def _join(x: jax.Array) -> jax.Array:
   return x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[-1])
 
 
-def _forward(n, query, key, value):
+def _group_forward(n: int, query: jax.Array, key: jax.Array, value: jax.Array):
+  """[g, L, D] over [g, M, D], n queries of every head at a time; and the logarithms of the sums."""
   turned_key = _turn(key)
   # A column of ones sums the weights in the product that has to be made anyway.
   extended = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
@@ -117,15 +177,11 @@ def _forward(n, query, key, value):
     y, total = sums[..., :-1], sums[..., -1:]
     return (y / total).astype(query.dtype), highest + jnp.log(total)
 
-  y, log_total = map(_join, _map(block, _split(query, n)))
-  return y, (query, key, value, y, log_total)
+  return tuple(map(_join, _map(block, _split(query, n))))
 
 
-def _backward(n, residuals, dy):
-  query, key, value, y, log_total = residuals
+def _group_backward(n: int, query, dy, delta, log_total, key, value):
   turned_key, turned_value = _turn(key), _turn(value)
-  # Row sums of dS ∘ P in closed form.
-  delta = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), -1, keepdims=True)
 
   def block(xs):
     q, dy, delta, log_total = xs
@@ -150,6 +206,3 @@ def _backward(n, residuals, dy):
     turned, dquery = jax.lax.scan(add, zeros, blocks)
   dkey, dvalue = map(_turn, turned)
   return _join(dquery), dkey.astype(key.dtype), dvalue.astype(value.dtype)
-
-
-_blocked.defvjp(_forward, _backward)

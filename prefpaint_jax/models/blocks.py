@@ -114,10 +114,7 @@ class Upsample2D(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head attention of x [B, L, C] over itself, or over a context [B or 1, M, D].
-
-  Over a context of batch 1, one text for all, the queries of all pictures are those of one.
-  """
+  """Multi-head attention of x [B, L, C] over itself, or over a context [B or 1, M, D]."""
 
   num_heads: int
   use_bias: bool = False  # of the query, key and value projections
@@ -130,7 +127,7 @@ class Attention(nn.Module):
 
     def project(name: str, tokens: jax.Array) -> jax.Array:
       y = nn.Dense(C, use_bias=self.use_bias, dtype=self.dtype, name=name)(tokens)
-      return y.reshape(len(context), -1, self.num_heads, C // self.num_heads)
+      return y.reshape(*y.shape[:2], self.num_heads, C // self.num_heads)
 
     query = project("to_q", x)
     key, value = project("to_k", context), project("to_v", context)
