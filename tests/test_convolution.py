@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefpaint_jax.models.convolution import convolve
+from prefpaint_jax.models.convolution import convolve, enlarge_and_convolve
 
 LAYOUT = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
@@ -99,3 +99,19 @@ def test_other_devices_are_given_the_convolution_alone(size, side):
   expected = text(lambda *xs: plain(*xs, padding=pads))
   for operation in ("convolution", "dot_general", "transpose", "reverse"):
     assert ours.count(f"stablehlo.{operation}") == expected.count(f"stablehlo.{operation}")
+
+
+@pytest.mark.parametrize("size, folds", [((5, 4), True), ((1, 1), False)])
+def test_convolution_of_an_enlarged_picture(size, folds):
+  x, kernel = arrays(size, 6)
+  enlarged = lambda x: jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+  expected = value_and_gradients(lambda x, kernel: plain(enlarged(x), kernel), x, kernel)
+  got = value_and_gradients(enlarge_and_convolve, x, kernel)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+
+  def is_folded(platform: str) -> bool:
+    traced = jax.jit(enlarge_and_convolve).trace(x, kernel)
+    return "tensor<2x2x6x8x" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+  assert is_folded("cpu") == folds
+  assert not is_folded("tpu")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from prefpaint_jax.models.attention import attention
-from prefpaint_jax.models.convolution import convolve
+from prefpaint_jax.models.convolution import convolve, enlarge_and_convolve
 
 Dtype = jnp.dtype
 
@@ -48,14 +48,22 @@ class GroupNorm(nn.Module):
     return (wide * gain[:, None, None] + offset[:, None, None]).astype(self.dtype)
 
 
-def conv(features: int, kernel: int, dtype: Dtype, name: str, stride: int = 1, padding="SAME"):
+def conv(
+  features: int,
+  kernel: int,
+  dtype: Dtype,
+  name: str,
+  stride: int = 1,
+  padding="SAME",
+  convolution=convolve,
+):
   return nn.Conv(
     features,
     (kernel, kernel),
     (stride, stride),
     padding,
     dtype=dtype,
-    conv_general_dilated=convolve,
+    conv_general_dilated=convolution,
     name=name,
   )
 
@@ -104,13 +112,10 @@ class Upsample2D(nn.Module):
   def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
     B, H, W, C = x.shape
     if size is None or size == (2 * H, 2 * W):
-      x = jnp.broadcast_to(x[:, :, None, :, None, :], (B, H, 2, W, 2, C))
-      x = x.reshape(B, 2 * H, 2 * W, C)
-    else:
-      rows = jnp.arange(size[0]) * H // size[0]
-      columns = jnp.arange(size[1]) * W // size[1]
-      x = x[:, rows][:, :, columns]
-    return conv(C, 3, self.dtype, "conv", padding=1)(x)
+      return conv(C, 3, self.dtype, "conv", padding=1, convolution=enlarge_and_convolve)(x)
+    rows = jnp.arange(size[0]) * H // size[0]
+    columns = jnp.arange(size[1]) * W // size[1]
+    return conv(C, 3, self.dtype, "conv", padding=1)(x[:, rows][:, :, columns])
 
 
 class Attention(nn.Module):
