@@ -114,7 +114,7 @@ def benchmark(
     "rollout", programs.rollout, behaviour(), frozen, images, masks, key
   )
   encode = functools.partial(alignment.encode_prompts, modules, settings, mesh=mesh)
-  jit = fast_jit(mesh.devices.flat[0])
+  jit = fast_jit(mesh)
   stage("encode", jit(encode), frozen, images, masks)
   decode = functools.partial(alignment.decode, modules, chunk=settings.decode_batch, mesh=mesh)
   stage("decode", jit(decode), frozen.vae, trajectory.latents[-1], prompts)

@@ -207,7 +207,7 @@ def test_few_pictures_are_not_cut_into_pieces(topology):
 
   pieces = {"16", "32", "64"}
   assert batches(jax.jit) & pieces
-  assert not batches(fast_jit(device)) & pieces
+  assert not batches(fast_jit(Mesh([device], "chips"))) & pieces
 
 
 @pytest.mark.slow

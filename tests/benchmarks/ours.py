@@ -60,7 +60,7 @@ class Ours:
     def weighed(params, prompts, latents, cotangent):
       return jnp.sum(modules.predict(params, prompts, latents, worlds.TIMESTEP) * cotangent)
 
-    jit = fast_jit(jax.devices()[0])
+    jit = fast_jit(self.mesh)
     self._encode = jit(functools.partial(alignment.encode_prompts, modules, self.settings))
     self._decode = jit(modules.decode)
     self._predict = jit(modules.predict)
