@@ -14,9 +14,9 @@ def plain(x, kernel, strides=(1, 1), padding=((1, 1), (1, 1))):
   return jax.lax.conv_general_dilated(x, kernel, strides, padding, **LAYOUT)
 
 
-def arrays(size, channels, side=3, dtype=np.float32):
+def arrays(size, channels, side=3, dtype=np.float32, count=2):
   rng = np.random.default_rng(0)
-  x, kernel = rng.normal(size=(2, *size, channels)), rng.normal(size=(side, side, channels, 8))
+  x, kernel = rng.normal(size=(count, *size, channels)), rng.normal(size=(side, side, channels, 8))
   return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
 
 
@@ -59,17 +59,19 @@ OTHERS = {  # side of the kernel, size, strides, padding
   "strides, odd sides": (3, (7, 5), (2, 2), ((1, 1), (1, 1))),
   "padding behind": (3, (8, 7), (2, 2), ((0, 1), (0, 1))),
   "strides of single pixels": (1, (5, 5), (2, 2), "VALID"),
+  "padding wider than the kernel": (1, (5, 4), (1, 1), ((1, 1), (1, 2))),
   "uneven padding": (3, (5, 4), (1, 1), ((0, 1), (0, 1))),
   "uneven strides": (5, (9, 8), (2, 1), "SAME"),
   "pixels left out": (3, (8, 8), (3, 3), "VALID"),
 }
 
 
+@pytest.mark.parametrize("count", [2, 8])
 @pytest.mark.parametrize("side, size, strides, padding", OTHERS.values(), ids=OTHERS)
-def test_gradients_are_those_of_the_convolution(side, size, strides, padding, monkeypatch):
+def test_gradients_are_those_of_the_convolution(side, size, strides, padding, count, monkeypatch):
   if strides != (1, 1) or padding == ((0, 1), (0, 1)):  # never by products, however large
     monkeypatch.setattr("prefpaint_jax.models.convolution.LARGE", 0)
-  x, kernel = arrays(size, 4, side)
+  x, kernel = arrays(size, 4, side, count=count)
   ours = lambda x, kernel: convolve(x, kernel, strides, padding, **LAYOUT)
   assert not products(ours, x, kernel)
   expected = value_and_gradients(lambda *xs: plain(*xs, strides, padding), x, kernel)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 LARGE = 4  # times the elements of the picture
+FEW = 8  # pictures
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Anything else is left to XLA altogether.
 PLAIN = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1}
@@ -86,6 +87,8 @@ def _gradients(window: Window, x: jax.Array, kernel: jax.Array, dy: jax.Array):
     padding=[(k - 1 - before, n - reach + before) for n, k, before, reach in axes],
     lhs_dilation=window.strides,
   )
+  if x.shape[0] < FEW and window.strides == (1, 1):
+    return dx, _kernel_gradient_by_rows(window, x, kernel, dy)
   # The batch becomes the features, and the result [I, K, K, O].
   dkernel = convolution(
     x.transpose(3, 1, 2, 0),
@@ -97,6 +100,22 @@ def _gradients(window: Window, x: jax.Array, kernel: jax.Array, dy: jax.Array):
 
 
 ### By products.
+
+
+def _kernel_gradient_by_rows(window: Window, x: jax.Array, kernel: jax.Array, dy: jax.Array):
+  """A product for each row of the kernel, of neighbours along W as features: dy moves along H.
+
+  For a few pictures half of the time of a convolution, whose features would be those few.
+  """
+  K = kernel.shape[0]
+  (top, bottom), sides = window.pads
+  H, W = x.shape[1], dy.shape[2]
+  padded = jnp.pad(x, ((0, 0), (0, 0), sides, (0, 0)))
+  near = jnp.concatenate([padded[:, :, j : j + W] for j in range(K)], axis=-1)
+  same = (0, 0, 0)
+  dy = jax.lax.pad(dy, dy.dtype.type(0), (same, (K - 1 - top, K - 1 - bottom, 0), same, same))
+  rows = [_einsum("bhwn,bhwo->no", near, dy[:, K - 1 - i : K - 1 - i + H]) for i in range(K)]
+  return jnp.stack(rows).reshape(kernel.shape).astype(kernel.dtype)
 
 
 def _is_large(window: Window, x: jax.Array, kernel: jax.Array) -> bool:
