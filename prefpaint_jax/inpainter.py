@@ -176,6 +176,11 @@ def make_modules(
   )
 
 
+@functools.partial(jax.jit, static_argnames="modules")
+def _encode_text(modules: Modules, params: Params, ids: jax.Array) -> jax.Array:
+  return modules.text_encoder.apply({"params": params}, ids).astype(jnp.float32)
+
+
 @functools.partial(jax.jit, static_argnames=("modules", "num_samples", "guided", "report"))
 def _paint(
   modules: Modules,
@@ -306,8 +311,7 @@ class Inpainter:
     length = self.modules.text_encoder.config.max_position_embeddings
     tokens = self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
     ids = jnp.asarray(tokens["input_ids"], jnp.int32)
-    encode = jax.jit(self.modules.text_encoder.apply)
-    return encode({"params": self.params["text_encoder"]}, ids).astype(jnp.float32)
+    return _encode_text(self.modules, self.params["text_encoder"], ids)
 
   @functools.cached_property
   def empty_context(self) -> jax.Array:

@@ -410,6 +410,7 @@ def search(config: ConfigDict, devices: Sequence[jax.Device]) -> Iterator[dict[s
       tried = config.copy_and_resolve_references()
       tried.update(remat=remat, batch_size=per_chip * chips, mesh={"data": -1, "fsdp": fsdp})
       report = plan(tried, devices)
+      jax.clear_caches()  # of programs that are not made again
       yield report
       if "does_not_fit" in report:
         break
@@ -434,6 +435,7 @@ if __name__ == "__main__":
   def main() -> None:
     if _TOPOLOGY.value:
       jax.config.update("jax_platforms", "cpu")  # a chip that is here is left alone
+      jax.config.update("jax_enable_compilation_cache", False)  # only where they run are they read
     devices = topology_devices(_TOPOLOGY.value) if _TOPOLOGY.value else jax.devices()
 
     def keep(result: Any) -> None:

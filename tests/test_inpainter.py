@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prefpaint_jax import inpainter as inpainter_module
 from prefpaint_jax import testing
 from prefpaint_jax.data.images import load_pairs
 from prefpaint_jax.inpainter import Inpainter
@@ -102,6 +103,13 @@ def test_text_and_guidance_change_the_picture(inpainter, prompt):
   guided = paint(text="a tree", guidance_scale=7.5)
   assert np.abs(without - with_text).max() > 1e-3
   assert np.abs(guided - with_text).max() > 1e-3
+
+
+def test_all_texts_are_encoded_by_one_program(inpainter):
+  compiled = inpainter_module._encode_text._cache_size()
+  a, b = inpainter.encode_text(["a door"]), inpainter.encode_text(["a wall"])
+  assert np.abs(a - b).max() > 0.01
+  assert inpainter_module._encode_text._cache_size() - compiled <= 1
 
 
 @pytest.mark.parametrize("text", ["", "A red tree, 3 m high!", "größer — 木", "x" * 200])
