@@ -23,8 +23,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from prefpaint_jax import alignment, app, cost, plan, sharding, testing
+from prefpaint_jax.compilation import fast_jit
 from prefpaint_jax.inpainter import make_modules
-from prefpaint_jax.programs import fast_jit
 from prefpaint_jax.settings import settings_from
 
 MIB = 2**20

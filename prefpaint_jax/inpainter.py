@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from prefpaint_jax import diffusion, mini, sharding
+from prefpaint_jax.compilation import fast_jit
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.diffusion import Schedule, Steps
 from prefpaint_jax.models.clip import CLIPTextModel
@@ -181,7 +182,6 @@ def _encode_text(modules: Modules, params: Params, ids: jax.Array) -> jax.Array:
   return modules.text_encoder.apply({"params": params}, ids).astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("modules", "num_samples", "guided", "report"))
 def _paint(
   modules: Modules,
   params: dict[str, Params],
@@ -210,6 +210,11 @@ def _paint(
 
   final = diffusion.sample(predict, modules.schedule, steps, latents, key)
   return modules.decode(params["vae"], final)
+
+
+@functools.cache
+def _painter() -> Callable:
+  return fast_jit()(_paint, static_argnames=("modules", "num_samples", "guided", "report"))
 
 
 class Inpainter:
@@ -383,7 +388,7 @@ class Inpainter:
       small_images, small_masks, latents = jax.device_put(
         (small_images, small_masks, latents), self._batch_sharding
       )
-    painted = _paint(
+    painted = _painter()(
       self.modules,
       self.params,
       small_images,

@@ -10,43 +10,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prefpaint_jax import alignment, rl, sharding
 from prefpaint_jax.alignment import TrainState
+from prefpaint_jax.compilation import fast_jit
 from prefpaint_jax.diffusion import Steps, Trajectory
 from prefpaint_jax.inpainter import Modules, Params, Prompts
 from prefpaint_jax.models.reward import RewardNetwork
 from prefpaint_jax.settings import Settings
-
-_OPTIONS = {
-  # Of YNNPACK the products only: XLA's own convolutions take half to all of the time of its.
-  "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"},
-  # For fewer than 8 pictures XLA cuts each into pieces that overlap, puts them together for the
-  # norm and cuts again: by its own estimates a residual block takes up to three times as long.
-  "tpu": {
-    "xla_tpu_run_space_to_batch": False,
-    "xla_tpu_run_space_to_batch_on_new_platforms": False,
-  },
-}
-
-
-@functools.cache
-def fast_jit(mesh: Mesh) -> Callable:
-  """`jax.jit` with what makes the programs of a mesh faster, where its compiler knows that."""
-  devices = list(mesh.devices.flat)
-  # Tried on a device of this process: not every backend compiles for another's alone.
-  device = next((x for x in devices if x.process_index == jax.process_index()), devices[0])
-  if device.platform not in _OPTIONS:
-    return jax.jit
-  jit = functools.partial(jax.jit, compiler_options=_OPTIONS[device.platform])
-  x = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
-  try:
-    jit(lambda x: x).lower(x).compile()
-  except jax.errors.JaxRuntimeError:
-    return jax.jit
-  return jit
 
 
 class Programs(NamedTuple):

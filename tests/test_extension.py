@@ -146,13 +146,13 @@ def test_windows_get_noise_of_their_own(inpainter, monkeypatch):
 
 def test_one_program_serves_all_windows_of_all_photographs(inpainter, monkeypatch):
   shapes = set()
-  paint = inpainter_module._paint
+  paint = inpainter_module._painter()
 
   def recorded(modules, params, images, masks, *others, **options):
     shapes.add((images.shape, masks.shape))
     return paint(modules, params, images, masks, *others, **options)
 
-  monkeypatch.setattr(inpainter_module, "_paint", recorded)
+  monkeypatch.setattr(inpainter_module, "_painter", lambda: recorded)
   compiled = paint._cache_size()
   extend(inpainter, photograph(8, 8), right=20, num_steps=STEPS, eta=0.5)
   extend(inpainter, photograph(31, 29), top=9, num_steps=STEPS, eta=0.5)

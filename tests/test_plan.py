@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh
 
 from prefpaint_jax import cost, plan, testing
-from prefpaint_jax.programs import fast_jit
+from prefpaint_jax.compilation import fast_jit
 
 get_config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rl.py"))["get_config"]
 

@@ -17,8 +17,8 @@ from absl import app, flags
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from prefpaint_jax import cost, plan
+from prefpaint_jax.compilation import fast_jit
 from prefpaint_jax.models import blocks
-from prefpaint_jax.programs import fast_jit
 
 SIDE, CHANNELS = 64, 320  # of the highest resolution, where most copies are made
 BLOCKS = {

@@ -11,9 +11,10 @@ from worlds import World
 
 from prefpaint_jax import alignment, diffusion, sharding
 from prefpaint_jax.alignment import Frozen
+from prefpaint_jax.compilation import fast_jit
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.optimizer import optimizer_from
-from prefpaint_jax.programs import fast_jit, make_programs
+from prefpaint_jax.programs import make_programs
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.settings import settings_from
 from prefpaint_jax.weights import names
