@@ -11,7 +11,6 @@ import optax
 
 from prefpaint_jax import sharding
 from prefpaint_jax.checkpoint import Checkpoints
-from prefpaint_jax.compilation import fast_jit
 from prefpaint_jax.metrics import MetricsWriter, progress
 
 Params = Any  # a tree of arrays
@@ -78,7 +77,7 @@ def fit(
   shapes = jax.eval_shape(init, params)
   layout = sharding.specs(shapes, sharding.DEFAULT_RULES, mesh)
 
-  @functools.partial(fast_jit(mesh), donate_argnums=0, out_shardings=(layout, None))
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, None))
   def step(state: State, frozen, batch, key):
     key = jax.random.fold_in(key, state.iteration)
     gradients, metrics = jax.grad(lambda params: loss(*frozen, params, batch, key), has_aux=True)(
