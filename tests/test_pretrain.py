@@ -48,7 +48,7 @@ def tiny_config(photos: str):
 
 
 @pytest.mark.slow
-def test_makes_a_pipeline_and_resumes_exactly(tmp_path, photos, monkeypatch):
+def test_makes_a_pipeline_and_resumes_exactly(compiled_once, tmp_path, photos, monkeypatch):
   pretrain.pretrain(tiny_config(photos), tmp_path / "whole")
 
   class Killed(Exception):
