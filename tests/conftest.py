@@ -1,6 +1,7 @@
 """Eight CPU devices in one process for every test. Set before anything imports JAX."""
 
 import os
+import signal
 
 import pytest
 
@@ -9,6 +10,14 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # the user's is not touched
 os.environ["XLA_FLAGS"] = " ".join(
   [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 ).strip()
+
+
+@pytest.fixture
+def interruptible():
+  """SIGINT as in a shell's foreground, here and in new processes: scripts' & has it ignored."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

@@ -99,12 +99,13 @@ def test_worst_status_is_that_of_all():
 
 
 @new_bash
-def test_signal_is_passed_on_to_every_local_process():
-  says = "trap 'echo asked; exit 0' TERM; echo up; while :; do sleep 0.1; done"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_is_passed_on_to_every_local_process(interruptible, number):
+  says = "trap 'echo asked; exit 0' TERM; echo up; for i in {1..600}; do sleep 0.1; done"
   with subprocess.Popen([LOCAL, "2", "--", "bash", "-c", says], stdout=subprocess.PIPE) as started:
     for _ in range(2):
       assert started.stdout.readline() == b"up\n"
-    started.send_signal(signal.SIGINT)
+    started.send_signal(number)
     printed, _ = started.communicate(timeout=30)
   assert started.returncode == 0 and printed == b"asked\nasked\n"
 

@@ -261,7 +261,7 @@ def test_run_without_checkpoints_is_saved_when_told_to_stop(
 
 
 @pytest.mark.slow
-def test_second_signal_has_its_usual_effect(world, tmp_path, monkeypatch):
+def test_second_signal_has_its_usual_effect(interruptible, world, tmp_path, monkeypatch):
   signalled_at(monkeypatch, alignment, "rollout", 1, signal.SIGINT, signal.SIGINT)
   with pytest.raises(KeyboardInterrupt):
     train(make_config(world, **RHYTHMS), tmp_path)
