@@ -33,7 +33,10 @@ def run(main: Callable[[], None], several_processes: bool = False) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
       if "jax" in sys.modules:  # else the command compiles nothing
+        from prefpaint_jax import compilation
+
         enable_compilation_cache()
+        compilation.keep_memory()
       if several_processes:
         distributed.initialize()
       main()

@@ -291,6 +291,9 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
       behaviour = state.params if state.behaviour is None else state.behaviour
       prompts, trajectory, painted = programs.rollout(behaviour, frozen, images, masks, rollout_key)
       scores, score_metrics = programs.score(frozen, prompts, painted)
+      # On one CPU programs run when they are called, elsewhere meanwhile.
+      at_once = all(x.is_ready() for x in jax.tree.leaves(score_metrics))
+      scored_at = time.perf_counter()
       if late is not None:
         updated_at, _ = finish(*late)
       update_metrics = []
@@ -300,7 +303,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
       state = programs.end_iteration(state)
 
       known = {name: float(value) for name, value in jax.device_get(score_metrics).items()}
-      scored_at = time.perf_counter()
+      scored_at = scored_at if at_once else time.perf_counter()
       known["time/rollout_s"] = scored_at - updated_at
       late = iteration + 1, known, update_metrics, scored_at
       done = iteration + 1
@@ -309,7 +312,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
       # Not where a run happens to stop: a resumed one leaves the same as one that never did.
       is_due = lambda every, done=done, last=last: every and (done % every == 0 or last)
       evaluates = bool(config.eval_prompts and config.eval_every) and done % config.eval_every == 0
-      if is_due(config.checkpoint_every) or is_due(config.sample_every) or evaluates:
+      if at_once or is_due(config.checkpoint_every) or is_due(config.sample_every) or evaluates:
         _, line = finish(*late, evaluates)
         late = None
         # A checkpoint says that all before it is written: it comes last.

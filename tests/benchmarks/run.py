@@ -79,6 +79,9 @@ class Side:
     if side == "ours":
       from ours import Ours
 
+      from prefpaint_jax import compilation
+
+      compilation.keep_memory()  # as every command does
       self.does = Ours(world)
     else:
       import torch
