@@ -92,6 +92,7 @@ class Side:
 
   def prepare(self, stage: str) -> dict[str, int]:
     self.does.prepare(stage)
+    give_back()
     return memory()
 
   def check(self, stage: str) -> tuple[float, dict[str, np.ndarray]]:
@@ -101,8 +102,7 @@ class Side:
     seconds = time.perf_counter() - began
     outputs = self.does.read(outputs)
     self.does.checks = False
-    with contextlib.suppress(OSError, AttributeError):
-      ctypes.CDLL(None).malloc_trim(0)  # what compiling used is given back, not counted as work's
+    give_back()
     return seconds, outputs
 
   def before(self) -> np.ndarray | None:
@@ -121,6 +121,12 @@ class Side:
 
   def machine(self) -> dict[str, Any]:
     return device()
+
+
+def give_back() -> None:
+  """Gives back what loading and compiling used: it is not counted as work's."""
+  with contextlib.suppress(OSError, AttributeError):
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory() -> dict[str, int]:
