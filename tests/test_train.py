@@ -237,15 +237,14 @@ def signalled_at(monkeypatch, module, name: str, call: int, *signals: signal.Sig
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("module", "name", "call", "stopped_after"),
+  ("module", "name", "call", "number", "stopped_after"),
   [
-    (alignment, "rollout", 1, 1),  # while the first iteration is compiled
-    (comparison, "measure", 4, 5),  # in the first of two chunks of the final comparison
+    (alignment, "rollout", 1, signal.SIGTERM, 1),  # while the first iteration is compiled
+    (comparison, "measure", 4, signal.SIGINT, 5),  # in the first chunk of the final comparison
   ],
 )
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_run_without_checkpoints_is_saved_when_told_to_stop(
-  world, finished, module, name, call, stopped_after, number, tmp_path, monkeypatch, capsys
+  world, finished, module, name, call, number, stopped_after, tmp_path, monkeypatch, capsys
 ):
   config = RHYTHMS | {"final_prompts": 16}
   with monkeypatch.context() as patch:
