@@ -2,7 +2,8 @@
 
 import ctypes
 import functools
-import sys
+import importlib.util
+import platform
 from collections.abc import Callable
 
 import jax
@@ -45,14 +46,17 @@ def fast_jit(mesh: Mesh | None = None) -> Callable:
 
 
 def keep_memory() -> None:
-  """Has programs of a CPU run in memory that this process has had before; on Linux with glibc.
+  """Where programs run on a CPU, has them run in memory that this process has had before.
 
   Else the system hands it out anew, page by page, each time a program begins: a tenth of an
   update's time. Only the heap of the first thread can hold that much, so programs run in the thread
-  that calls them. To be called before JAX is asked for its devices.
+  that calls them. To be called before JAX is asked for its devices. It is for glibc, and where
+  JAX_PLATFORMS is not cpu and JAX may find an accelerator nothing is done.
   """
-  library = ctypes.CDLL(None) if sys.platform == "linux" else None
-  if hasattr(library, "mallopt"):
+  accelerated = any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
+  runs_here = jax.config.jax_platforms == "cpu" or not accelerated
+  if runs_here and platform.libc_ver()[0] == "glibc":
+    library = ctypes.CDLL(None)
     library.mallopt(_MMAP_MAX, 0)
     library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
