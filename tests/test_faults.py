@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment, disks that fill up: nothing is lost, nothing doubled."""
+"""Runs killed at any moment, disks that fill up: nothing is lost, nothing doubled or misplaced."""
 
 import json
 import multiprocessing
@@ -326,3 +326,36 @@ def test_metrics_on_a_full_disk_are_one_line_and_no_run_hangs(on_small_disk, tmp
     f"error: {disk}: No space left on device; make room, and the same command goes on from its "
     "last checkpoint\n"
   )
+
+
+# ------------------------------------------------------------------------------------- their times
+
+
+def test_parts_of_an_iteration_that_run_at_once_are_timed_apart(tmp_path, monkeypatch):
+  rollout_s, update_s = 0.2, 0.4
+
+  def lasting(function: Callable, seconds: float) -> Callable:
+    def run(*arguments):
+      time.sleep(seconds)
+      return jax.block_until_ready(function(*arguments))
+
+    return run
+
+  def slow_stand_ins(*arguments) -> Programs:
+    programs = stand_ins(*arguments)
+    return programs._replace(
+      rollout=lasting(programs.rollout, rollout_s),
+      score=lasting(programs.score, 0.0),
+      update=lasting(programs.update, update_s),
+    )
+
+  monkeypatch.setattr(train, "make_programs", slow_stand_ins)
+  config = runpy.run_path(str(ROOT / "configs" / "rl.py"))["get_config"]()
+  world = testing.write_tiny_world(tmp_path / "world")
+  never = {"checkpoint_every": 0, "sample_every": 0, "updates_per_iteration": 1}
+  config.update_from_flattened_dict(testing.tiny_training(world) | never | {"num_iterations": 3})
+  train.train(config.lock(), tmp_path / "run")
+  lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+  assert len(lines) == 3
+  for line in lines:
+    assert line["time/rollout_s"] > rollout_s and line["time/update_s"] > update_s

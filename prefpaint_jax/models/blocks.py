@@ -157,7 +157,7 @@ class DensePair(nn.Module):
 
 
 def gelu(x: jax.Array) -> jax.Array:
-  """x Φ(x) in float32, by erf as PyTorch does: erfc, as Flax does, takes twice the operations."""
+  """x Φ(x) in float32, by erf as PyTorch does: erfc, as in Flax, takes longer."""
   wide = x.astype(jnp.float32)
   return (0.5 * wide * (1.0 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
