@@ -12,7 +12,8 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,8 +27,24 @@ BEST = "best"  # in place of a step: the checkpoint of the highest metric
 
 # Orbax reports every phase of every save, and what it raises anyway; a run's log is for the run.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-# Of all the arrays that find no room on a full disk, the first one's error is raised.
-logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+
+
+# On a full disk the first write that finds no room is an error. Those that follow it are told to
+# nobody, or find no event loop any more, on threads that would print this across our own line.
+def _is_news(record: logging.LogRecord) -> bool:
+  error = record.exc_info and record.exc_info[1]
+  return "orbax" not in record.getMessage() and not isinstance(error, OSError)
+
+
+def _unraisable(
+  raised: "sys.UnraisableHookArgs", report: Callable[..., None] = sys.unraisablehook
+) -> None:
+  if str(raised.exc_value) != "Event loop is closed":
+    report(raised)
+
+
+logging.getLogger("asyncio").addFilter(_is_news)
+sys.unraisablehook = _unraisable
 
 
 class Checkpoints:
