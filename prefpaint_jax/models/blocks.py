@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from prefpaint_jax.models.attention import attention
 from prefpaint_jax.models.convolution import convolve, enlarge_and_convolve
+from prefpaint_jax.models.sums import moments, scale_and_shift
 
 Dtype = jnp.dtype
 
@@ -41,11 +42,11 @@ class GroupNorm(nn.Module):
     per_group = lambda x: (x[:, None, :] * member).sum(2) / count
     per_channel = lambda x: (x[:, :, None] * member).sum(1)
     wide = x.astype(jnp.float32)
-    mean, squares = per_group(wide.sum((1, 2))), per_group(jnp.square(wide).sum((1, 2)))
+    mean, squares = map(per_group, moments(wide))
     variance = jnp.maximum(squares - jnp.square(mean), 0.0)
     gain = per_channel(jax.lax.rsqrt(variance + self.epsilon)) * scale
     offset = bias - per_channel(mean) * gain
-    return (wide * gain[:, None, None] + offset[:, None, None]).astype(self.dtype)
+    return scale_and_shift(wide, gain, offset).astype(self.dtype)
 
 
 def conv(
@@ -79,12 +80,12 @@ class ResnetBlock2D(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
     norm = functools.partial(GroupNorm, self.norm_num_groups, self.norm_eps, self.dtype)
-    hidden = nn.silu(norm(name="norm1")(x))
+    hidden = silu(norm(name="norm1")(x))
     hidden = conv(self.out_channels, 3, self.dtype, "conv1", padding=1)(hidden)
     if temb is not None:
-      time = nn.Dense(self.out_channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))
+      time = nn.Dense(self.out_channels, dtype=self.dtype, name="time_emb_proj")(silu(temb))
       hidden = hidden + time[:, None, None, :]
-    hidden = nn.silu(norm(name="norm2")(hidden))
+    hidden = silu(norm(name="norm2")(hidden))
     hidden = conv(self.out_channels, 3, self.dtype, "conv2", padding=1)(hidden)
     if x.shape[-1] != self.out_channels:
       x = conv(self.out_channels, 1, self.dtype, "conv_shortcut")(x)
@@ -154,6 +155,24 @@ class DensePair(nn.Module):
     x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
     halves = zip(jnp.split(kernel, 2, axis=1), jnp.split(bias, 2), strict=True)
     return [jnp.dot(x, half) + shift for half, shift in halves]
+
+
+@jax.custom_vjp
+def silu(x: jax.Array) -> jax.Array:
+  """x / (1 + exp(−x)).
+
+  On a CPU as this quotient: its compiler computes a last product again for everyone who reads it.
+  """
+  quotient = lambda x: x / (1.0 + jnp.exp(-x))
+  return jax.lax.platform_dependent(x, cpu=quotient, default=nn.silu)
+
+
+def _silu_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+  share = nn.sigmoid(x)
+  return (dy * (share * (1.0 + x * (1.0 - share))),)
+
+
+silu.defvjp(lambda x: (silu(x), x), _silu_backward)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -243,5 +262,5 @@ class TimestepEmbedding(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    hidden = nn.silu(nn.Dense(self.width, dtype=self.dtype, name="linear_1")(x))
+    hidden = silu(nn.Dense(self.width, dtype=self.dtype, name="linear_1")(x))
     return nn.Dense(self.width, dtype=self.dtype, name="linear_2")(hidden)

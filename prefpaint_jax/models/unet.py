@@ -19,6 +19,7 @@ from prefpaint_jax.models.blocks import (
   Transformer2DModel,
   Upsample2D,
   conv,
+  silu,
   timestep_embedding,
 )
 from prefpaint_jax.models.config import UNetConfig
@@ -129,4 +130,4 @@ class UNet2DConditionModel(nn.Module):
       x = UpBlock(**stage(level=level), name=f"up_blocks_{i}")(x, skips, temb, context)
 
     x = GroupNorm(config.norm_num_groups, config.norm_eps, self.dtype, name="conv_norm_out")(x)
-    return conv(config.out_channels, 3, self.dtype, "conv_out", padding=1)(nn.silu(x))
+    return conv(config.out_channels, 3, self.dtype, "conv_out", padding=1)(silu(x))

@@ -16,6 +16,7 @@ from prefpaint_jax.models.blocks import (
   ResnetBlock2D,
   Upsample2D,
   conv,
+  silu,
 )
 from prefpaint_jax.models.config import VAEConfig
 
@@ -92,7 +93,7 @@ class Encoder(nn.Module):
       x = DownBlock(config, level, self.dtype, name=f"down_blocks_{level}")(x)
     x = MidBlock(config, self.dtype, name="mid_block")(x)
     x = GroupNorm(config.norm_num_groups, EPSILON, self.dtype, name="conv_norm_out")(x)
-    return conv(2 * config.latent_channels, 3, self.dtype, "conv_out", padding=1)(nn.silu(x))
+    return conv(2 * config.latent_channels, 3, self.dtype, "conv_out", padding=1)(silu(x))
 
 
 class Decoder(nn.Module):
@@ -108,7 +109,7 @@ class Decoder(nn.Module):
     for i, level in enumerate(reversed(range(levels))):
       x = UpBlock(config, level, self.dtype, name=f"up_blocks_{i}")(x)
     x = GroupNorm(config.norm_num_groups, EPSILON, self.dtype, name="conv_norm_out")(x)
-    return conv(config.out_channels, 3, self.dtype, "conv_out", padding=1)(nn.silu(x))
+    return conv(config.out_channels, 3, self.dtype, "conv_out", padding=1)(silu(x))
 
 
 class AutoencoderKL(nn.Module):
