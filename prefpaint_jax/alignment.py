@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from prefpaint_jax import bound, diffusion, lora, reward, rl, sharding
 from prefpaint_jax.diffusion import Steps, Trajectory
 from prefpaint_jax.inpainter import Modules, Params, Prompts
+from prefpaint_jax.models import sums
 from prefpaint_jax.models.reward import RewardNetwork
 from prefpaint_jax.settings import Settings, Trust
 
@@ -370,7 +371,8 @@ def update(
   if settings.kl_weight and not settings.lora:
     base = gather(modules, settings, base, mesh)
   gradients, metrics = add_up(params, base, count, passes, prompts, trajectory, scores)
-  metrics["ppo/grad_norm"] = optax.tree.norm(gradients)
+  norm = optax.tree.norm if mesh is not None and mesh.size > 1 else sums.norm
+  metrics["ppo/grad_norm"] = norm(gradients)
   n = settings.gradient_accumulation
   if n > 1:
     gradients = jax.tree.map(jnp.add, state.gradients, gradients)

@@ -50,3 +50,10 @@ def test_other_devices_add_as_ever():
   )
   assert text("tpu").count("stablehlo.reduce") == text("cuda").count("stablehlo.reduce") == 2
   assert "dimensions = [1, 2]" in text("tpu") and "dimensions = [1, 2]" not in text("cpu")
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 32, 40), (96, 96), (97, 101), (5000,), (2, 3), ()])
+def test_norm(shape):
+  (a,) = draw(shape)
+  got = jax.jit(sums.norm)({"a": a, "b": [a, a]})
+  np.testing.assert_allclose(got, np.sqrt(3.0 * np.sum(np.square(a, dtype=np.float64))), rtol=2e-6)

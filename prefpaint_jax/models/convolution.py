@@ -12,6 +12,7 @@ Shapes: B batch, H W pixels, I O features, K kernel side.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from prefpaint_jax.models import winograd
 LARGE = 4  # times the elements of the picture
 FEW = 8  # pictures
 NARROW = 16  # features
+MANY = 512  # pixels of all pictures
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Anything else is left to XLA altogether.
 PLAIN = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1}
@@ -136,7 +138,8 @@ def _is_large(window: Window, x: jax.Array, kernel: jax.Array) -> bool:
 def _suits_winograd(window: Window, x: jax.Array, kernel: jax.Array) -> bool:
   same = kernel.shape[:2] == (3, 3) and window == ((1, 1), ((1, 1), (1, 1)))
   whole = x.shape[2] % winograd.TILE == 0 and x.dtype == kernel.dtype == jnp.float32
-  return same and whole and min(kernel.shape[2:]) >= NARROW
+  pays = math.prod(x.shape[:3]) >= MANY and min(kernel.shape[2:]) >= NARROW
+  return same and whole and pays
 
 
 def _neighbourhoods(K: int, x: jax.Array) -> jax.Array:
@@ -174,7 +177,7 @@ def enlarge_and_convolve(x: jax.Array, kernel: jax.Array, *unused, **options) ->
   Takes what Flax calls a convolution with, and has no choice.
   """
   del unused, options
-  if kernel.size > LARGE * 4 * x.size:
+  if kernel.size > 2 * LARGE * 4 * x.size:  # the enlarged picture's; folding pays for longer
     return _enlarged(x, kernel)
   return _enlarge(x, kernel)
 

@@ -1,14 +1,17 @@
-"""What a norm does with whole pictures: sums over their pixels, one multiply-add, and gradients.
+"""Large sums: of norms over whole pictures, with one multiply-add and gradients, and of squares.
 
 A CPU's compiler makes a tree of windows of a large sum, which takes five to twenty times as long as
 to read the picture once. Two sums at a time, of a few pixels each, it leaves as they are.
 Shapes: B batch, H W pixels, C channels.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 FEW = 16  # pixels of a partial sum
+SMALL = 4096  # numbers
 
 
 def pixel_sums(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -56,3 +59,20 @@ def _scale_and_shift_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Ar
 scale_and_shift.defvjp(
   lambda x, gain, offset: (scale_and_shift(x, gain, offset), (x, gain)), _scale_and_shift_backward
 )
+
+
+def norm(tree: Any) -> jax.Array:
+  """The Euclidean norm [] of all numbers of a tree of float32 arrays that lie on one device."""
+  squares = lambda x: jax.lax.platform_dependent(x, cpu=_squares, default=_squares_as_ever)
+  return jnp.sqrt(sum(map(squares, jax.tree.leaves(tree))))
+
+
+def _squares_as_ever(x: jax.Array) -> jax.Array:
+  return jnp.sum(jnp.square(x))
+
+
+def _squares(x: jax.Array) -> jax.Array:
+  if x.size < SMALL or x.size // x.shape[-1] % 2:
+    return _squares_as_ever(x)
+  halves = jnp.square(x).reshape(2, 1, -1, 1, x.shape[-1])
+  return sum(half.sum() for half in _by_few(*halves))

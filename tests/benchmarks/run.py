@@ -240,6 +240,8 @@ def measure(
       side("make")
       used[name]["loaded"] = side("prepare", stage)["now"]
       first[name], outputs[name] = side("check", stage)
+      compiled = side("memory")
+      used[name] |= {"compiled": compiled["now"], "peak_compiling": compiled["peak"]}
       report(f"{name}: first run {first[name]:.3g} s")
     errors = disagreements(outputs["ours"], outputs["theirs"], sides["ours"]("before"))
     report(", ".join(f"{name} differs by {error:.1e}" for name, error in errors.items()))
@@ -249,7 +251,6 @@ def measure(
     for name, side in sides.items():  # warm-up: not counted
       side("sample", stage, 1)
       numbers[name] = max(1, round(least_seconds / side("sample", stage, 1)))
-      used[name]["peak_compiling"] = side("memory")["peak"]
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
       for name, side in sides.items():
@@ -295,11 +296,12 @@ def machine(cores: list[int]) -> dict[str, Any]:
 
 def describe(result: dict[str, Any]) -> str:
   """One line for people."""
-  mebibytes = lambda side: (side["memory"]["peak_running"] - side["memory"]["loaded"]) / 2**20
+  used = lambda side, name: (side["memory"][name] - side["memory"]["loaded"]) / 2**20
   sides = [
     f"{name} {side['seconds']['median']:.4g} s [{side['seconds']['q1']:.4g}, "
     f"{side['seconds']['q3']:.4g}], compiling {side['compile_s']:.3g} s, "
-    f"{mebibytes(side):.0f} MiB above its weights"
+    f"{used(side, 'peak_running'):.0f} MiB above its weights, {used(side, 'compiled'):.0f} of them "
+    "before it works"
     for name, side in (("ours", result["ours"]), (result["opponent"], result["theirs"]))
   ]
   ratio = result["ratio"]

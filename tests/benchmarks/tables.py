@@ -64,14 +64,20 @@ def speed(results: Results) -> str | None:
 
 
 def memory(results: Results) -> str | None:
-  """MiB above the loaded weights and inputs, or of the whole process on the GPU."""
+  """MiB above the loaded weights and inputs, or of the whole process on the GPU.
 
-  def of(side: dict[str, Any]) -> str:
+  Here with what was kept since compiling before any of it was at work, in brackets.
+  """
+
+  def mebibytes(side: dict[str, Any], name: str) -> str:
     used = side["memory"]
-    peak = used.get("device_peak", used["peak_running"] - used["loaded"])
-    return f"{peak / 2**20:,.0f}"
+    return f"{used.get('device_peak', used[name] - used['loaded']) / 2**20:,.0f}"
 
-  return by_stage(results, lambda one: of(one["ours"]), lambda one: of(one["theirs"]))
+  def ours(one: dict[str, Any]) -> str:
+    most, before = (mebibytes(one["ours"], name) for name in ("peak_running", "compiled"))
+    return most if "device_peak" in one["ours"]["memory"] else f"{most} ({before})"
+
+  return by_stage(results, ours, lambda one: mebibytes(one["theirs"], "peak_running"))
 
 
 def compiling(results: Results) -> str | None:
