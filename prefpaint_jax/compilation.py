@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import glob
 import importlib.util
 import platform
 from collections.abc import Callable
@@ -45,6 +46,12 @@ def fast_jit(mesh: Mesh | None = None) -> Callable:
   return jit
 
 
+def has_tpu() -> bool:
+  """Whether JAX will find TPU chips in this machine: not libtpu alone, which plans need as well."""
+  chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+  return bool(chips and importlib.util.find_spec("libtpu"))
+
+
 def keep_memory() -> None:
   """Where programs run on a CPU, has them run in memory that this process has had before.
 
@@ -53,7 +60,7 @@ def keep_memory() -> None:
   that calls them. To be called before JAX is asked for its devices. It is for glibc, and where
   JAX_PLATFORMS is not cpu and JAX may find an accelerator nothing is done.
   """
-  accelerated = any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
+  accelerated = has_tpu() or importlib.util.find_spec("jax_plugins")
   runs_here = jax.config.jax_platforms == "cpu" or not accelerated
   if runs_here and platform.libc_ver()[0] == "glibc":
     library = ctypes.CDLL(None)

@@ -6,8 +6,6 @@ JAX_NUM_PROCESSES and JAX_PROCESS_ID. Without any of this, a process is alone.
 """
 
 import contextlib
-import glob
-import importlib.util
 import os
 import sys
 import traceback
@@ -18,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from prefpaint_jax import sharding
+from prefpaint_jax import compilation, sharding
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -67,9 +65,7 @@ def found_by_jax(environment: Mapping[str, str]) -> bool:
   if hosts := environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES"):
     return "," in hosts
   # A TPU virtual machine: which others are in its pod, JAX asks the machine's metadata server.
-  chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-  may_ask = "TPU_SKIP_MDS_QUERY" not in environment
-  return bool(may_ask and chips and importlib.util.find_spec("libtpu"))
+  return "TPU_SKIP_MDS_QUERY" not in environment and compilation.has_tpu()
 
 
 def any_process(flag: bool, mesh: Mesh) -> jax.Array:
