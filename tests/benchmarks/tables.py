@@ -2,7 +2,7 @@
 
   python tests/benchmarks/tables.py --results=results.json --startup=startup.json
 
-A table stands between `<!-- NAME -->` and `<!-- end -->`, or a word that nothing was measured.
+A table stands between `<!-- NAME -->` and `<!-- end -->`; what was not measured stays as it is.
 """
 
 import json
@@ -15,7 +15,6 @@ from absl import app, flags
 from run import OPPONENTS, STAGES
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
-NOTHING = "Not measured yet."
 TITLES = {
   "unet_forward": "UNet, forward",
   "unet_gradient": "UNet, forward and backward",
@@ -127,8 +126,12 @@ def all_tables(results: Results, started: dict[str, Any] | None) -> dict[str, st
 
 
 def fill(document: str, tables: dict[str, str | None]) -> str:
-  """The document with its tables replaced; an unknown name is a KeyError."""
-  put = lambda match: f"{match[1]}{tables[match[2]] or NOTHING}\n\n{match[3]}"
+  """The document with the tables replaced that there are; an unknown name is a KeyError."""
+
+  def put(match: re.Match) -> str:
+    table = tables[match[2]]
+    return match[0] if table is None else f"{match[1]}{table}\n\n{match[3]}"
+
   return re.sub(r"(<!-- (?!end)([\w ]+) -->\n).*?(<!-- end -->)", put, document, flags=re.DOTALL)
 
 
