@@ -19,8 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
+from etils import epath, epy
+
+with epy.lazy_imports():
+  import orbax.checkpoint as ocp  # slow: only where a checkpoint is written or read
 
 DataState = Mapping[str, Any] | bytes | str | None
 BEST = "best"  # in place of a step: the checkpoint of the highest metric
@@ -59,7 +61,7 @@ class Checkpoints:
     self._keep, self._best = keep, best
 
   @functools.cached_property
-  def _manager(self) -> ocp.CheckpointManager:
+  def _manager(self) -> "ocp.CheckpointManager":
     """The writer: made by the first save, which also removes what a killed save left behind."""
     value = lambda metrics: metrics.get(self._best, -math.inf)
     highest = ocp.checkpoint_managers.BestN(

@@ -13,16 +13,19 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epy
 from ml_collections import ConfigDict
 
 from prefpaint_jax import app, diffusion, fitting, sharding, simulation
 from prefpaint_jax.data.pictures import DrawnPrompts
 from prefpaint_jax.inpainter import Inpainter, Modules, Params, make_modules
 from prefpaint_jax.models.vae import AutoencoderKL
+
+with epy.lazy_imports():
+  import grain  # slow
 
 
 def picture_loader(config: ConfigDict, batch_size: int):

@@ -18,11 +18,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epy
 from flax.traverse_util import path_aware_map
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
@@ -35,6 +35,9 @@ from prefpaint_jax.models.config import CLIPVisionConfig, RewardConfig
 from prefpaint_jax.models.reward import RewardNetwork
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.weights import folder as weights
+
+with epy.lazy_imports():
+  import grain  # slow
 
 Params = Any  # a tree of arrays
 AUGMENTATIONS = ("none", "mirror", "dihedral")

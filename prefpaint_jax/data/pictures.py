@@ -22,12 +22,15 @@ from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
+from etils import epy
 from PIL import Image
 
 from prefpaint_jax import mini
 from prefpaint_jax.data import images, masks, warping
 from prefpaint_jax.data.records import find_records
+
+with epy.lazy_imports():
+  import tensorflow_datasets as tfds  # slow
 
 if TYPE_CHECKING:
   from prefpaint_jax.data.prompts import Prompt

@@ -17,17 +17,15 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-import grain
 import numpy as np
-import tensorflow_datasets as tfds
+from etils import epy
 from ml_collections import ConfigDict
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
-from tensorflow_datasets.proto import tf_example_pb2
 
 from prefpaint_jax import app
 from prefpaint_jax.data import images, masks
@@ -47,6 +45,10 @@ from prefpaint_jax.data.records import (
   write_records,
 )
 from prefpaint_jax.simulation import CRITERIA
+
+with epy.lazy_imports():  # slow: only where data are read or written
+  import grain
+  import tensorflow_datasets as tfds
 
 
 class Preference(TypedDict):
@@ -100,6 +102,8 @@ class StoredPreferences(Sequence[Preference]):
     return len(self._records)
 
   def __getitem__(self, index: int) -> Preference:
+    from tensorflow_datasets.proto import tf_example_pb2  # slow
+
     record = self._records[range(len(self))[index]]
     feature = tf_example_pb2.Example.FromString(record).features.feature
     id_ = feature["id"].bytes_list.value[0].decode()
@@ -228,8 +232,14 @@ def build_preferences(
   annotations = read_annotations(source, weights)
   splits = assign_splits(annotations, test_share)
   metadata = describe(annotations, splits, weights)
-  builder = Preferences(splits, metadata, data_dir=output_dir, file_format="array_record")
-  return write_records(builder)
+  return write_records(
+    output_dir,
+    "preferences",
+    "Inpaintings of incomplete pictures, and what people think of them.",
+    _features(),
+    {split: map(functools.partial(_record, metadata), ps) for split, ps in splits.items()},
+    metadata,
+  )
 
 
 def assign_splits(annotations: Annotations, test_share: float) -> dict[str, list[ScoredPrompt]]:
@@ -315,84 +325,52 @@ def ranks(scores: Sequence[float]) -> np.ndarray:
   return 1 + np.sum(scores[None, :] > scores[:, None] + 1e-6, axis=1)
 
 
-class Preferences(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Writes preferences as a tfds data set (array_record); read it with `open_preferences`."""
+def _features() -> dict[str, Any]:
+  text, image = tfds.features.Text, tfds.features.Image
+  return {
+    "id": text(),
+    "source": text(),
+    "kind": tfds.features.ClassLabel(names=list(masks.KINDS)),
+    "image": image(shape=(None, None, 3), encoding_format="png"),
+    "mask": image(shape=(None, None, 1), encoding_format="png"),
+    "masked_image": image(shape=(None, None, 3), encoding_format="png"),
+    "candidates": tfds.features.Sequence(
+      {
+        "name": text(),
+        "policy": text(),
+        "image": image(shape=(None, None, 3), encoding_format="png"),
+        **dict.fromkeys(CRITERIA, np.float32),
+        "score": np.float32,
+        "normalised_score": np.float32,
+        "rank": np.int32,
+        "annotators": np.int32,
+      }
+    ),
+  }
 
-  VERSION = tfds.core.Version("1.0.0")
-  code_path = None  # as in prompts.Prompts
 
-  def __init__(
-    self,
-    splits: Mapping[str, Iterable[ScoredPrompt]],
-    metadata: Mapping[str, Any],
-    **kwargs,
-  ):
-    self._prompts, self._metadata = splits, metadata
-    super().__init__(**kwargs)
+def _record(metadata: Mapping[str, Any], prompt: ScoredPrompt) -> dict[str, Any]:
+  mask = images.load_mask(prompt.mask)
+  order = ranks([candidate.score for candidate in prompt.candidates])
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    text, image = tfds.features.Text, tfds.features.Image
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description="Inpaintings of incomplete pictures, and what people think of them.",
-      features=tfds.features.FeaturesDict(
-        {
-          "id": text(),
-          "source": text(),
-          "kind": tfds.features.ClassLabel(names=list(masks.KINDS)),
-          "image": image(shape=(None, None, 3), encoding_format="png"),
-          "mask": image(shape=(None, None, 1), encoding_format="png"),
-          "masked_image": image(shape=(None, None, 3), encoding_format="png"),
-          "candidates": tfds.features.Sequence(
-            {
-              "name": text(),
-              "policy": text(),
-              "image": image(shape=(None, None, 3), encoding_format="png"),
-              **dict.fromkeys(CRITERIA, np.float32),
-              "score": np.float32,
-              "normalised_score": np.float32,
-              "rank": np.int32,
-              "annotators": np.int32,
-            }
-          ),
-        }
-      ),
-      metadata=tfds.core.MetadataDict(self._metadata),
-      disable_shuffling=True,
-    )
-
-  def _split_generators(self, dl_manager):
-    return {split: self._generate_examples(prompts) for split, prompts in self._prompts.items()}
-
-  def _generate_examples(self, prompts):
-    for number, prompt in enumerate(prompts):
-      mask = images.load_mask(prompt.mask)
-      masked_image = images.load_image(prompt.image) * (1 - mask)
-      order = ranks([candidate.score for candidate in prompt.candidates])
-      yield (
-        number,
-        {
-          "id": prompt.image_id,
-          "source": prompt.source,
-          "kind": prompt.kind,
-          "image": _stored(prompt.image),
-          "mask": encode_png(mask[..., 0]),
-          "masked_image": encode_png(masked_image),
-          "candidates": [
-            self._candidate(candidate, int(rank))
-            for candidate, rank in zip(prompt.candidates, order, strict=True)
-          ],
-        },
-      )
-
-  def _candidate(self, candidate: Candidate, rank: int) -> dict[str, Any]:
+  def record(candidate: Candidate, rank: int) -> dict[str, Any]:
     said = candidate._asdict()
     return {
       "image": _stored(said.pop("file")),
-      "normalised_score": (candidate.score - self._metadata["mean"]) / self._metadata["std"],
+      "normalised_score": (candidate.score - metadata["mean"]) / metadata["std"],
       "rank": rank,
       **said,
     }
+
+  return {
+    "id": prompt.image_id,
+    "source": prompt.source,
+    "kind": prompt.kind,
+    "image": _stored(prompt.image),
+    "mask": encode_png(mask[..., 0]),
+    "masked_image": encode_png(images.load_image(prompt.image) * (1 - mask)),
+    "candidates": [record(*pair) for pair in zip(prompt.candidates, map(int, order), strict=True)],
+  }
 
 
 def _stored(file: Path) -> io.BytesIO:

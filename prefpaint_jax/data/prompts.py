@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
-import grain
 import numpy as np
-import tensorflow_datasets as tfds
+from etils import epy
 from PIL import Image
 
 from prefpaint_jax import mini
 from prefpaint_jax.data import images, masks
 from prefpaint_jax.data.pictures import SPLITS, DrawnPrompts
 from prefpaint_jax.data.records import encode_png, endless_batches, find_records, write_records
+
+with epy.lazy_imports():  # slow: only where data are read or written
+  import grain
+  import tensorflow_datasets as tfds
 
 
 class Prompt(TypedDict):
@@ -249,65 +252,35 @@ def build_prompts(
   Random crops of both kinds of the paper, in turn; the same arguments give the same prompts.
   """
   numbers = {"train": num_train, "test": num_test}
-  builder = Prompts(
-    {
-      split: DrawnPrompts(
-        photos,
-        split,
-        number,
-        size,
-        seed,
-        fit="random",
-        crop=crop,
-        test_share=test_share,
-        kinds={"outpainting": 1.0, "holes": 1.0},
-      )
-      for split, number in numbers.items()
-    },
-    data_dir=output_dir,
-    file_format="array_record",
-  )
-  return write_records(builder)
-
-
-class Prompts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Writes prompts as a tfds data set (array_record); read it with `open_prompts`."""
-
-  VERSION = tfds.core.Version("1.0.0")
-  # Where tfds would look for the checksums of downloads, of which there are none; its own search
-  # imports a package that it does not install.
-  code_path = None
-
-  def __init__(self, splits: Mapping[str, Iterable[Prompt]], **kwargs):
-    self._prompts = splits
-    super().__init__(**kwargs)
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description="Incomplete pictures and the masks of what is missing (white).",
-      features=tfds.features.FeaturesDict(
-        {
-          "id": tfds.features.Text(),
-          "kind": tfds.features.ClassLabel(names=list(masks.KINDS)),
-          "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-          "mask": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
-        }
-      ),
-      disable_shuffling=True,
+  drawn = {
+    split: DrawnPrompts(
+      photos,
+      split,
+      number,
+      size,
+      seed,
+      fit="random",
+      crop=crop,
+      test_share=test_share,
+      kinds={"outpainting": 1.0, "holes": 1.0},
     )
+    for split, number in numbers.items()
+  }
+  picture = lambda C: tfds.features.Image(shape=(None, None, C), encoding_format="png")
+  return write_records(
+    output_dir,
+    "prompts",
+    "Incomplete pictures and the masks of what is missing (white).",
+    {
+      "id": tfds.features.Text(),
+      "kind": tfds.features.ClassLabel(names=list(masks.KINDS)),
+      "image": picture(3),
+      "mask": picture(1),
+    },
+    {split: map(_record, prompts) for split, prompts in drawn.items()},
+  )
 
-  def _split_generators(self, dl_manager):
-    return {split: self._generate_examples(prompts) for split, prompts in self._prompts.items()}
 
-  def _generate_examples(self, prompts):
-    for number, prompt in enumerate(prompts):
-      yield (
-        number,
-        {
-          "id": prompt["id"],
-          "kind": prompt["kind"],
-          "image": encode_png(prompt["image"]),
-          "mask": encode_png(prompt["mask"][..., 0]),
-        },
-      )
+def _record(prompt: Prompt) -> dict[str, Any]:
+  image, mask = encode_png(prompt["image"]), encode_png(prompt["mask"][..., 0])
+  return {"id": prompt["id"], "kind": prompt["kind"], "image": image, "mask": mask}

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
-import tensorflow_datasets as tfds
+from etils import epy
 from PIL import Image
+
+with epy.lazy_imports():  # slow: only where data are read or written
+  import grain
+  import tensorflow_datasets as tfds
 
 ENDLESS = 2**31  # epochs; grain's own endless repetition overflows for a batch of one
 
@@ -26,13 +29,45 @@ def find_records(folder: str | Path) -> list[Path]:
   ]
 
 
-def write_records(builder: tfds.core.GeneratorBasedBuilder) -> Path:
-  """Prepares a builder whose `code_path` is None and returns its folder, which must be new."""
+def write_records(
+  output_dir: str | Path,
+  kind: str,
+  description: str,
+  features: Mapping[str, Any],
+  splits: Mapping[str, Iterable[Mapping[str, Any]]],
+  metadata: Mapping[str, Any] | None = None,
+) -> Path:
+  """Writes a tfds data set (array_record) of examples in their order; returns its folder.
+
+  That is `output_dir`/`kind`/1.0.0, which must be new. `features` are those of tfds, by name.
+  """
+
+  class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    name = kind
+    VERSION = tfds.core.Version("1.0.0")
+    # Where tfds would look for the checksums of downloads, of which there are none; its own search
+    # imports a package that it does not install.
+    code_path = None
+
+    def _info(self) -> tfds.core.DatasetInfo:
+      return tfds.core.DatasetInfo(
+        builder=self,
+        description=description,
+        features=tfds.features.FeaturesDict(features),
+        metadata=metadata and tfds.core.MetadataDict(metadata),
+        disable_shuffling=True,
+      )
+
+    def _split_generators(self, dl_manager):
+      return {split: self._generate_examples(examples) for split, examples in splits.items()}
+
+    def _generate_examples(self, examples):
+      yield from enumerate(examples)
+
+  builder = Records(data_dir=output_dir, file_format="array_record")
   folder = Path(builder.data_dir)
   if folder.exists():
-    raise ValueError(
-      f"{folder}: {builder.name} are there already: give another folder or delete that one"
-    )
+    raise ValueError(f"{folder}: {kind} are there already: give another folder or delete that one")
   with (
     tempfile.TemporaryDirectory() as downloads,  # stays empty
     contextlib.redirect_stdout(io.StringIO()),  # tfds announces a download
