@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl.logging import get_absl_logger
 from etils import epath, epy
 
 with epy.lazy_imports():
@@ -28,7 +29,7 @@ DataState = Mapping[str, Any] | bytes | str | None
 BEST = "best"  # in place of a step: the checkpoint of the highest metric
 
 # Orbax reports every phase of every save, and what it raises anyway; a run's log is for the run.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
 
 
 # On a full disk the first write that finds no room is an error. Those that follow it are told to

@@ -10,14 +10,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-  from prefpaint_jax.tensorboard import EventFile
+from prefpaint_jax.tensorboard import EventFile
 
 
 class MetricsWriter:
@@ -78,8 +77,6 @@ class MetricsWriter:
     if self._lines is None:
       self._workdir.mkdir(parents=True, exist_ok=True)
       self._lines = (self._workdir / "metrics.jsonl").open("a")
-      from prefpaint_jax.tensorboard import EventFile  # as late as it can be: see there
-
       self._events = EventFile(self._workdir / "tensorboard", self._purge_step)
 
 

@@ -1,14 +1,32 @@
-"""TensorBoard events. Imported when the first is written: tensorboardX imports torch if it can."""
+"""TensorBoard events, without torch."""
 
+import contextlib
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+
+
+@contextlib.contextmanager
+def _without_torch():
+  """tensorboardX imports it where it can, which takes seconds, and has no use for it here."""
+  is_new = "torch" not in sys.modules
+  if is_new:
+    sys.modules["torch"] = None
+  try:
+    yield
+  finally:
+    if is_new:
+      del sys.modules["torch"]
+
+
+with _without_torch():
+  from tensorboardX import summary
+  from tensorboardX.event_file_writer import EventsWriter
+  from tensorboardX.proto.event_pb2 import Event, SessionLog
+  from tensorboardX.proto.summary_pb2 import Summary
 
 
 class EventFile:

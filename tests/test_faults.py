@@ -24,7 +24,7 @@ from prefpaint_jax.programs import Programs, make_programs
 ROOT = Path(__file__).parents[1]
 # Everything that a state can hold, and a save each iteration.
 FIELDS = {
-  "num_iterations": 8,
+  "num_iterations": 6,
   "batch_size": 2,
   "num_samples": 2,
   "behaviour_refresh": 3,
@@ -100,7 +100,13 @@ def attempt(fields: dict, workdir: Path, compiled: Path) -> None:
 def start(tmp_path_factory) -> Callable[[Path], multiprocessing.Process]:
   """Starts a run in a workdir. Its process is forked from one that has imported everything."""
   server = multiprocessing.get_context("forkserver")
-  server.set_forkserver_preload(["prefpaint_jax.train"])
+  later = [
+    "grain",
+    "orbax.checkpoint",
+    "tensorflow_datasets",
+    "transformers.models.clip.tokenization_clip",
+  ]
+  server.set_forkserver_preload(["prefpaint_jax.train", *later])
   compiled, world = (tmp_path_factory.mktemp(name) for name in ("compiled", "world"))
   fields = testing.tiny_training(testing.write_tiny_world(world)) | FIELDS
 

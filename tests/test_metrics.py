@@ -212,10 +212,11 @@ def test_interrupted_save_leaves_the_earlier_picture(tmp_path, monkeypatch):
   np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "1.png")), image)
 
 
-def test_tensorflow_is_never_imported(tmp_path):
-  # A stand-in that could be imported, so that the test means something where there is none.
-  (tmp_path / "modules" / "tensorflow").mkdir(parents=True)
-  (tmp_path / "modules" / "tensorflow" / "__init__.py").write_text("")
+def test_tensorflow_and_torch_are_never_imported(tmp_path):
+  # Stand-ins that could be imported, so that the test means something where there are none.
+  for name in ("tensorflow", "torch"):
+    (tmp_path / "modules" / name).mkdir(parents=True)
+    (tmp_path / "modules" / name / "__init__.py").write_text("")
   script = """
     import sys
     import jax.numpy as jnp, numpy as np
@@ -227,7 +228,7 @@ def test_tensorflow_is_never_imported(tmp_path):
     checkpoints = checkpoint.Checkpoints(sys.argv[1] + "/checkpoints")
     checkpoints.save(1, {"a": jnp.zeros(3)}, None, {})
     checkpoints.close()
-    assert "tensorflow" not in sys.modules
+    assert not {"tensorflow", "torch"} & sys.modules.keys()
   """
   paths = [str(tmp_path / "modules"), *filter(None, sys.path)]
   subprocess.run(
