@@ -88,6 +88,22 @@ def test_what_is_not_plain_is_left_to_xla(options):
   np.testing.assert_array_equal(convolve(x, kernel, (1, 1), pads, **LAYOUT, **options), expected)
 
 
+@pytest.mark.parametrize("side", [3, 5])
+def test_gradients_of_few_features(side, monkeypatch):
+  x, kernel = arrays((7, 10), 110, side)
+  pads = ((side // 2,) * 2,) * 2
+  ours = lambda x, kernel: convolve(x, kernel, (1, 1), pads, **LAYOUT)
+  expected = value_and_gradients(lambda *xs: plain(*xs, padding=pads), x, kernel)
+  program = jax.make_jaxpr(lambda *xs: value_and_gradients(ours, *xs))
+  convolutions = lambda: str(program(x, kernel)).count("conv_general_dilated")
+  got = value_and_gradients(ours, x, kernel)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
+  by_products = convolutions()
+  monkeypatch.setattr("prefpaint_jax.models.convolution.THIN", 0)
+  jax.clear_caches()
+  assert convolutions() > by_products
+
+
 @pytest.mark.parametrize("size, side", [((2, 2), 3), ((8, 8), 3), ((8, 8), 1)])
 def test_other_devices_are_given_the_convolution_alone(size, side):
   x, kernel = arrays(size, 64, side)

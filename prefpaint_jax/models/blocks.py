@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from prefpaint_jax.models.attention import attention
 from prefpaint_jax.models.convolution import convolve, enlarge_and_convolve
+from prefpaint_jax.models.product import Dense, product
 from prefpaint_jax.models.sums import moments, scale_and_shift
 
 Dtype = jnp.dtype
@@ -83,7 +84,7 @@ class ResnetBlock2D(nn.Module):
     hidden = silu(norm(name="norm1")(x))
     hidden = conv(self.out_channels, 3, self.dtype, "conv1", padding=1)(hidden)
     if temb is not None:
-      time = nn.Dense(self.out_channels, dtype=self.dtype, name="time_emb_proj")(silu(temb))
+      time = Dense(self.out_channels, dtype=self.dtype, name="time_emb_proj")(silu(temb))
       hidden = hidden + time[:, None, None, :]
     hidden = silu(norm(name="norm2")(hidden))
     hidden = conv(self.out_channels, 3, self.dtype, "conv2", padding=1)(hidden)
@@ -132,13 +133,13 @@ class Attention(nn.Module):
     B, L, C = x.shape
 
     def project(name: str, tokens: jax.Array) -> jax.Array:
-      y = nn.Dense(C, use_bias=self.use_bias, dtype=self.dtype, name=name)(tokens)
+      y = Dense(C, use_bias=self.use_bias, dtype=self.dtype, name=name)(tokens)
       return y.reshape(*y.shape[:2], self.num_heads, C // self.num_heads)
 
     query = project("to_q", x)
     key, value = project("to_k", context), project("to_v", context)
     y = attention(query, key, value).reshape(B, L, C)
-    return nn.Dense(C, dtype=self.dtype, name="to_out_0")(y)
+    return Dense(C, dtype=self.dtype, name="to_out_0")(y)
 
 
 class DensePair(nn.Module):
@@ -154,7 +155,7 @@ class DensePair(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, shape[1:])
     x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
     halves = zip(jnp.split(kernel, 2, axis=1), jnp.split(bias, 2), strict=True)
-    return [jnp.dot(x, half) + shift for half, shift in halves]
+    return [product(x, half) + shift for half, shift in halves]
 
 
 @jax.custom_vjp
@@ -198,7 +199,7 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     hidden = GEGLU(self.dtype, name="net_0")(x)
-    return nn.Dense(x.shape[-1], dtype=self.dtype, name="net_2")(hidden)
+    return Dense(x.shape[-1], dtype=self.dtype, name="net_2")(hidden)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -230,14 +231,14 @@ class Transformer2DModel(nn.Module):
     B, H, W, C = x.shape
     hidden = GroupNorm(self.norm_num_groups, 1e-6, self.dtype, name="norm")(x)
     if self.use_linear_projection:
-      hidden = nn.Dense(C, dtype=self.dtype, name="proj_in")(hidden.reshape(B, H * W, C))
+      hidden = Dense(C, dtype=self.dtype, name="proj_in")(hidden.reshape(B, H * W, C))
     else:
       hidden = conv(C, 1, self.dtype, "proj_in")(hidden).reshape(B, H * W, C)
     for i in range(self.num_layers):
       block = BasicTransformerBlock(self.num_heads, self.dtype, name=f"transformer_blocks_{i}")
       hidden = block(hidden, context)
     if self.use_linear_projection:
-      hidden = nn.Dense(C, dtype=self.dtype, name="proj_out")(hidden).reshape(B, H, W, C)
+      hidden = Dense(C, dtype=self.dtype, name="proj_out")(hidden).reshape(B, H, W, C)
     else:
       hidden = conv(C, 1, self.dtype, "proj_out")(hidden.reshape(B, H, W, C))
     return x + hidden
@@ -262,5 +263,5 @@ class TimestepEmbedding(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    hidden = silu(nn.Dense(self.width, dtype=self.dtype, name="linear_1")(x))
-    return nn.Dense(self.width, dtype=self.dtype, name="linear_2")(hidden)
+    hidden = silu(Dense(self.width, dtype=self.dtype, name="linear_1")(x))
+    return Dense(self.width, dtype=self.dtype, name="linear_2")(hidden)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from prefpaint_jax.models.attention import attention
 from prefpaint_jax.models.blocks import Dtype
 from prefpaint_jax.models.config import CLIPTextConfig, CLIPVisionConfig
+from prefpaint_jax.models.product import Dense
 
 CLIPConfig = CLIPTextConfig | CLIPVisionConfig
 
@@ -32,7 +33,7 @@ class SelfAttention(nn.Module):
     B, L, D = x.shape
 
     def project(name: str) -> jax.Array:
-      y = nn.Dense(D, dtype=self.dtype, name=name)(x)
+      y = Dense(D, dtype=self.dtype, name=name)(x)
       return y.reshape(B, L, self.num_heads, D // self.num_heads)
 
     query, key, value = project("q_proj"), project("k_proj"), project("v_proj")
@@ -40,7 +41,7 @@ class SelfAttention(nn.Module):
       y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
     else:
       y = attention(query, key, value)
-    return nn.Dense(D, dtype=self.dtype, name="out_proj")(y.reshape(B, L, D))
+    return Dense(D, dtype=self.dtype, name="out_proj")(y.reshape(B, L, D))
 
 
 class MLP(nn.Module):
@@ -49,9 +50,9 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    hidden = nn.Dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(x)
+    hidden = Dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(x)
     hidden = activation(self.config.hidden_act, hidden)
-    return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
+    return Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
 
 
 class EncoderLayer(nn.Module):
@@ -170,7 +171,7 @@ class CLIPVisionModelWithProjection(nn.Module):
     if pixels.shape[1:3] != (size, size):
       raise ValueError(f"CLIP vision takes [B, {size}, {size}, 3]; got {pixels.shape}")
     pooled = VisionTransformer(self.config, self.dtype, name="vision_model")(pixels)
-    project = nn.Dense(
+    project = Dense(
       self.config.projection_dim, use_bias=False, dtype=self.dtype, name="visual_projection"
     )
     return project(pooled)

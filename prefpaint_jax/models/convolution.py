@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from prefpaint_jax.models import winograd
 
 LARGE = 4  # times the elements of the picture
+THIN = 2  # times the features of the picture
 FEW = 8  # pictures
 NARROW = 16  # features
 MANY = 512  # pixels of all pictures
@@ -86,6 +87,9 @@ def _gradients(window: Window, x: jax.Array, kernel: jax.Array, dy: jax.Array):
   if kernel.shape[:2] == (1, 1) and window == ((1, 1), ((0, 0), (0, 0))):
     dkernel = jnp.einsum("bhwi,bhwo->io", x, dy)[None, None]
     return jnp.einsum("bhwo,io->bhwi", dy, kernel[0, 0]), dkernel
+  K, _, features, few = kernel.shape
+  if _is_same(window, kernel) and K * K * few <= THIN * features:
+    return _thin_gradients(x, kernel, dy)
   # Along each axis: the picture's side, the kernel's, the padding before, and the reach of dy.
   sides = x.shape[1:3], kernel.shape[:2], window.pads, dy.shape[1:3], window.strides
   axes = [(n, k, before, (m - 1) * s + 1) for n, k, (before, _), m, s in zip(*sides, strict=True)]
@@ -129,14 +133,29 @@ def _kernel_gradient_by_rows(window: Window, x: jax.Array, kernel: jax.Array, dy
   return jnp.stack(rows).reshape(kernel.shape).astype(kernel.dtype)
 
 
-def _is_large(window: Window, x: jax.Array, kernel: jax.Array) -> bool:
+def _thin_gradients(x: jax.Array, kernel: jax.Array, dy: jax.Array):
+  """Products with dy's neighbourhoods, which are small where it has few features."""
+  K, _, features, few = kernel.shape
+  near = _neighbourhoods(K, dy)
+  turned = kernel[::-1, ::-1].swapaxes(2, 3).reshape(-1, features)
+  dx = _einsum("bhwn,ni->bhwi", near, turned).astype(x.dtype)
+  dkernel = _einsum("pi,pn->in", x.reshape(-1, features), near.reshape(-1, K * K * few))
+  dkernel = dkernel.reshape(features, K, K, few)[:, ::-1, ::-1].transpose(1, 2, 0, 3)
+  return dx, dkernel.astype(kernel.dtype)
+
+
+def _is_same(window: Window, kernel: jax.Array) -> bool:
+  """Whether every pixel of the result is in the middle of what it sees."""
   K = kernel.shape[0]
-  same = K % 2 == 1 and kernel.shape[1] == K and window == ((1, 1), ((K // 2, K // 2),) * 2)
-  return same and kernel.size > LARGE * x.size
+  return K % 2 == 1 and kernel.shape[1] == K and window == ((1, 1), ((K // 2, K // 2),) * 2)
+
+
+def _is_large(window: Window, x: jax.Array, kernel: jax.Array) -> bool:
+  return _is_same(window, kernel) and kernel.size > LARGE * x.size
 
 
 def _suits_winograd(window: Window, x: jax.Array, kernel: jax.Array) -> bool:
-  same = kernel.shape[:2] == (3, 3) and window == ((1, 1), ((1, 1), (1, 1)))
+  same = kernel.shape[0] == 3 and _is_same(window, kernel)
   whole = x.shape[2] % winograd.TILE == 0 and x.dtype == kernel.dtype == jnp.float32
   pays = math.prod(x.shape[:3]) >= MANY and min(kernel.shape[2:]) >= NARROW
   return same and whole and pays

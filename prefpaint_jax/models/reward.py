@@ -11,6 +11,7 @@ import numpy as np
 from prefpaint_jax.models.blocks import Dtype
 from prefpaint_jax.models.clip import CLIPVisionModelWithProjection, SelfAttention
 from prefpaint_jax.models.config import RewardConfig
+from prefpaint_jax.models.product import Dense
 
 # Mean and standard deviation of CLIP's training images, per channel of RGB in [0, 1].
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -51,8 +52,8 @@ class EncoderLayer(nn.Module):
 
     attention = SelfAttention(config.num_heads, dtype=self.dtype, name="self_attn")(x)
     x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm1")(x + drop(attention))
-    hidden = nn.relu(nn.Dense(config.feedforward_dim, dtype=self.dtype, name="linear1")(x))
-    hidden = nn.Dense(x.shape[-1], dtype=self.dtype, name="linear2")(drop(hidden))
+    hidden = nn.relu(Dense(config.feedforward_dim, dtype=self.dtype, name="linear1")(x))
+    hidden = Dense(x.shape[-1], dtype=self.dtype, name="linear2")(drop(hidden))
     return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm2")(x + drop(hidden))
 
 
@@ -66,11 +67,11 @@ class Head(nn.Module):
   def __call__(self, x: jax.Array, deterministic: bool) -> tuple[jax.Array, jax.Array]:
     config = self.config
     activate = nn.gelu if config.activation == "gelu" else lambda y: y
-    x = activate(nn.Dense(config.hidden_dim, dtype=self.dtype, name="layers_0")(x))
+    x = activate(Dense(config.hidden_dim, dtype=self.dtype, name="layers_0")(x))
     x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
-    z = activate(nn.Dense(config.feature_dim, dtype=self.dtype, name="layers_2")(x))
+    z = activate(Dense(config.feature_dim, dtype=self.dtype, name="layers_2")(x))
     z = z.astype(jnp.float32)  # the bound is about wᵀz: keep both exact whatever the compute type
-    reward = nn.Dense(1, use_bias=False, name="last_layer")(z)[:, 0]
+    reward = Dense(1, use_bias=False, name="last_layer")(z)[:, 0]
     return reward, z
 
 
