@@ -96,10 +96,16 @@ def describe_machine(results: Results) -> str | None:
 def startup(found: dict[str, Any] | None) -> str | None:
   if found is None:
     return None
-  seconds = lambda one: f"{one['median']:.2f} ({one['q1']:.2f} to {one['q3']:.2f})" if one else ""
-  names = {f"prefpaint_jax.{name}": name for name in found["helps"]}
+
+  def seconds(one: dict[str, float] | None) -> str:
+    if one is None:
+      return ""
+    median, low, high = (f"{max(one[name], 0.0):.2f}" for name in ("median", "q1", "q3"))
+    return f"{median} ({low} to {high})"
+
+  helps = {f"prefpaint_jax.{name}": values for name, values in found["helps"].items()}
   rows = [
-    [f"`{module}`", seconds(values), seconds(found["helps"].get(names.get(module)))]
+    [f"`{module}`", seconds(values), seconds(helps.get(module))]
     for module, values in found["imports"].items()
   ]
   return markdown(["", "import, s", "--help, s"], rows)
