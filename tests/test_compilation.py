@@ -15,11 +15,12 @@ from prefpaint_jax import compilation
 compilation.keep_memory()
 program = jax.jit(lambda x: jnp.sort(x, axis=0)[::-1] @ x)  # what is sorted is 16 MB
 x = jnp.ones((2048, 2048))
-for _ in range(3):
+faults = []
+for _ in range(9):  # now and then one needs a little more than before
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   program(x).block_until_ready()
-  faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults)
+  faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(faults)[4])
 """
 
 
