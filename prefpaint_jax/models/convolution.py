@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from prefpaint_jax.models import winograd
 
 LARGE = 4  # times the elements of the picture
-THIN = 2  # times the features of the picture
+THIN = 2  # times the features of the picture: those of a neighbourhood of the result
 FEW = 8  # pictures
 NARROW = 16  # features
 MANY = 512  # pixels of all pictures

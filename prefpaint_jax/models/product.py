@@ -35,7 +35,7 @@ product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _backward)
 
 
 def _dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers, **options) -> jax.Array:
-  """`product`, as Flax calls it."""
+  """`product`, as Flax calls it where no option of its Dense is set."""
   del dimension_numbers, options
   return product(x, kernel)
 
