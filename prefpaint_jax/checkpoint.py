@@ -27,6 +27,8 @@ with epy.lazy_imports():
 
 DataState = Mapping[str, Any] | bytes | str | None
 BEST = "best"  # in place of a step: the checkpoint of the highest metric
+# Devices that all hold the same array write a part of it each, which pays for none this small.
+SPLIT_FROM = 2**20  # bytes
 
 # Orbax reports every phase of every save, and what it raises anyway; a run's log is for the run.
 get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
@@ -75,7 +77,8 @@ class Checkpoints:
       best_fn=value if self._best else None,  # has Orbax write the metrics
       cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager(self.folder, options=options)
+    handlers = {"state": _state_handler(), "run": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
   def save(
     self,
@@ -202,6 +205,14 @@ class Checkpoints:
         f"{steps or 'none'}"
       )
     return self.folder / str(chosen)
+
+
+def _state_handler() -> "ocp.PyTreeCheckpointHandler":
+  arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SPLIT_FROM)
+  registry = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+  )
+  return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

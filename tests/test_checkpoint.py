@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from prefpaint_jax import checkpoint
 from prefpaint_jax.checkpoint import Checkpoints
 from prefpaint_jax.sharding import make_mesh
 
@@ -73,6 +74,17 @@ def test_round_trip_over_eight_devices_is_bit_identical(tmp_path, data_state):
   )
   assert restored_data_state == data_state and type(restored_data_state) is type(data_state)
   assert extra == EXTRA
+
+
+def test_arrays_that_devices_share_out_to_write_are_bit_identical(tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint, "SPLIT_FROM", 1024)  # bytes: what is smaller, one writes alone
+  state = {"shared_out": jnp.arange(4096.0), "small": jnp.arange(8.0), "odd": jnp.arange(4099.0)}
+  state = jax.device_put(state, NamedSharding(make_mesh(), P()))
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, state, None, {})
+  checkpoints.close()
+  restored, _, _ = checkpoints.restore(abstract(state))
+  assert_identical(restored, state)
 
 
 def test_eight_devices_restore_to_one_bit_identically(tmp_path):

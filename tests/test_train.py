@@ -95,13 +95,15 @@ def finished(world, tmp_path_factory) -> Run:
 
 
 def assert_same_run(workdir: Path, state, expected: Run) -> None:
+  # The lines first: they say from which iteration on two runs differ.
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  for ours, theirs in zip(numbers(lines), numbers(expected.lines()), strict=True):
+    assert ours == theirs
   leaves, tree = jax.tree.flatten(jax.device_get(state))
   expected_leaves, expected_tree = jax.tree.flatten(jax.device_get(expected.state))
   assert tree == expected_tree
   for ours, theirs in zip(leaves, expected_leaves, strict=True):
     np.testing.assert_array_equal(ours, theirs)
-  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  assert numbers(lines) == numbers(expected.lines())
   pictures = sorted(path.name for path in (expected.workdir / "samples").iterdir())
   assert sorted(path.name for path in (workdir / "samples").iterdir()) == pictures
   for name in pictures:
