@@ -27,7 +27,7 @@ with epy.lazy_imports():
 
 DataState = Mapping[str, Any] | bytes | str | None
 BEST = "best"  # in place of a step: the checkpoint of the highest metric
-# Devices that all hold the same array write a part of it each, which pays for none this small.
+# From this size on, devices that all hold an array write a part of it each; below, one writes all.
 SPLIT_FROM = 2**20  # bytes
 
 # Orbax reports every phase of every save, and what it raises anyway; a run's log is for the run.
