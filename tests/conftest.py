@@ -26,8 +26,10 @@ def quick_compilation():
   import jax
 
   jax.config.update("jax_disable_most_optimizations", True)
+  jax.clear_caches()
   yield
   jax.config.update("jax_disable_most_optimizations", False)
+  jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +40,14 @@ def inpainter():
   return testing.tiny_inpainter()
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+  """The one folder for compiled programs: JAX keeps to the first that it is given."""
+  return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
+def compiled_once(compiled):
   """All runs of a file, in this process and others, share their compiled programs."""
   import jax
 
@@ -49,13 +57,15 @@ def compiled_once(tmp_path_factory):
     "jax_persistent_cache_min_compile_time_secs": 1.0,
     "jax_persistent_cache_min_entry_size_bytes": 0,
   }
-  values = True, str(tmp_path_factory.mktemp("compiled")), 0.0, -1
+  values = True, str(compiled), 0.0, -1
   now = dict(zip(before, values, strict=True))
   for name, value in now.items():
     jax.config.update(name, value)
+  jax.clear_caches()  # another file's programs were compiled with other options: other last bits
   with pytest.MonkeyPatch.context() as patch:
     for name, value in now.items():
       patch.setenv(name.upper(), str(value).lower() if value is True else str(value))
     yield
   for name, value in before.items():
     jax.config.update(name, value)
+  jax.clear_caches()
