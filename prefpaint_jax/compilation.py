@@ -2,14 +2,17 @@
 
 import ctypes
 import functools
+import gc
 import glob
 import importlib.util
 import platform
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
+from jax.stages import Compiled, Traced
 
 _OPTIONS = {
   # Of YNNPACK the products only: XLA's own convolutions take half to all of the time of its.
@@ -44,6 +47,37 @@ def fast_jit(mesh: Mesh | None = None) -> Callable:
   except jax.errors.JaxRuntimeError:
     return jax.jit
   return jit
+
+
+class Program:
+  """A jitted function, compiled for the arguments of its first call and kept without its trace.
+
+  JAX keeps what a function was traced to for as long as the function: as much memory as all
+  temporary arrays of a small model's update.
+  """
+
+  def __init__(self, jitted: Callable):
+    self._jitted = jitted
+    self._compiled: Compiled | None = None
+
+  def trace(self, *arguments) -> Traced:
+    """As `jax.jit`'s; only before it is compiled."""
+    return self._jitted.trace(*arguments)
+
+  def compile(self, *arguments) -> Any:
+    """Compiles it for arguments, or shapes with their shardings; gives those of its results."""
+    traced = self.trace(*arguments)
+    self._compiled = traced.lower().compile()
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    results = jax.tree.map(place, traced.out_info, self._compiled.output_shardings)
+    del self._jitted, traced
+    gc.collect()  # what was traced refers to itself
+    return results
+
+  def __call__(self, *arguments):
+    if self._compiled is None:
+      self.compile(*arguments)
+    return self._compiled(*arguments)
 
 
 def has_tpu() -> bool:

@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prefpaint_jax import alignment, rl, sharding
-from prefpaint_jax.alignment import TrainState
-from prefpaint_jax.compilation import fast_jit
+from prefpaint_jax.alignment import Frozen, TrainState
+from prefpaint_jax.compilation import Program, fast_jit
 from prefpaint_jax.diffusion import Steps, Trajectory
 from prefpaint_jax.inpainter import Modules, Params, Prompts
 from prefpaint_jax.models.reward import RewardNetwork
@@ -25,15 +25,32 @@ from prefpaint_jax.settings import Settings
 class Programs(NamedTuple):
   """Arguments are those of the functions of `alignment` of the same name, from the first array."""
 
-  init: Callable[..., TrainState]  # parameters -> state; only with shapes until compiled
-  rollout: Callable
-  paint: Callable
-  score: Callable
+  init: Program  # parameters -> state
+  rollout: Program
+  paint: Program
+  score: Program
   draw_timesteps: Callable[[jax.Array], list[jax.Array]]  # key -> the steps of each update
-  update: Callable  # gives away its state
-  end_iteration: Callable  # gives away its state
+  update: Program  # gives away its state
+  end_iteration: Program  # gives away its state
   shapes: TrainState  # of jax.ShapeDtypeStruct
   layout: TrainState  # of NamedSharding
+
+
+def compile_iteration(
+  programs: Programs, state: TrainState, frozen: Frozen, images: jax.Array, masks: jax.Array
+) -> None:
+  """Compiles all that an iteration runs before it runs any of it.
+
+  What a CPU's programs work in then lies in one piece; between parts of compilers that stay, each
+  program would have its own. Shapes with their shardings do for arrays.
+  """
+  key = jax.random.key(0)
+  behaviour = state.params if state.behaviour is None else state.behaviour
+  prompts, trajectory, painted = programs.rollout.compile(behaviour, frozen, images, masks, key)
+  scores, _ = programs.score.compile(frozen, prompts, painted)
+  indices = programs.draw_timesteps(key)[0]
+  state, _ = programs.update.compile(state, frozen, prompts, trajectory, scores, indices)
+  programs.end_iteration.compile(state)
 
 
 def make_programs(
@@ -63,21 +80,22 @@ def make_programs(
     return jnp.split(drawn, settings.updates_per_iteration)
 
   jit = fast_jit(mesh)
+  program = lambda function, **options: Program(jit(function, **options))
   return Programs(
-    init=jax.jit(init, out_shardings=layout),
-    rollout=jit(
+    init=program(init, out_shardings=layout),
+    rollout=program(
       functools.partial(alignment.rollout, modules, settings, steps, mesh=mesh),
       out_shardings=(prompts, trajectory, batch),
     ),
-    paint=jit(functools.partial(alignment.paint, modules, settings, steps, mesh=mesh)),
-    score=jit(functools.partial(alignment.score, network, settings, mesh=mesh)),
+    paint=program(functools.partial(alignment.paint, modules, settings, steps, mesh=mesh)),
+    score=program(functools.partial(alignment.score, network, settings, mesh=mesh)),
     draw_timesteps=draw_timesteps,
-    update=jit(
+    update=program(
       functools.partial(alignment.update, modules, settings, steps, optimizer, mesh=mesh),
       donate_argnums=0,
       out_shardings=(layout, None),
     ),
-    end_iteration=jax.jit(
+    end_iteration=program(
       functools.partial(alignment.end_iteration, settings), donate_argnums=0, out_shardings=layout
     ),
     shapes=shapes,

@@ -116,9 +116,11 @@ def place(layout: Any, tree: Any) -> Any:
 def to_global(mesh: Mesh, local_tree: Any) -> Any:
   """Joins each process's part of a batch [B / processes, ...] into global arrays [B, ...]."""
   sharding = batch_sharding(mesh)
-  return jax.tree.map(
+  tree = jax.tree.map(
     lambda array: jax.make_array_from_process_local_data(sharding, array), local_tree
   )
+  # On a CPU what is called before they are there runs in another thread, in memory of its own.
+  return jax.block_until_ready(tree) if mesh.devices.flat[0].platform == "cpu" else tree
 
 
 def check_batch(batch: int, mesh: Mesh, field: str = "batch_size") -> None:

@@ -37,7 +37,7 @@ from prefpaint_jax.checkpoint import Checkpoints
 from prefpaint_jax.data import prompts as prompt_io
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.optimizer import optimizer_from
-from prefpaint_jax.programs import make_programs
+from prefpaint_jax.programs import compile_iteration, make_programs
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.settings import settings_from
 
@@ -185,7 +185,6 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     return state.ema if settings.ema_decay else state.params
 
   sample_batch = held_out_batch(0)
-  base_sample = paint_and_score(begin, sample_batch, sample_key) if config.sample_every else None
 
   def write_sample(iteration: int) -> None:
     now = paint_and_score(current(), sample_batch, sample_key)
@@ -250,7 +249,6 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
   bar = metrics.progress(config.num_iterations, start, visible=is_writer)
   late = None  # the update metrics of the iteration before, with what was known of it then
   done = saved = start
-  updated_at = time.perf_counter()
 
   def finish(
     iteration: int, known: dict, update_metrics: list, scored_at: float, evaluates: bool = False
@@ -277,9 +275,18 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     contextlib.closing(writer),
     contextlib.closing(bar),
   ):
+    if start < config.num_iterations:
+      picture = lambda channels: jax.ShapeDtypeStruct(
+        (config.batch_size, config.size, config.size, channels),
+        np.float32,
+        sharding=sharding.batch_sharding(mesh),
+      )
+      compile_iteration(programs, state, frozen, picture(3), picture(1))
+    if config.sample_every:
+      base_sample = paint_and_score(begin, sample_batch, sample_key)
     if start == 0 and config.sample_every:
       write_sample(0)
-      updated_at = time.perf_counter()
+    updated_at = time.perf_counter()
     # A signal reaches one process; all stop after the same iteration, or chunk of prompts.
     asked_to_stop = lambda: stop if processes == 1 else distributed.any_process(bool(stop), mesh)
     stopping = False

@@ -65,7 +65,7 @@ class Iteration:
     self.sent = {}
 
     def run(name: str, *arguments):
-      compiled = getattr(programs, name).lower(*arguments).compile()
+      compiled = getattr(programs, name).trace(*arguments).lower().compile()
       self.sent[name] = collectives(compiled)
       return compiled(*arguments)
 

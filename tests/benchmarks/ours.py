@@ -14,7 +14,7 @@ from prefpaint_jax.alignment import Frozen
 from prefpaint_jax.compilation import fast_jit
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.optimizer import optimizer_from
-from prefpaint_jax.programs import make_programs
+from prefpaint_jax.programs import compile_iteration, make_programs
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.settings import settings_from
 from prefpaint_jax.weights import names
@@ -62,6 +62,7 @@ class Ours:
       return jnp.sum(modules.predict(params, prompts, latents, worlds.TIMESTEP) * cotangent)
 
     jit = fast_jit(self.mesh)
+    self.is_compiled = False
     self._encode = jit(functools.partial(alignment.encode_prompts, modules, self.settings))
     self._decode = jit(modules.decode)
     self._predict = jit(modules.predict)
@@ -125,6 +126,9 @@ class Ours:
     return {"params": self.state.params}
 
   def iteration(self) -> Outputs:
+    if not self.is_compiled:
+      compile_iteration(self.programs, self.state, self.frozen, *self._images())
+      self.is_compiled = True
     prompts, trajectory, painted = self._rollout()
     scores, _ = self.programs.score(self.frozen, prompts, painted)
     self._update(prompts, trajectory, scores)
