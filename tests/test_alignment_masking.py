@@ -30,6 +30,8 @@ from prefpaint_jax.diffusion import Trajectory
 from prefpaint_jax.inpainter import Prompts
 from prefpaint_jax.settings import Trust
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # -------------------------------------------------------------------------------- NaN rewards
 
 

@@ -12,6 +12,8 @@ from prefpaint_jax.annotate import annotate
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.data.annotations import read_annotations
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

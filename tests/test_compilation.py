@@ -1,27 +1,49 @@
-"""How programs run on a CPU."""
+"""What is kept of programs, and how they run on a CPU."""
 
 import os
 import platform
 import subprocess
 import sys
+import weakref
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from prefpaint_jax.compilation import Program
 
 PROGRAM = """
 import resource
-import jax, jax.numpy as jnp
-from prefpaint_jax import compilation
+import jax, jax.numpy as jnp, numpy as np
+from prefpaint_jax import compilation, sharding
 
 compilation.keep_memory()
 program = jax.jit(lambda x: jnp.sort(x, axis=0)[::-1] @ x)  # what is sorted is 16 MB
-x = jnp.ones((2048, 2048))
+mesh = sharding.make_mesh(devices=jax.devices()[:1])
+x = np.ones((2048, 2048), np.float32)
 faults = []
 for _ in range(9):  # now and then one needs a little more than before
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-  program(x).block_until_ready()
+  program(sharding.to_global(mesh, x)).block_until_ready()
   faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 print(sorted(faults)[4])
 """
+
+
+def test_program_is_compiled_for_shapes_and_forgets_what_it_was_traced_to():
+  def double(x):
+    return {"doubled": 2 * x}
+
+  traced = weakref.ref(double)
+  program = Program(jax.jit(double))
+  del double
+  x = jnp.arange(3.0)
+  results = program.compile(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
+  assert traced() is None
+  assert results == {"doubled": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=x.sharding)}
+  assert program(x)["doubled"].tolist() == [0.0, 2.0, 4.0]
+  with pytest.raises(TypeError, match="compiled"):
+    program(jnp.arange(4.0))
 
 
 @pytest.mark.slow

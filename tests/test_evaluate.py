@@ -12,6 +12,8 @@ from prefpaint_jax.data.prompts import open_prompts, stack
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.reward import RewardModel
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

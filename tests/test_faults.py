@@ -92,7 +92,7 @@ def attempt(fields: dict, workdir: Path, compiled: Path) -> None:
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
   config = runpy.run_path(str(ROOT / "configs" / "rl.py"))["get_config"]()
   config.update_from_flattened_dict(fields)
-  train.make_programs = stand_ins
+  train.make_programs, train.compile_iteration = stand_ins, lambda *_: None
   train.train(config.lock(), workdir)
 
 
@@ -355,6 +355,7 @@ def test_parts_of_an_iteration_that_run_at_once_are_timed_apart(tmp_path, monkey
     )
 
   monkeypatch.setattr(train, "make_programs", slow_stand_ins)
+  monkeypatch.setattr(train, "compile_iteration", lambda *_: None)
   config = runpy.run_path(str(ROOT / "configs" / "rl.py"))["get_config"]()
   world = testing.write_tiny_world(tmp_path / "world")
   never = {"checkpoint_every": 0, "sample_every": 0, "updates_per_iteration": 1}

@@ -16,6 +16,8 @@ from prefpaint_jax.optimizer import make_optimizer
 from prefpaint_jax.programs import make_programs
 from prefpaint_jax.settings import settings_from
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 get_config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rl.py"))["get_config"]
 STAGES = ("rollout", "score", "update")
 

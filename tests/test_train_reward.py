@@ -16,6 +16,8 @@ from prefpaint_jax.data.preferences import open_preferences, read_metadata
 from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.reward import RewardModel, network_shapes
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_preference_loss_is_the_mean_over_ordered_pairs():
   rewards, scores = jnp.array([[1.0, 3.0, 2.0]]), jnp.array([[0.0, 1.0, 1.0]])
