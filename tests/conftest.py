@@ -26,10 +26,8 @@ def quick_compilation():
   import jax
 
   jax.config.update("jax_disable_most_optimizations", True)
-  jax.clear_caches()
   yield
   jax.config.update("jax_disable_most_optimizations", False)
-  jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
@@ -68,4 +66,3 @@ def compiled_once(compiled):
     yield
   for name, value in before.items():
     jax.config.update(name, value)
-  jax.clear_caches()

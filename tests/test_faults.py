@@ -24,15 +24,15 @@ from prefpaint_jax.programs import Programs, make_programs
 ROOT = Path(__file__).parents[1]
 # Everything that a state can hold, and a save each iteration.
 FIELDS = {
-  "num_iterations": 6,
+  "num_iterations": 4,
   "batch_size": 2,
   "num_samples": 2,
-  "behaviour_refresh": 3,
+  "behaviour_refresh": 2,
   "ema_decay": 0.5,
   "checkpoint_every": 1,
   "keep_checkpoints": 2,
   "keep_best": "reward/mean",
-  "sample_every": 3,
+  "sample_every": 2,
 }
 
 # ------------------------------------------------------------------------------ killed and resumed
