@@ -30,8 +30,6 @@ from prefpaint_jax import alignment, diffusion, testing
 from prefpaint_jax.settings import TRUST_NORMS, Settings, Trust
 from prefpaint_jax.weights import names
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @functools.cache
 def loss_and_gradient(settings: Settings, remat: bool = False):

@@ -30,8 +30,6 @@ from prefpaint_jax.diffusion import Trajectory
 from prefpaint_jax.inpainter import Prompts
 from prefpaint_jax.settings import Trust
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # -------------------------------------------------------------------------------- NaN rewards
 
 
