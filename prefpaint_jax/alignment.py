@@ -361,9 +361,14 @@ def update(
 
     if passes.shape[0] == 1:
       return one_pass(passes[0])
-    add = lambda carry, some: (jax.tree.map(jnp.add, carry, one_pass(some)), None)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one_pass, passes[0]))
-    return jax.lax.scan(add, zeros, passes)[0]
+
+    def add(total: Params, some: jax.Array):
+      gradients, metrics = one_pass(some)
+      return jax.tree.map(jnp.add, total, gradients), metrics
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    gradients, metrics = jax.lax.scan(add, zeros, passes)
+    return gradients, jax.tree.map(jnp.sum, metrics)
 
   if mesh is not None and mesh.size > 1:
     add_up = _on_shares(add_up, mesh, state.params)
