@@ -1,5 +1,6 @@
 """Eight CPU devices in one process for every test. Set before anything imports JAX."""
 
+import gc
 import os
 import signal
 
@@ -10,6 +11,15 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # the user's is not touched
 os.environ["XLA_FLAGS"] = " ".join(
   [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 ).strip()
+
+gc.set_threshold(50_000, 20, 20)  # tracing makes many objects, few of them garbage
+
+LONGEST = ("test_train", "test_processes", "test_faults")
+
+
+def pytest_collection_modifyitems(items):
+  """The longest files first, so that two workers end at about the same time."""
+  items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What is kept of programs, and how they run on a CPU."""
 
+import json
 import os
 import platform
 import subprocess
@@ -22,11 +23,11 @@ program = jax.jit(lambda x: jnp.sort(x, axis=0)[::-1] @ x)  # what is sorted is 
 mesh = sharding.make_mesh(devices=jax.devices()[:1])
 x = np.ones((2048, 2048), np.float32)
 faults = []
-for _ in range(9):  # now and then one needs a little more than before
+for _ in range(12):
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   program(sharding.to_global(mesh, x)).block_until_ready()
   faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(sorted(faults)[4])
+print(sorted(faults))
 """
 
 
@@ -51,7 +52,7 @@ def test_program_is_compiled_for_shapes_and_forgets_what_it_was_traced_to():
 def test_memory_of_programs_is_kept_where_they_run_on_a_cpu(tmp_path):
   (tmp_path / "jax_plugins").mkdir()
 
-  def page_faults(**environment: str) -> int:
+  def page_faults(**environment: str) -> list[int]:
     ended = subprocess.run(
       [sys.executable, "-c", PROGRAM],
       env=os.environ | environment,
@@ -59,8 +60,9 @@ def test_memory_of_programs_is_kept_where_they_run_on_a_cpu(tmp_path):
       text=True,
       check=True,
     )
-    return int(ended.stdout)
+    return json.loads(ended.stdout)
 
   pages = 16 * 2**20 // 4096
-  assert page_faults(JAX_PLATFORMS="cpu") < 0.1 * pages
-  assert page_faults(JAX_PLATFORMS="", PYTHONPATH=str(tmp_path)) > 0.9 * pages
+  # Now and then one needs a little more than before, and on a busy machine more often.
+  assert page_faults(JAX_PLATFORMS="cpu")[3] < 0.1 * pages
+  assert page_faults(JAX_PLATFORMS="", PYTHONPATH=str(tmp_path))[5] > 0.9 * pages
