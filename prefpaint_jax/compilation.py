@@ -26,8 +26,13 @@ _OPTIONS = {
   },
 }
 
-# Of mallopt(3): how many pieces are asked of the system, and what is free before it is given back.
-_MMAP_MAX, _TRIM_THRESHOLD = -4, -1
+# Of mallopt(3): how many pieces are asked of the system and from which size on, and what is free
+# before it is given back.
+_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1
+_PIECES = 2**16  # as many as glibc allows by itself
+_LARGE = 2**17  # bytes; its own threshold, which otherwise grows with what is freed
+
+_library: ctypes.CDLL | None = None  # of C, where memory is kept
 
 
 @functools.cache
@@ -108,10 +113,28 @@ def keep_memory() -> None:
   that calls them. To be called before JAX is asked for its devices. It is for glibc, and where
   JAX_PLATFORMS is not cpu and JAX may find an accelerator nothing is done.
   """
+  global _library
   accelerated = has_tpu() or importlib.util.find_spec("jax_plugins")
   runs_here = jax.config.jax_platforms == "cpu" or not accelerated
   if runs_here and platform.libc_ver()[0] == "glibc":
-    library = ctypes.CDLL(None)
-    library.mallopt(_MMAP_MAX, 0)
-    library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    _library = ctypes.CDLL(None)
+    _library.mallopt(_MMAP_THRESHOLD, _LARGE)
+    _library.mallopt(_MMAP_MAX, 0)
+    _library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+  """Where memory is kept, large arrays made within are given back to the system when freed.
+
+  For what is loaded and copied before programs run: it would leave holes in what they work in, and
+  of two programs each may find its own.
+  """
+  if _library is not None:
+    _library.mallopt(_MMAP_MAX, _PIECES)
+  try:
+    yield
+  finally:
+    if _library is not None:
+      _library.mallopt(_MMAP_MAX, 0)

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from prefpaint_jax import diffusion, mini, sharding
-from prefpaint_jax.compilation import fast_jit
+from prefpaint_jax.compilation import apart, fast_jit
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.diffusion import Schedule, Steps
 from prefpaint_jax.models.clip import CLIPTextModel
@@ -239,6 +239,7 @@ class Inpainter:
     self._batch_sharding: NamedSharding | None = None
 
   @classmethod
+  @apart()
   def from_pretrained(
     cls,
     name: str | Path,

@@ -15,6 +15,7 @@ import numpy as np
 
 from prefpaint_jax import mini
 from prefpaint_jax.bound import FILE_NAME, Bound, check_bound, load_bound, save_bound
+from prefpaint_jax.compilation import apart
 from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.models.reward import CLIP_MEAN, CLIP_STD, RewardNetwork
 from prefpaint_jax.weights import folder as weights
@@ -60,6 +61,7 @@ class RewardModel:
     self.network, self.params, self.bound = network, params, bound
 
   @classmethod
+  @apart()
   def from_pretrained(
     cls, name: str | Path, bound: str | Path | None = None, dtype: str = "float32"
   ) -> "RewardModel":

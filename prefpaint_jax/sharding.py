@@ -15,6 +15,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from prefpaint_jax.compilation import apart
+
 # Split the largest dimension that divides over "fsdp" (of equals the last, a kernel's output
 # features); replicate the array when there is none or when it is small.
 LARGEST: Literal["largest"] = "largest"
@@ -96,6 +98,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+@apart()
 def place(layout: Any, tree: Any) -> Any:
   """Global arrays of host arrays that every process holds whole; each copies what is its own.
 

@@ -141,6 +141,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
   frozen = place(frozen, split if config.mesh.split_frozen else whole)
   if settings.kl_weight and not settings.lora:
     frozen = frozen._replace(base=begin)
+  del policy, judge, base  # arrays of the host
 
   ### Programs: one per stage, each compiled once.
   programs = make_programs(modules, network, settings, steps, optimizer, mesh, begin)

@@ -30,6 +30,21 @@ for _ in range(12):
 print(sorted(faults))
 """
 
+LOADED = """
+import numpy as np
+from prefpaint_jax import compilation
+
+def pages() -> int:
+  return int(open("/proc/self/statm").read().split()[1])
+
+compilation.keep_memory()
+for make in compilation.apart()(np.ones), np.ones:
+  before = pages()
+  array, above = make(2**22), np.ones(2**22)
+  del array
+  print(pages() - before)
+"""
+
 
 def test_program_is_compiled_for_shapes_and_forgets_what_it_was_traced_to():
   def double(x):
@@ -47,22 +62,36 @@ def test_program_is_compiled_for_shapes_and_forgets_what_it_was_traced_to():
     program(jnp.arange(4.0))
 
 
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept with glibc")
+
+
+def printed_by(program: str, **environment: str) -> str:
+  ended = subprocess.run(
+    [sys.executable, "-c", program],
+    env=os.environ | environment,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return ended.stdout
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keep_memory is for glibc")
+@glibc
 def test_memory_of_programs_is_kept_where_they_run_on_a_cpu(tmp_path):
-  (tmp_path / "jax_plugins").mkdir()
-
   def page_faults(**environment: str) -> list[int]:
-    ended = subprocess.run(
-      [sys.executable, "-c", PROGRAM],
-      env=os.environ | environment,
-      capture_output=True,
-      text=True,
-      check=True,
-    )
-    return json.loads(ended.stdout)
+    return json.loads(printed_by(PROGRAM, **environment))
 
+  (tmp_path / "jax_plugins").mkdir()
   pages = 16 * 2**20 // 4096
   # Now and then one needs a little more than before, and on a busy machine more often.
   assert page_faults(JAX_PLATFORMS="cpu")[3] < 0.1 * pages
   assert page_faults(JAX_PLATFORMS="", PYTHONPATH=str(tmp_path))[5] > 0.9 * pages
+
+
+@glibc
+def test_what_is_loaded_leaves_no_hole_in_memory_that_is_kept():
+  pages = 32 * 2**20 // 4096
+  given_back, kept = map(int, printed_by(LOADED).split())
+  assert given_back == pytest.approx(pages, rel=0.1)
+  assert kept == pytest.approx(2 * pages, rel=0.1)
