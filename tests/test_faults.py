@@ -89,6 +89,8 @@ def work_cheaply() -> None:
 
 
 def run_command() -> None:
+  """`python -m prefpaint_jax.train` with the stand-ins."""
+  work_cheaply()
   app.run_with_config(train.train)
 
 
@@ -290,7 +292,7 @@ def test_run_on_a_full_disk_ends_in_one_line_and_goes_on_from_its_last_checkpoin
     import os, subprocess, sys
     from prefpaint_jax.checkpoint import Checkpoints
 
-    command = "import test_faults; test_faults.work_cheaply(); test_faults.run_command()"
+    command = "import test_faults; test_faults.run_command()"
     arguments = [sys.executable, "-c", command, *sys.argv[1:]]
     for changes in [], ["--config.keep_checkpoints=1"]:
       ended = subprocess.run([*arguments, *changes], stderr=subprocess.PIPE, text=True)
