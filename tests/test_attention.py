@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from prefpaint_jax.compilation import fast_jit
 from prefpaint_jax.models import attention as module
 from prefpaint_jax.models.attention import attention
 
@@ -49,6 +50,11 @@ def test_keys_of_one_text_serve_all_pictures(block, monkeypatch):
   for function in (attention, module._on_tpu):
     ours = value_and_gradients(function, xs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), ours, expected)
+
+
+def test_a_cpu_makes_one_kernel_of_it():
+  text = fast_jit()(attention).lower(*arrays((2, 256, 256, 8, 24))).compile().as_text()
+  assert text.count("kind=kCustom") == 1
 
 
 def test_attention_equals_torch(monkeypatch):

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 # Scores of a block: 4 MB of float32. A CPU's gradients take up to 1.5 times as long with four times
 # as many, and no less time with fewer.
 BLOCK = 2**20
-LANES = 32
 FLASH = 512  # queries and keys of a block of Pallas's kernel
 
 
@@ -156,15 +155,6 @@ def _scores(query: jax.Array, turned_key: jax.Array) -> jax.Array:
   return _einsum("gnd,gdm->gnm", query * query.shape[-1] ** -0.5, turned_key)
 
 
-def _highest(scores: jax.Array) -> jax.Array:
-  """[g, n, M] -> [g, n, 1]."""
-  M = scores.shape[-1]
-  if M % LANES == 0:  # those of each lane first: a CPU's compiler goes along a row one by one
-    lanes = scores.reshape(*scores.shape[:2], M // LANES, LANES).max(2)
-    scores = jax.lax.optimization_barrier(lanes)
-  return scores.max(-1, keepdims=True)
-
-
 def _split(x: jax.Array, n: int) -> jax.Array:
   """[g, L, D] -> [L / n, g, n, D]."""
   return x.reshape(x.shape[0], -1, n, x.shape[-1]).swapaxes(0, 1)
@@ -177,15 +167,13 @@ def _join(x: jax.Array) -> jax.Array:
 def _group_forward(n: int, query: jax.Array, key: jax.Array, value: jax.Array):
   """[g, L, D] over [g, M, D], n queries of every head at a time; and the logarithms of the sums."""
   turned_key = _turn(key)
-  # A column of ones sums the weights in the product that has to be made anyway.
-  extended = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
 
   def block(q: jax.Array):
     scores = _scores(q, turned_key)
-    highest = _highest(scores)
-    weights = jnp.exp(scores - highest).astype(value.dtype)
-    sums = _einsum("gnm,gmd->gnd", weights, extended)
-    y, total = sums[..., :-1], sums[..., -1:]
+    highest = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - highest)
+    total = weights.sum(-1, keepdims=True)
+    y = _einsum("gnm,gmd->gnd", weights.astype(value.dtype), value)
     return (y / total).astype(query.dtype), highest + jnp.log(total)
 
   return tuple(map(_join, _map(block, _split(query, n))))

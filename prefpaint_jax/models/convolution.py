@@ -228,8 +228,9 @@ def _folded(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """
 
   def fold(kernel: jax.Array, axis: int, copy: int) -> jax.Array:
-    parts = jnp.split(kernel, [1 + copy], axis)
-    return jnp.concatenate([part.sum(axis, keepdims=True) for part in parts], axis)
+    first, middle, last = jnp.split(kernel, 3, axis)
+    parts = [first + middle, last] if copy else [first, middle + last]
+    return jnp.concatenate(parts, axis)
 
   def copies(i: int, j: int) -> jax.Array:
     pads = ((1 - i, i), (1 - j, j))
