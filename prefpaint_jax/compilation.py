@@ -16,13 +16,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jax.stages import Compiled, Traced
 
 _OPTIONS = {
-  # Of YNNPACK products, and sums with what is around them, as attention is: XLA's own convolutions
-  # take half to all of the time of its.
+  # YNNPACK for products, and for sums and maxima with what is around them: all of attention is one
+  # kernel. Not for convolutions: XLA's own take half to all of the time of its.
   "cpu": {
     "xla_cpu_experimental_ynn_fusion_type": (
       "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
     ),
-    "xla_cpu_prefer_vector_width": 512,  # no less than AVX-512 has
+    "xla_cpu_prefer_vector_width": 512,  # by itself half of what AVX-512 has
   },
   # For fewer than 8 pictures XLA cuts each into pieces that overlap, puts them together for the
   # norm and cuts again: by its own estimates a residual block takes up to three times as long.
