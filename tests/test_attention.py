@@ -47,7 +47,7 @@ def test_keys_of_one_text_serve_all_pictures(block, monkeypatch):
 
   xs = query, key[:1], value[:1]
   expected = value_and_gradients(plain, xs)
-  for function in (attention, module._on_tpu):
+  for function in (attention, module._on_tpu, module._on_gpu):
     ours = value_and_gradients(function, xs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), ours, expected)
 
@@ -123,12 +123,13 @@ def test_kernel_is_for_many_tokens_on_tpus(L, M, dtype, expected):
     assert not has_kernel(function, "cpu")
 
 
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("M, loops", [(77, False), (512, False), (1000, True)])
-def test_few_keys_are_not_taken_in_blocks_on_tpus(M, loops):
+def test_few_keys_are_not_taken_in_blocks_on_accelerators(M, loops, platform):
   xs = [jax.ShapeDtypeStruct((4, n, 8, 40), jnp.float32) for n in (4096, M, M)]
   gradient = jax.grad(lambda *xs: attention(*xs).sum(), argnums=(0, 1, 2))
   for function in (attention, gradient):
-    lowered = jax.jit(function).trace(*xs).lower(lowering_platforms=("tpu",))
+    lowered = jax.jit(function).trace(*xs).lower(lowering_platforms=(platform,))
     assert ("stablehlo.while" in lowered.as_text()) == loops
 
 
@@ -136,3 +137,16 @@ def test_gradients_beside_the_kernel_are_those_of_blocks():
   xs = arrays((1, 512, 512, 1, 8), jnp.bfloat16)
   through, blocks = (value_and_gradients(f, xs) for f in (attention, module._in_blocks))
   jax.tree.map(np.testing.assert_array_equal, through, blocks)
+
+
+@pytest.mark.parametrize("keys", [77, 78])
+def test_cudnn_is_asked_for_no_more_than_it_takes_gradients_of(keys, monkeypatch):
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)  # as if it were here
+  query, key = (
+    jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 64, 8, 40), (1, keys, 8, 40))
+  )
+  loss = lambda *xs: module._by_cudnn(*xs).astype(jnp.float32).sum()
+  found = jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2)), query, key, key)
+  assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in (query, key, key)]

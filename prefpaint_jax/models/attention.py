@@ -4,7 +4,7 @@ Queries are taken in blocks and, backwards, their weights are computed again fro
 each row's sum (Dao et al. 2022, arXiv 2205.14135): memory is linear in the number of tokens, and a
 block's scores stay in a cache. On NVIDIA GPUs cuDNN's kernel does the same where it can, on TPUs
 Pallas's for many tokens: not every TPU's compiler keeps scores out of the memory. Over few keys,
-as those of a text, a TPU is given the plain formula.
+as those of a text, both are else given the plain formula.
 Shapes: B batch, L queries, M keys, H heads, D features of a head, G = B H, n queries of a block.
 """
 
@@ -26,10 +26,34 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   Sums are in float32.
   """
   D, half = query.shape[-1], query.dtype in (jnp.bfloat16, jnp.float16)
-  if jax.default_backend() == "gpu" and half and D % 8 == 0 and D <= 128:
-    cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-    return cudnn(_fold(query, key), key, value).reshape(query.shape)
+  if half and D % 8 == 0 and D <= 128 and _has_cudnn():
+    return jax.lax.platform_dependent(query, key, value, cuda=_by_cudnn, default=_by_platform)
   return _by_platform(query, key, value)
+
+
+_cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+
+
+@functools.cache
+def _has_cudnn() -> bool:
+  """Whether programs may be for GPUs, here or, in a plan, elsewhere, that have the kernel."""
+  x = jax.ShapeDtypeStruct((1, 8, 1, 8), jnp.bfloat16)
+  try:
+    jax.eval_shape(_cudnn, x, x, x)
+  except RuntimeError:  # JAX's plugin for CUDA is not installed
+    return False
+  gpus = [device for device in jax.local_devices() if device.platform == "gpu"]
+  return all(float(device.compute_capability) >= 8 for device in gpus)
+
+
+def _by_cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  key, value = _for_each(query, key, value)
+  M = key.shape[1]
+  if M % 2 == 0:
+    return _cudnn(query, key, value)
+  # JAX refuses gradients for an odd number of keys, as a text's 77: one more that is not looked at.
+  key, value = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (key, value))
+  return _cudnn(query, key, value, key_value_seq_lengths=jnp.full(len(query), M, jnp.int32))
 
 
 def _fold(x: jax.Array, key: jax.Array) -> jax.Array:
@@ -39,19 +63,25 @@ def _fold(x: jax.Array, key: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _by_platform(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  return jax.lax.platform_dependent(query, key, value, tpu=_on_tpu, default=_in_blocks)
+  return jax.lax.platform_dependent(
+    query, key, value, tpu=_on_tpu, cuda=_on_gpu, default=_in_blocks
+  )
 
 
 def _by_platform_forward(*arrays: jax.Array):
   _, log_total = jax.eval_shape(_forward, *arrays)
-  unused = lambda *xs: (_on_tpu(*xs), jnp.zeros_like(log_total))
-  y, log_total = jax.lax.platform_dependent(*arrays, tpu=unused, default=_forward)
+  unused = lambda function: lambda *xs: (function(*xs), jnp.zeros_like(log_total))
+  y, log_total = jax.lax.platform_dependent(
+    *arrays, tpu=unused(_on_tpu), cuda=unused(_on_gpu), default=_forward
+  )
   return y, (*arrays, y, log_total)
 
 
 def _by_platform_backward(residuals: tuple[jax.Array, ...], dy: jax.Array):
-  on_tpu = lambda q, k, v, y, log_total, dy: jax.vjp(_on_tpu, q, k, v)[1](dy)
-  return jax.lax.platform_dependent(*residuals, dy, tpu=on_tpu, default=_backward)
+  of = lambda function: lambda q, k, v, y, log_total, dy: jax.vjp(function, q, k, v)[1](dy)
+  return jax.lax.platform_dependent(
+    *residuals, dy, tpu=of(_on_tpu), cuda=of(_on_gpu), default=_backward
+  )
 
 
 _by_platform.defvjp(_by_platform_forward, _by_platform_backward)
@@ -60,12 +90,21 @@ _by_platform.defvjp(_by_platform_forward, _by_platform_backward)
 def _on_tpu(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   half = query.dtype in (jnp.bfloat16, jnp.float16)
   L, M = query.shape[1], key.shape[1]
-  key, value = (jnp.broadcast_to(x, (len(query), *x.shape[1:])) for x in (key, value))
   if half and L % FLASH == M % FLASH == 0:
-    return _flash(query, key, value)
-  if M <= FLASH:  # few scores: blocks would cost more, in layouts turned around
-    return jax.nn.dot_product_attention(query, key, value)
+    return _flash(query, *_for_each(query, key, value))
+  return _on_gpu(query, key, value)
+
+
+def _on_gpu(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  """What neither cuDNN nor Pallas has a kernel for."""
+  if key.shape[1] <= FLASH:  # few scores: blocks would cost more, in layouts turned around
+    return jax.nn.dot_product_attention(query, *_for_each(query, key, value))
   return _in_blocks(query, key, value)
+
+
+def _for_each(query: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
+  """Keys and values for every picture, where one serves all."""
+  return [jnp.broadcast_to(x, (len(query), *x.shape[1:])) for x in arrays]
 
 
 def _flash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
