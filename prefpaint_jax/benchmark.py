@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from prefpaint_jax import alignment, app, cost, plan, sharding, testing
+from prefpaint_jax.chips import find_chip
 from prefpaint_jax.compilation import fast_jit
 from prefpaint_jax.inpainter import make_modules
 from prefpaint_jax.settings import settings_from
@@ -214,7 +215,7 @@ if __name__ == "__main__":
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     say = print if jax.process_index() == 0 else lambda *lines, **how: None
     report = benchmark(config, mesh, _REPEATS.value, lambda line: say(line, flush=True))
-    chip = plan.find_chip(report["device"])
+    chip = find_chip(report["device"])
     peak = 1e12 * _PEAK.value if _PEAK.value else chip and chip.flops
     say("", describe(report, peak), sep="\n")
     if _OUTPUT.value and jax.process_index() == 0:

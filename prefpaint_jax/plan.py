@@ -2,7 +2,7 @@
 
   python -m prefpaint_jax.plan --config=configs/rl.py --topology=v5e:4x4 --config.mesh.fsdp=4
 
-Compiles the stages of `programs` for a TPU topology (libtpu does that without a TPU), or without
+Compiles the stages of `programs` for TPUs or GPUs (h100:8) that need not be there, or without
 --topology for the devices at hand, from shapes alone: no weights are read or made.
 
 What it says of memory is the compiler's own allotment. Operations are those of products and
@@ -14,7 +14,6 @@ program. Time is an estimate: as if every chip ran at its peaks.
 import itertools
 import json
 import math
-import os
 import re
 import tempfile
 import time
@@ -25,13 +24,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import flags
-from jax.experimental import topologies
 from jax.sharding import Mesh, Sharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict, config_flags
 
 from prefpaint_jax import app, cost, diffusion, lora, mini, sharding, testing
 from prefpaint_jax.alignment import Frozen, TrainState
+from prefpaint_jax.chips import GIB, Chip, find_chip, topology_devices
 from prefpaint_jax.inpainter import NETWORKS, Modules, make_modules
 from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.models.reward import RewardNetwork
@@ -40,64 +39,6 @@ from prefpaint_jax.programs import Programs, make_programs
 from prefpaint_jax.reward import network_shapes
 from prefpaint_jax.settings import Settings, settings_from
 from prefpaint_jax.weights import folder as weights
-
-GIB = 2**30
-
-### Chips.
-
-
-class Chip(NamedTuple):
-  """What a chip does at best."""
-
-  flops: float  # per second, dense bfloat16
-  memory: float  # bytes that a program may use
-  bandwidth: float  # bytes per second from and to it
-  links: float  # bytes per second sent to other chips
-
-
-# By the beginning of a device's kind; the longest that fits counts. The makers' data sheets, but
-# for the memory of TPUs: what their compiler says is available.
-CHIPS = {
-  "TPU v4": Chip(275e12, 31.25 * GIB, 1228e9, 300e9),
-  "TPU v5 lite": Chip(197e12, 15.75 * GIB, 819e9, 200e9),
-  "TPU v5": Chip(459e12, 95.73 * GIB, 2765e9, 600e9),
-  "TPU v6 lite": Chip(918e12, 31.24 * GIB, 1638e9, 400e9),
-  "NVIDIA A100": Chip(312e12, 80e9, 2039e9, 300e9),
-  "NVIDIA A100-SXM4-40GB": Chip(312e12, 40e9, 1555e9, 300e9),
-  "NVIDIA H100": Chip(989e12, 80e9, 3350e9, 450e9),
-  "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 450e9),
-}
-
-
-def find_chip(kind: str) -> Chip | None:
-  """The chip of a `device_kind`, if it is one of `CHIPS`."""
-  fitting = [name for name in CHIPS if kind.startswith(name)]
-  return CHIPS[max(fitting, key=len)] if fitting else None
-
-
-def topology_devices(name: str) -> list[jax.Device]:
-  """Devices of a TPU topology such as "v5e:4x4", to compile for and not to run on."""
-  answers = {  # to what libtpu would ask the machine about itself
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is taken, so several processes may plan
-  }
-  for variable, value in answers.items():
-    os.environ.setdefault(variable, value)
-  # On v4 and v5p the two cores of a chip are one device, as they are where there is a chip.
-  options = {"chip_config_name": "megacore"} if name.startswith(("v4", "v5p")) else {}
-  try:
-    return list(topologies.get_topology_desc(name, "tpu", **options).devices)
-  except RuntimeError as error:
-    if "not installed" in str(error):
-      reason = "libtpu, the compiler for TPUs, is missing; pip install 'prefpaint_jax[plan]'"
-    else:
-      found = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
-      found = found.split(" and does not match")[0]
-      reason = f"{found}; give one such as v5e:4x4, v5p:2x2x2, v6e:8x8"
-    raise ValueError(f"--topology={name}: {reason}") from error
-
 
 ### The programs of a config, from shapes.
 
@@ -204,15 +145,20 @@ class DoesNotFitError(Exception):
   """A compiler found no room for a program; says how much it needs of how much."""
 
 
-def compile_and_print(lowered: Any, platform: str) -> tuple[Any, str]:
-  """A compiled program and its text.
+def compile_and_print(lowered: Any, device: jax.Device) -> tuple[Any, str]:
+  """A program compiled for a kind of device, and its text.
 
   `as_text` cannot print a v6e's loops where they overlap ("Async done requires its operand to be an
-  asynchronous op"), but the compiler for TPUs can.
+  asynchronous op"), but the compiler for TPUs can. Where a GPU is not there to time them on, tiles
+  of XLA's own products are a guess that not every product can follow: all are cuBLAS's then.
   """
   with tempfile.TemporaryDirectory() as folder:
-    dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-    compiled = lowered.compile(dump if platform == "tpu" else None)
+    options = None
+    if device.platform == "tpu":
+      options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    elif device.platform == "gpu" and device not in jax.devices():
+      options = {"xla_gpu_enable_triton_gemm": False}
+    compiled = lowered.compile(options)
     try:
       return compiled, compiled.as_text()
     except jax.errors.JaxRuntimeError:
@@ -230,7 +176,7 @@ def _measure(program: Any, arguments: tuple, live: Any, mesh: Mesh) -> tuple[dic
   began = time.perf_counter()
   traced = program.trace(*arguments)
   try:
-    compiled, text = compile_and_print(traced.lower(), mesh.devices.flat[0].platform)
+    compiled, text = compile_and_print(traced.lower(), mesh.devices.flat[0])
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -425,7 +371,7 @@ def _summary(report: Mapping[str, Any]) -> str:
 
 if __name__ == "__main__":
   _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file[:preset].")
-  _TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs, as v5e:4x4; default: these devices.")
+  _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, h100:8, ...; default: these devices.")
   _SEARCH = flags.DEFINE_bool("search", False, "Try batch sizes, mesh.fsdp and remat.")
   _OUTPUT = flags.DEFINE_string(
     "output", None, "json to write, after every stage: the report, or the list of them."

@@ -13,7 +13,9 @@ import pytest
 from jax.sharding import Mesh
 
 from prefpaint_jax import cost, plan, testing
+from prefpaint_jax.chips import CHIPS, Chip, find_chip, topology_devices
 from prefpaint_jax.compilation import fast_jit
+from prefpaint_jax.models.attention import _has_cudnn
 
 get_config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rl.py"))["get_config"]
 
@@ -71,7 +73,7 @@ def test_update_holds_parameters_and_moments_and_exchanges_each_gradient_once(re
 
 
 def test_estimate_is_the_longer_of_work_and_memory_and_then_the_links(report):
-  chip = plan.Chip(flops=1e9, memory=1e12, bandwidth=1e15, links=1e9)
+  chip = Chip(flops=1e9, memory=1e12, bandwidth=1e15, links=1e9)
   judged = report | plan.judge(report, chip)
   assert "does_not_fit" not in judged and "fits" in plan.describe(judged)
   seconds = 0.0
@@ -88,7 +90,7 @@ def test_estimate_is_the_longer_of_work_and_memory_and_then_the_links(report):
 def test_a_chip_without_room_for_the_largest_stage_does_not_fit(report):
   sizes = {name: stage["memory"]["total"] for name, stage in report["stages"].items()}
   largest = max(sizes, key=sizes.get)
-  chip = plan.Chip(1e12, sizes[largest] - 1, 1e12, 1e12)
+  chip = Chip(1e12, sizes[largest] - 1, 1e12, 1e12)
   table = plan.describe(report | plan.judge(report, chip))
   assert f"DOES NOT FIT: {largest}" in table
 
@@ -133,10 +135,11 @@ def test_mini_is_read_from_its_folder():
 
 
 def test_chips_are_found_by_the_longest_name():
-  assert plan.find_chip("TPU v5 lite") is plan.CHIPS["TPU v5 lite"]
-  assert plan.find_chip("TPU v5p") is plan.CHIPS["TPU v5"]
-  assert plan.find_chip("NVIDIA H100 80GB HBM3") is plan.CHIPS["NVIDIA H100"]
-  assert plan.find_chip("cpu") is None
+  assert find_chip("TPU v5 lite") is CHIPS["TPU v5 lite"]
+  assert find_chip("TPU v5p") is CHIPS["TPU v5"]
+  assert find_chip("NVIDIA H100 80GB HBM3") is CHIPS["NVIDIA H100"]
+  assert find_chip("NVIDIA A100-SXM4-40GB").memory < find_chip("NVIDIA A100-SXM4-80GB").memory
+  assert find_chip("cpu") is None
 
 
 def test_errors_say_what_to_do_in_one_line(tmp_path):
@@ -157,20 +160,26 @@ def test_errors_say_what_to_do_in_one_line(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
 def test_without_libtpu_a_topology_says_what_to_install():
   with pytest.raises(ValueError, match=r"--topology=v5e:2x2: libtpu.*'prefpaint_jax\[plan\]'"):
-    plan.topology_devices("v5e:2x2")
+    topology_devices("v5e:2x2")
+
+
+@pytest.mark.skipif(_has_cudnn(), reason="JAX's plugin for CUDA is here")
+def test_without_the_plugin_gpus_say_what_to_install():
+  with pytest.raises(ValueError, match=r"--topology=h100:8: .*'prefpaint_jax\[cuda\]'"):
+    topology_devices("h100:8")
 
 
 @needs_libtpu
 @pytest.mark.parametrize("name", ["banana", "v5e:3x5"])
 def test_unknown_topologies_are_refused_in_one_line(name):
   with pytest.raises(ValueError, match=f"--topology={name}: .*give one such as v5e:4x4") as error:
-    plan.topology_devices(name)
+    topology_devices(name)
   assert "\n" not in str(error.value)
 
 
 @needs_libtpu
 def test_tpu_compiler_says_how_much_is_missing():
-  device = plan.topology_devices("v5e:1x1")[0]
+  device = topology_devices("v5e:1x1")[0]
   place = jax.sharding.SingleDeviceSharding(device)
   x = jax.ShapeDtypeStruct((8 * 2**30,), jnp.float32, sharding=place)
   with pytest.raises(plan.DoesNotFitError, match=r"[\d.]+G of 15.75G"):
@@ -179,10 +188,11 @@ def test_tpu_compiler_says_how_much_is_missing():
 
 @needs_libtpu
 def test_overlapping_loops_of_a_v6e_are_printed():
-  place = jax.sharding.SingleDeviceSharding(plan.topology_devices("v6e:1x1")[0])
+  device = topology_devices("v6e:1x1")[0]
+  place = jax.sharding.SingleDeviceSharding(device)
   x = jax.ShapeDtypeStruct((4, 1024, 8, 80), jnp.bfloat16, sharding=place)
   lowered = jax.jit(jax.nn.dot_product_attention).lower(x, x, x)
-  compiled, text = plan.compile_and_print(lowered, "tpu")
+  compiled, text = plan.compile_and_print(lowered, device)
   with pytest.raises(jax.errors.JaxRuntimeError, match="Async done"):
     compiled.as_text()
   assert cost.memory_traffic(text) > 4 * 2 * x.size  # query, key, value and result, at least
@@ -191,7 +201,7 @@ def test_overlapping_loops_of_a_v6e_are_printed():
 @needs_libtpu
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
 def test_few_pictures_are_not_cut_into_pieces(topology):
-  device = plan.topology_devices(topology)[0]
+  device = topology_devices(topology)[0]
   place = jax.sharding.SingleDeviceSharding(device)
   x, kernel = (
     jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
@@ -202,7 +212,7 @@ def test_few_pictures_are_not_cut_into_pieces(topology):
   twice = lambda x, kernel: conv(jax.nn.silu(conv(x, kernel)), kernel)
 
   def batches(jit) -> set[str]:
-    _, text = plan.compile_and_print(jit(twice).lower(x, kernel), device.platform)
+    _, text = plan.compile_and_print(jit(twice).lower(x, kernel), device)
     return set(re.findall(r"\[(\d+),[\d,]+,320\]", text))
 
   pieces = {"16", "32", "64"}
@@ -215,7 +225,7 @@ def test_few_pictures_are_not_cut_into_pieces(topology):
 @pytest.mark.parametrize("topology, fsdp", [("v5e:1x1", 1), ("v5e:2x2", 2)])
 def test_tpu_plan_of_a_tiny_run(topology, fsdp, tmp_path):
   config = tiny_config(tmp_path, **{"mesh.fsdp": fsdp})
-  report = plan.plan(config, plan.topology_devices(topology))
+  report = plan.plan(config, topology_devices(topology))
   assert "does_not_fit" not in report and report["images_per_s"] > 0
   update, parameters = report["stages"]["update"], report["parameters"]["unet"]
   sent = sum(sent for _, sent in update["collectives"].values())

@@ -14,6 +14,7 @@ from absl import app, flags
 from jax.sharding import SingleDeviceSharding
 
 from prefpaint_jax import cost, plan
+from prefpaint_jax.chips import topology_devices
 from prefpaint_jax.models import attention
 
 SHAPES = ((4, 4096, 8, 40), (4, 1024, 8, 80))
@@ -26,10 +27,10 @@ WAYS = {
 _TOPOLOGY = flags.DEFINE_multi_string("topology", ["v5e:2x2"], "TPUs to compile for.")
 
 
-def traffic(function, place: SingleDeviceSharding, shape: tuple[int, ...]) -> float:
+def traffic(function, device: jax.Device, shape: tuple[int, ...]) -> float:
   """GB of a program of query, key and value of this shape."""
-  x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
-  _, text = plan.compile_and_print(jax.jit(function).lower(x, x, x), "tpu")
+  x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=SingleDeviceSharding(device))
+  _, text = plan.compile_and_print(jax.jit(function).lower(x, x, x), device)
   return cost.memory_traffic(text) / 1e9
 
 
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
   print("| chip, tokens x features of a head |", " | ".join(WAYS), "|")
   print("| --- |", " | ".join(["---:"] * len(WAYS)), "|")
   for name in _TOPOLOGY.value:
-    place = SingleDeviceSharding(plan.topology_devices(name)[0])
+    device = topology_devices(name)[0]
     for shape in SHAPES:
       for kind in ("forward", "and backward"):
         cells = []
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
           if kind != "forward":
             loss = lambda way, *xs: way(*xs).astype(jnp.float32).sum()
             function = jax.grad(functools.partial(loss, way), argnums=(0, 1, 2))
-          cells.append(f"{traffic(function, place, shape):.2f}")
+          cells.append(f"{traffic(function, device, shape):.2f}")
         print(f"| {name}, {shape[1]} x {shape[3]}, {kind} |", " | ".join(cells), "|", flush=True)
 
 

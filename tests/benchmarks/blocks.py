@@ -17,6 +17,7 @@ from absl import app, flags
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from prefpaint_jax import cost, plan
+from prefpaint_jax.chips import topology_devices
 from prefpaint_jax.compilation import fast_jit
 from prefpaint_jax.models import blocks
 
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
   print("| chip, block | usual options | products in it | here | products in it |")
   print("| --- |" + " ---: |" * 4)
   for name in _TOPOLOGY.value:
-    device = plan.topology_devices(name)[0]
+    device = topology_devices(name)[0]
     place = SingleDeviceSharding(device)
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16, sharding=place)
     for kind, block in BLOCKS.items():
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
         cells = []
         for jit in (jax.jit, fast_jit(Mesh([device], "chips"))):
           lowered = jit(program(block, backward)).lower(params, x, other)
-          _, text = plan.compile_and_print(lowered, device.platform)
+          _, text = plan.compile_and_print(lowered, device)
           cells += [f"{figure:.2f}" for figure in cycles(text)]
         what = kind + ", and backward" * backward
         print(f"| {name.split(':')[0]}, {what} |", " | ".join(cells), "|", flush=True)
