@@ -72,11 +72,14 @@ def merged(settings: Settings, base: Params | None, params: Params) -> Params:
 
 
 def gather(modules: Modules, settings: Settings, params: Params, mesh: Mesh | None) -> Params:
-  """What is trained, whole on every device; what the UNet rounds is rounded before it is sent."""
-  if mesh is None or mesh.shape["fsdp"] == 1:
-    return params
+  """What is trained, whole on every device and rounded as the UNet reads it: once, not per pass."""
   if not settings.lora:
     params = modules.round_params(params)
+  if mesh is None or mesh.shape["fsdp"] == 1:
+    return params
+  # As it lies, or the compiler may send what is not rounded yet.
+  split = sharding.specs(params, sharding.DEFAULT_RULES, mesh)
+  params = jax.lax.with_sharding_constraint(params, split)
   return jax.lax.with_sharding_constraint(params, sharding.replicated(mesh))
 
 
@@ -158,7 +161,7 @@ def _start_chain(modules, settings, policy, frozen, images, masks, key, mesh):
       out_specs=own,
       check_vma=False,
     )
-  policy = merged(settings, frozen.base, policy)
+  policy = modules.round_params(merged(settings, frozen.base, policy))
   noise_key, chain_key = jax.random.split(key)
   noise = jax.random.normal(noise_key, prompts.masked_latents.shape)
   return prompts, functools.partial(predict, policy, prompts), noise, chain_key
@@ -356,6 +359,7 @@ def update(
         modules, settings, steps, params, base, *rollout, some, count
       )
       gradients, metrics = jax.grad(loss, has_aux=True)(params)
+      gradients = jax.lax.platform_dependent(gradients, cuda=_laid_out, default=lambda x: x)
       # Of rounded parameters they are rounded too, as within the UNet; sums are not.
       return jax.tree.map(lambda x: x.astype(jnp.float32), gradients), metrics
 
@@ -390,6 +394,16 @@ def update(
   else:
     state = _apply(settings, optimizer, state, gradients)
   return state, metrics
+
+
+def _laid_out(tree: Params) -> Params:
+  """The same arrays, in memory as their shapes say.
+
+  On a GPU gradients of kernels are turned around. Where that is fused with an optimiser's step, the
+  step is not made in place: parameters and moments are written elsewhere and copied.
+  """
+  flat = jax.lax.optimization_barrier(jax.tree.map(jnp.ravel, tree))
+  return jax.tree.map(lambda x, like: x.reshape(like.shape), flat, tree)
 
 
 def _on_shares(add_up, mesh: Mesh, params: Params):

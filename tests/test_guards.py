@@ -91,6 +91,32 @@ def test_products_are_nearly_all_that_stable_diffusion_computes():
     assert products / (products + others) > 0.99
 
 
+def test_parameters_are_rounded_once_and_not_in_every_step(configs):
+  config = configs["tiny"].copy_and_resolve_references()
+  config.dtype = "bfloat16"
+  traced = trace(config)
+  kernels = {
+    leaf.shape for leaf in jax.tree.leaves(traced["update"].in_avals[0][0].params) if leaf.ndim > 1
+  }
+
+  def loops(jaxpr):
+    for equation in jaxpr.eqns:
+      if equation.primitive.name in ("scan", "while"):
+        yield equation
+      else:
+        for inner in jax.tree.leaves(
+          list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+          if hasattr(inner, "eqns"):
+            yield from loops(inner)
+
+  found = list(loops(traced["rollout"].jaxpr))
+  given = [{(x.aval.shape, x.aval.dtype) for x in one.invars} for one in found]
+  kinds = [{dtype for shape, dtype in some if shape in kernels} for some in given]
+  assert {jnp.dtype(jnp.bfloat16)} in kinds
+  assert all(some <= {jnp.dtype(jnp.bfloat16)} for some in kinds)
+
+
 def test_programs_call_nothing_on_the_host(configs):
   for name, traced in trace(configs["tiny"]).items():
     text = str(traced.jaxpr)
