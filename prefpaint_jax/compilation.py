@@ -24,6 +24,9 @@ _OPTIONS = {
     ),
     "xla_cpu_prefer_vector_width": 512,  # by itself half of what AVX-512 has
   },
+  # One product for queries, keys and values reads their input once, not three times, but what it
+  # gives is then cut into three, which costs twice that; so it is with every pair of products.
+  "gpu": {"xla_gpu_dot_merger_threshold_mb": 0},
   # For fewer than 8 pictures XLA cuts each into pieces that overlap, puts them together for the
   # norm and cuts again: by its own estimates a residual block takes up to three times as long.
   "tpu": {

@@ -1,4 +1,4 @@
-"""Activations are their closed forms, far from zero too."""
+"""Activations and norms are their closed forms."""
 
 import jax
 import jax.numpy as jnp
@@ -29,3 +29,28 @@ def test_activations_and_their_derivatives(function, value, derivative):
   np.testing.assert_allclose(back(jnp.ones_like(y))[0], derivative, rtol=2e-6, atol=2e-6)
   low = jnp.asarray(X, jnp.bfloat16)
   assert function(low).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("products", [True, False])
+def test_norm_and_its_gradients_are_the_formula_by_products_and_by_sums(products, monkeypatch):
+  B, H, W, C, G = 2, 4, 6, 12, 3
+  rng = np.random.default_rng(0)
+  x, dy = (jnp.asarray(rng.normal(size=(B, H, W, C)), jnp.float32) for _ in range(2))
+  params = {name: jnp.asarray(rng.normal(size=C), jnp.float32) for name in ("scale", "bias")}
+
+  def formula(params, x):
+    grouped = x.reshape(B, H, W, G, C // G)
+    mean, variance = (f((1, 2, 4), keepdims=True) for f in (grouped.mean, grouped.var))
+    normal = ((grouped - mean) / jnp.sqrt(variance + 1e-5)).reshape(x.shape)
+    return normal * params["scale"] + params["bias"]
+
+  def branch(*xs, default, cpu=None, cuda=None):
+    return ((cpu if products else cuda) or default)(*xs)
+
+  monkeypatch.setattr(jax.lax, "platform_dependent", branch)
+  norm = lambda params, x: blocks.GroupNorm(G, 1e-5).apply({"params": params}, x)
+  results = []
+  for function in (norm, formula):
+    y, back = jax.vjp(function, params, x)
+    results.append((y, back(dy)))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *results)

@@ -1,0 +1,103 @@
+"""What XLA makes of programs for GPUs that are not there."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import Mesh, SingleDeviceSharding
+from test_plan import tiny_config
+
+from prefpaint_jax import alignment, cost, plan
+from prefpaint_jax.chips import topology_devices
+from prefpaint_jax.compilation import fast_jit
+from prefpaint_jax.models import attention as module
+from prefpaint_jax.models.attention import attention
+
+pytestmark = pytest.mark.skipif(
+  not module._has_cudnn(), reason="compiling for a GPU needs JAX's plugin: pip install jax[cuda13]"
+)
+
+
+def compiled(function, *shapes, **options) -> str:
+  """The program's text for an H100, of arrays in bfloat16 or of (shape, dtype)."""
+  device = topology_devices("h100:1")[0]
+  array = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
+    shape, dtype, sharding=SingleDeviceSharding(device)
+  )
+  arrays = [array(*shape) if isinstance(shape[0], tuple) else array(shape) for shape in shapes]
+  lowered = fast_jit(Mesh([device], "gpu"))(function, **options).lower(*arrays)
+  return plan.compile_and_print(lowered, device)[1]
+
+
+def gradients(query, key, value):
+  loss = lambda *xs: attention(*xs).astype(jnp.float32).sum()
+  return jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
+
+
+# Self-attention, to one text for all pictures, to a text for each.
+@pytest.mark.parametrize("keys", [(2, 1024), (1, 77), (2, 77)])
+@pytest.mark.parametrize("features", [40, 80])
+def test_attention_and_its_gradients_are_kernels_of_cudnn(keys, features):
+  query, key = (2, 1024, 8, features), (*keys, 8, features)
+  text = compiled(gradients, query, key, key)
+  assert set(re.findall(r"__cudnn\$\w+", text)) == {
+    "__cudnn$fmhaSoftmax",
+    "__cudnn$fmhaSoftmaxBackward",
+  }
+  scores = 2 * 8 * 1024 * keys[1]
+  sizes = [cost._bytes(one.result) for one in cost.instructions(text)]
+  assert max(sizes) < 2 * scores or keys[1] < 128
+
+
+def test_what_cudnn_does_not_have_is_left_to_xla():
+  text = compiled(gradients, *[(2, 256, 8, 160)] * 3)
+  assert "fmha" not in text and "cublas" in text
+
+
+def test_a_step_is_made_in_place_where_a_gradient_is_turned_around():
+  layout = ("NHWC", "HWIO", "NHWC")
+  convolve = lambda x, kernel: jax.lax.conv_general_dilated(
+    x, kernel, (1, 1), "SAME", dimension_numbers=layout
+  )
+
+  def step(lay_out):
+    def run(kernel, moment, x):
+      loss = lambda kernel: convolve(x, kernel).astype(jnp.float32).sum()
+      gradient = lay_out(jax.grad(loss)(kernel.astype(jnp.bfloat16))).astype(jnp.float32)
+      moment = 0.9 * moment + gradient
+      return kernel - moment, moment, jnp.sum(gradient**2)
+
+    kernel = (3, 3, 256, 256), jnp.float32
+    return compiled(run, kernel, kernel, (4, 32, 32, 256), donate_argnums=(0, 1))
+
+  def copied(text: str) -> int:
+    return sum(
+      cost._bytes(one.result)
+      for one in cost.instructions(text)
+      if one.opcode == "copy" and not one.fused
+    )
+
+  assert copied(step(lambda x: x)) >= 2 * 4 * 3 * 3 * 256 * 256
+  assert copied(step(alignment._laid_out)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology, fsdp", [("h100:1", 1), ("a100:2x2", 2)])
+def test_plan_of_a_tiny_run(topology, fsdp, tmp_path):
+  config = tiny_config(tmp_path, **{"mesh.fsdp": fsdp, "dtype": "bfloat16"})
+  report = plan.plan(config, topology_devices(topology))
+  assert "does_not_fit" not in report and report["images_per_s"] > 0
+  update, parameters = report["stages"]["update"], report["parameters"]["unet"]
+  sent = sum(sent for _, sent in update["collectives"].values())
+  n = report["chips"]
+  assert sent == pytest.approx(2 * (n - 1) / n * 4 * parameters, rel=0.1, abs=1)
+
+
+@pytest.mark.parametrize(
+  "name", ["h100", "h100:", "h100:0", "h100:2x", "h100:2x2x2", "h100:banana"]
+)
+def test_unknown_shapes_are_refused_in_one_line(name):
+  with pytest.raises(ValueError, match=f"--topology={name}: give GPUs as h100:8") as error:
+    topology_devices(name)
+  assert "\n" not in str(error.value)
