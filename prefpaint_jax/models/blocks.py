@@ -185,7 +185,10 @@ class Attention(nn.Module):
 
 
 class DensePair(nn.Module):
-  """The two halves of a dense layer's output [..., 2 features], as products of their own."""
+  """The two halves of a dense layer's output [..., 2 features].
+
+  As products of their own, for which a GPU would cut the kernel in two each time.
+  """
 
   features: int
   dtype: Dtype = jnp.float32
@@ -196,8 +199,13 @@ class DensePair(nn.Module):
     kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
     bias = self.param("bias", nn.initializers.zeros, shape[1:])
     x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
-    halves = zip(jnp.split(kernel, 2, axis=1), jnp.split(bias, 2), strict=True)
-    return [product(x, half) + shift for half, shift in halves]
+
+    def apart(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> list[jax.Array]:
+      halves = zip(jnp.split(kernel, 2, axis=1), jnp.split(bias, 2), strict=True)
+      return [product(x, half) + shift for half, shift in halves]
+
+    together = lambda x, kernel, bias: jnp.split(product(x, kernel) + bias, 2, axis=-1)
+    return jax.lax.platform_dependent(x, kernel, bias, cuda=together, default=apart)
 
 
 @jax.custom_vjp
