@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from prefpaint_jax import bound, diffusion, lora, reward, rl, sharding
+from prefpaint_jax.compilation import by_platform
 from prefpaint_jax.diffusion import Steps, Trajectory
 from prefpaint_jax.inpainter import Modules, Params, Prompts
 from prefpaint_jax.models import sums
@@ -359,7 +360,7 @@ def update(
         modules, settings, steps, params, base, *rollout, some, count
       )
       gradients, metrics = jax.grad(loss, has_aux=True)(params)
-      gradients = jax.lax.platform_dependent(gradients, cuda=_laid_out, default=lambda x: x)
+      gradients = by_platform(gradients, cuda=_laid_out, default=lambda x: x)
       # Of rounded parameters they are rounded too, as within the UNet; sums are not.
       return jax.tree.map(lambda x: x.astype(jnp.float32), gradients), metrics
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from prefpaint_jax.models import blocks
+from prefpaint_jax.models import blocks, sums
 
 X = np.concatenate([np.linspace(-12, 12, 101), [-1e4, -100, 100, 1e4]])
 
@@ -47,7 +47,8 @@ def test_norm_and_its_gradients_are_the_formula_by_products_and_by_sums(products
   def branch(*xs, default, cpu=None, cuda=None):
     return ((cpu if products else cuda) or default)(*xs)
 
-  monkeypatch.setattr(jax.lax, "platform_dependent", branch)
+  for module in (blocks, sums):
+    monkeypatch.setattr(module, "by_platform", branch)
   norm = lambda params, x: blocks.GroupNorm(G, 1e-5).apply({"params": params}, x)
   results = []
   for function in (norm, formula):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from prefpaint_jax.compilation import Program
+from prefpaint_jax.compilation import Program, by_platform, fast_jit
 
 needs_glibc = pytest.mark.skipif(
   platform.libc_ver()[0] != "glibc", reason="memory is kept by glibc's allocator"
@@ -64,6 +64,25 @@ def test_program_is_compiled_for_shapes_and_forgets_what_it_was_traced_to():
   assert program(x)["doubled"].tolist() == [0.0, 2.0, 4.0]
   with pytest.raises(TypeError, match="compiled"):
     program(jnp.arange(4.0))
+
+
+def test_one_function_of_several_is_traced_where_the_platform_is_known():
+  seen = []
+
+  def named(name: str, factor: float):
+    def function(x):
+      seen.append(name)
+      return factor * x
+
+    return function
+
+  functions = {"cpu": named("cpu", 2.0), "tpu": named("tpu", 3.0)}
+  choose = lambda x: by_platform(x, **functions, default=named("default", 4.0))
+  for jit, traced in ((fast_jit(), {"cpu"}), (jax.jit, {"cpu", "tpu", "default"})):
+    seen.clear()
+    assert jit(lambda x: choose(x))(1.0) == 2.0
+    assert set(seen) == traced
+    assert jit(jax.grad(lambda x: choose(x)))(1.0) == 2.0
 
 
 def printed_by(program: str, **environment: str) -> str:

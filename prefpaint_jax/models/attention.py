@@ -14,6 +14,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from prefpaint_jax.compilation import by_platform
+
 # Scores of a block: 4 MB of float32. A CPU's gradients take up to 1.5 times as long with four times
 # as many, and no less time with fewer.
 BLOCK = 2**20
@@ -27,7 +29,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   """
   D, half = query.shape[-1], query.dtype in (jnp.bfloat16, jnp.float16)
   if half and D % 8 == 0 and D <= 128 and _has_cudnn():
-    return jax.lax.platform_dependent(query, key, value, cuda=_by_cudnn, default=_by_platform)
+    return by_platform(query, key, value, cuda=_by_cudnn, default=_by_platform)
   return _by_platform(query, key, value)
 
 
@@ -63,25 +65,19 @@ def _fold(x: jax.Array, key: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _by_platform(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  return jax.lax.platform_dependent(
-    query, key, value, tpu=_on_tpu, cuda=_on_gpu, default=_in_blocks
-  )
+  return by_platform(query, key, value, tpu=_on_tpu, cuda=_on_gpu, default=_in_blocks)
 
 
 def _by_platform_forward(*arrays: jax.Array):
   _, log_total = jax.eval_shape(_forward, *arrays)
   unused = lambda function: lambda *xs: (function(*xs), jnp.zeros_like(log_total))
-  y, log_total = jax.lax.platform_dependent(
-    *arrays, tpu=unused(_on_tpu), cuda=unused(_on_gpu), default=_forward
-  )
+  y, log_total = by_platform(*arrays, tpu=unused(_on_tpu), cuda=unused(_on_gpu), default=_forward)
   return y, (*arrays, y, log_total)
 
 
 def _by_platform_backward(residuals: tuple[jax.Array, ...], dy: jax.Array):
   of = lambda function: lambda q, k, v, y, log_total, dy: jax.vjp(function, q, k, v)[1](dy)
-  return jax.lax.platform_dependent(
-    *residuals, dy, tpu=of(_on_tpu), cuda=of(_on_gpu), default=_backward
-  )
+  return by_platform(*residuals, dy, tpu=of(_on_tpu), cuda=of(_on_gpu), default=_backward)
 
 
 _by_platform.defvjp(_by_platform_forward, _by_platform_backward)

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from prefpaint_jax.compilation import by_platform
 from prefpaint_jax.models.attention import attention
 from prefpaint_jax.models.convolution import convolve, enlarge_and_convolve
 from prefpaint_jax.models.product import Dense, product
@@ -76,7 +77,7 @@ def _map_of_norm(norm: _Norm, products: bool, total, squares, scale, bias):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gain_and_offset(norm: _Norm, *sums: jax.Array) -> tuple[jax.Array, jax.Array]:
   by = lambda products: functools.partial(_map_of_norm, norm, products)
-  return jax.lax.platform_dependent(*sums, cuda=by(False), default=by(True))
+  return by_platform(*sums, cuda=by(False), default=by(True))
 
 
 def _gain_and_offset_backward(norm: _Norm, sums: tuple[jax.Array, ...], gradients):
@@ -84,7 +85,7 @@ def _gain_and_offset_backward(norm: _Norm, sums: tuple[jax.Array, ...], gradient
     function = functools.partial(_map_of_norm, norm, products)
     return lambda gradients, *sums: jax.vjp(function, *sums)[1](gradients)
 
-  return jax.lax.platform_dependent(gradients, *sums, cuda=by(False), default=by(True))
+  return by_platform(gradients, *sums, cuda=by(False), default=by(True))
 
 
 _gain_and_offset.defvjp(
@@ -205,7 +206,7 @@ class DensePair(nn.Module):
       return [product(x, half) + shift for half, shift in halves]
 
     together = lambda x, kernel, bias: jnp.split(product(x, kernel) + bias, 2, axis=-1)
-    return jax.lax.platform_dependent(x, kernel, bias, cuda=together, default=apart)
+    return by_platform(x, kernel, bias, cuda=together, default=apart)
 
 
 @jax.custom_vjp
@@ -215,7 +216,7 @@ def silu(x: jax.Array) -> jax.Array:
   On a CPU as this quotient: its compiler computes a last product again for everyone who reads it.
   """
   quotient = lambda x: x / (1.0 + jnp.exp(-x))
-  return jax.lax.platform_dependent(x, cpu=quotient, default=nn.silu)
+  return by_platform(x, cpu=quotient, default=nn.silu)
 
 
 def _silu_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from prefpaint_jax.compilation import by_platform
 from prefpaint_jax.models import winograd
 
 LARGE = 4  # times the elements of the picture
@@ -50,9 +51,9 @@ def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **options) -> ja
 def _convolve(window: Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
   as_ever = functools.partial(_as_ever, window)
   if _is_large(window, x, kernel):
-    return jax.lax.platform_dependent(x, kernel, cpu=_product, default=as_ever)
+    return by_platform(x, kernel, cpu=_product, default=as_ever)
   if _suits_winograd(window, x, kernel):
-    return jax.lax.platform_dependent(x, kernel, cpu=winograd.convolve, default=as_ever)
+    return by_platform(x, kernel, cpu=winograd.convolve, default=as_ever)
   return as_ever(x, kernel)
 
 
@@ -76,7 +77,7 @@ def _backward(window: Window, residuals, dy: jax.Array):
     (dkernel,) = jax.linear_transpose(lambda kernel: _as_ever(window, x, kernel), kernel)(dy)
     return dx, dkernel
 
-  return jax.lax.platform_dependent(*residuals, dy, cpu=gradients, default=as_ever)
+  return by_platform(*residuals, dy, cpu=gradients, default=as_ever)
 
 
 _convolve.defvjp(_forward, _backward)
@@ -203,12 +204,12 @@ def enlarge_and_convolve(x: jax.Array, kernel: jax.Array, *unused, **options) ->
 
 @jax.custom_vjp
 def _enlarge(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  return jax.lax.platform_dependent(x, kernel, cpu=_folded, default=_enlarged)
+  return by_platform(x, kernel, cpu=_folded, default=_enlarged)
 
 
 def _enlarge_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array):
   of = lambda function: lambda x, kernel, dy: jax.vjp(function, x, kernel)[1](dy)
-  return jax.lax.platform_dependent(*residuals, dy, cpu=of(_folded), default=of(_enlarged))
+  return by_platform(*residuals, dy, cpu=of(_folded), default=of(_enlarged))
 
 
 _enlarge.defvjp(lambda x, kernel: (_enlarge(x, kernel), (x, kernel)), _enlarge_backward)

@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from prefpaint_jax.compilation import by_platform
+
 
 @jax.custom_vjp
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -28,7 +30,7 @@ def _backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array):
     return jax.linear_transpose(lambda kernel: jnp.dot(x, kernel), kernel)(dy)[0]
 
   (dx,) = jax.linear_transpose(lambda x: jnp.dot(x, kernel), x)(dy)
-  return dx, jax.lax.platform_dependent(x, dy, cpu=of_rows, default=as_ever)
+  return dx, by_platform(x, dy, cpu=of_rows, default=as_ever)
 
 
 product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _backward)

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from prefpaint_jax.compilation import by_platform
+
 FEW = 16  # pixels of a partial sum
 SMALL = 4096  # numbers
 
@@ -17,7 +19,7 @@ SMALL = 4096  # numbers
 def pixel_sums(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The sums of two [B, H, W, C] over their pixels: [B, C] each."""
   whole = lambda a, b: (a.sum((1, 2)), b.sum((1, 2)))
-  return jax.lax.platform_dependent(a, b, cpu=_by_few, default=whole)
+  return by_platform(a, b, cpu=_by_few, default=whole)
 
 
 def _by_few(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -63,7 +65,7 @@ scale_and_shift.defvjp(
 
 def norm(tree: Any) -> jax.Array:
   """The Euclidean norm [] of all numbers of a tree of float32 arrays that lie on one device."""
-  squares = lambda x: jax.lax.platform_dependent(x, cpu=_squares, default=_squares_as_ever)
+  squares = lambda x: by_platform(x, cpu=_squares, default=_squares_as_ever)
   return jnp.sqrt(sum(map(squares, jax.tree.leaves(tree))))
 
 
