@@ -70,6 +70,10 @@ def _tracing_for(platform: str, function: Callable) -> Callable:
     finally:
       _traced_for.reset(token)
 
+  named = function
+  while isinstance(named, functools.partial):
+    named = named.func
+  traced.__name__ = named.__name__  # the program's
   return traced
 
 

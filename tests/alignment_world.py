@@ -91,6 +91,10 @@ class ToyModules:
     time = jnp.broadcast_to(jnp.sin(timestep / 100.0), latents.shape[:1])[:, None, None, None]
     return params["a"] * latents + params["b"] * prompts.masked_latents + params["c"] * time
 
+  @staticmethod
+  def round_params(params):
+    return params
+
 
 TOY = {name: jnp.float32(value) for name, value in (("a", 0.9), ("b", 0.3), ("c", -0.2))}
 

@@ -50,9 +50,13 @@ def test_attention_and_its_gradients_are_kernels_of_cudnn(keys, features):
   assert max(sizes) < 2 * scores or keys[1] < 128
 
 
-def test_what_cudnn_does_not_have_is_left_to_xla():
-  text = compiled(gradients, *[(2, 256, 8, 160)] * 3)
+@pytest.mark.parametrize("shape, loops", [((2, 256, 8, 160), False), ((4, 4096, 4, 512), True)])
+def test_what_cudnn_does_not_have_is_left_to_xla_in_few_steps(shape, loops):
+  text = compiled(gradients, *[shape] * 3)
   assert "fmha" not in text and "cublas" in text
+  assert (" while(" in text) == loops
+  steps = {one.times for one in cost.instructions(text)}
+  assert max(steps) <= 4
 
 
 def test_a_step_is_made_in_place_where_a_gradient_is_turned_around():

@@ -19,6 +19,7 @@ from prefpaint_jax.compilation import by_platform
 # Scores of a block: 4 MB of float32. A CPU's gradients take up to 1.5 times as long with four times
 # as many, and no less time with fewer.
 BLOCK = 2**20
+GPU_BLOCK = 2**26  # 256 MB: a GPU would wait for itself between small ones
 FLASH = 512  # queries and keys of a block of Pallas's kernel
 
 
@@ -29,8 +30,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   """
   D, half = query.shape[-1], query.dtype in (jnp.bfloat16, jnp.float16)
   if half and D % 8 == 0 and D <= 128 and _has_cudnn():
-    return by_platform(query, key, value, cuda=_by_cudnn, default=_by_platform)
-  return _by_platform(query, key, value)
+    return by_platform(query, key, value, cuda=_by_cudnn, default=_attend)
+  return _attend(query, key, value)
 
 
 _cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
@@ -64,23 +65,23 @@ def _fold(x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _by_platform(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   return by_platform(query, key, value, tpu=_on_tpu, cuda=_on_gpu, default=_in_blocks)
 
 
-def _by_platform_forward(*arrays: jax.Array):
+def _attend_forward(*arrays: jax.Array):
   _, log_total = jax.eval_shape(_forward, *arrays)
   unused = lambda function: lambda *xs: (function(*xs), jnp.zeros_like(log_total))
   y, log_total = by_platform(*arrays, tpu=unused(_on_tpu), cuda=unused(_on_gpu), default=_forward)
   return y, (*arrays, y, log_total)
 
 
-def _by_platform_backward(residuals: tuple[jax.Array, ...], dy: jax.Array):
+def _attend_backward(residuals: tuple[jax.Array, ...], dy: jax.Array):
   of = lambda function: lambda q, k, v, y, log_total, dy: jax.vjp(function, q, k, v)[1](dy)
   return by_platform(*residuals, dy, tpu=of(_on_tpu), cuda=of(_on_gpu), default=_backward)
 
 
-_by_platform.defvjp(_by_platform_forward, _by_platform_backward)
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _on_tpu(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -88,14 +89,17 @@ def _on_tpu(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   L, M = query.shape[1], key.shape[1]
   if half and L % FLASH == M % FLASH == 0:
     return _flash(query, *_for_each(query, key, value))
-  return _on_gpu(query, key, value)
+  return _without_kernel(query, key, value)
 
 
 def _on_gpu(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  """What neither cuDNN nor Pallas has a kernel for."""
+  return _without_kernel(query, key, value, GPU_BLOCK)
+
+
+def _without_kernel(query, key, value, block: int | None = None) -> jax.Array:
   if key.shape[1] <= FLASH:  # few scores: blocks would cost more, in layouts turned around
     return jax.nn.dot_product_attention(query, *_for_each(query, key, value))
-  return _in_blocks(query, key, value)
+  return _in_blocks(query, key, value, block)
 
 
 def _for_each(query: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
@@ -118,16 +122,17 @@ def _flash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 ### In blocks.
 
 
-@jax.custom_vjp
-def _in_blocks(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  return _forward(query, key, value)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _in_blocks(query, key, value, block: int | None = None) -> jax.Array:
+  """Of at most `block` scores, or else `BLOCK`."""
+  return _forward(query, key, value, block)[0]
 
 
-def _sizes(query: jax.Array, key: jax.Array) -> tuple[int, int]:
+def _sizes(query: jax.Array, key: jax.Array, block: int | None) -> tuple[int, int]:
   """Queries of a block, and heads that are taken at once."""
-  G, M = len(key) * key.shape[2], key.shape[1]
-  n = _divisor(query.size // (G * key.shape[3]), BLOCK // M)
-  return n, _divisor(G, BLOCK // (n * M))
+  most, G, M = block or BLOCK, len(key) * key.shape[2], key.shape[1]
+  n = _divisor(query.size // (G * key.shape[3]), most // M)
+  return n, _divisor(G, most // (n * M))
 
 
 def _group(x: jax.Array, g: int) -> jax.Array:
@@ -139,16 +144,16 @@ def _ungroup(x: jax.Array, like: jax.Array) -> jax.Array:
   return x.reshape(like.shape[0], like.shape[2], -1, like.shape[3]).swapaxes(1, 2)
 
 
-def _forward(query: jax.Array, key: jax.Array, value: jax.Array):
+def _forward(query: jax.Array, key: jax.Array, value: jax.Array, block: int | None = None):
   folded = _fold(query, key)
-  n, g = _sizes(query, key)
+  n, g = _sizes(query, key, block)
   arrays = tuple(_group(x, g) for x in (folded, key, value))
   y, log_total = _map(lambda xs: _group_forward(n, *xs), arrays)
   return _ungroup(y, folded).reshape(query.shape), log_total
 
 
-def _backward(query, key, value, y, log_total, dy):
-  n, g = _sizes(query, key)
+def _backward(query, key, value, y, log_total, dy, block: int | None = None):
+  n, g = _sizes(query, key, block)
   folded = _fold(query, key)
   # Row sums of dS ∘ P in closed form.
   delta = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), -1, keepdims=True)
@@ -159,10 +164,12 @@ def _backward(query, key, value, y, log_total, dy):
   return dquery, _ungroup(dkey, key), _ungroup(dvalue, value)
 
 
-_in_blocks.defvjp(
-  lambda *arrays: (lambda y, log_total: (y, (*arrays, y, log_total)))(*_forward(*arrays)),
-  lambda residuals, dy: _backward(*residuals, dy),
-)
+def _in_blocks_forward(query, key, value, block: int | None):
+  y, log_total = _forward(query, key, value, block)
+  return y, (query, key, value, y, log_total)
+
+
+_in_blocks.defvjp(_in_blocks_forward, lambda block, residuals, dy: _backward(*residuals, dy, block))
 
 
 def _divisor(number: int, most: int) -> int:
