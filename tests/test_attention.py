@@ -1,5 +1,7 @@
 """Attention in blocks against the plain formula, torch, and its own gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,3 +152,15 @@ def test_cudnn_is_asked_for_no_more_than_it_takes_gradients_of(keys, monkeypatch
   loss = lambda *xs: module._by_cudnn(*xs).astype(jnp.float32).sum()
   found = jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2)), query, key, key)
   assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in (query, key, key)]
+
+
+@pytest.mark.parametrize("keys", [7, 8])
+def test_a_key_that_is_not_looked_at_changes_nothing(keys, monkeypatch):
+  """With the plain formula in cuDNN's place, which takes the same arguments."""
+  plain = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+  monkeypatch.setattr(module, "_cudnn", plain)
+  query, key, value = arrays((3, 8, keys, 4, 8))
+  xs = query, key[:1], value[:1]
+  shared = lambda q, *kv: plain(q, *(jnp.broadcast_to(x, (3, *x.shape[1:])) for x in kv))
+  ours, expected = (value_and_gradients(f, xs) for f in (module._by_cudnn, shared))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), ours, expected)

@@ -126,6 +126,20 @@ ENTRY %main (a: f32[800,128], i: s32[]) -> f32[16,128] {
   assert cost.memory_traffic(text) == 4 * 128 * (8 + 2 * 24 + 2 * 16) + 4
 
 
+def test_memory_traffic_leaves_out_what_a_library_works_in():
+  text = """\
+HloModule jit_g
+
+ENTRY %main (a: f32[8,16], b: f32[16,4]) -> f32[8,4] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %b = f32[16,4]{1,0} parameter(1)
+  %both = (f32[8,4]{1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="matmul"
+  ROOT %product = f32[8,4]{1,0} get-tuple-element(%both), index=0
+}
+"""
+  assert cost.memory_traffic(text) == 4 * (8 * 16 + 16 * 4 + 8 * 4)
+
+
 def test_known_trip_counts_and_nested_loops_multiply():
   nested = HLO.replace(
     "  %loop = (s32[], f32[1000]{0}) while(%init), condition=%condition, body=%body",

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, SingleDeviceSharding
-from test_plan import tiny_config
 
 from prefpaint_jax import alignment, cost, plan
 from prefpaint_jax.chips import topology_devices
@@ -45,9 +44,10 @@ def test_attention_and_its_gradients_are_kernels_of_cudnn(keys, features):
     "__cudnn$fmhaSoftmax",
     "__cudnn$fmhaSoftmaxBackward",
   }
-  scores = 2 * 8 * 1024 * keys[1]
-  sizes = [cost._bytes(one.result) for one in cost.instructions(text)]
-  assert max(sizes) < 2 * scores or keys[1] < 128
+  results = " ".join(one.result for one in cost.instructions(text))
+  M = keys[1] + keys[1] % 2
+  assert f"1024,8,{features}]" in results and f"{M},8,{features}]" in results
+  assert not re.search(rf"\[[\d,]*\b1024,({M}|{keys[1]})\]", results)  # scores
 
 
 @pytest.mark.parametrize("shape, loops", [((2, 256, 8, 160), False), ((4, 4096, 4, 512), True)])
@@ -84,18 +84,6 @@ def test_a_step_is_made_in_place_where_a_gradient_is_turned_around():
 
   assert copied(step(lambda x: x)) >= 2 * 4 * 3 * 3 * 256 * 256
   assert copied(step(alignment._laid_out)) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("topology, fsdp", [("h100:1", 1), ("a100:2x2", 2)])
-def test_plan_of_a_tiny_run(topology, fsdp, tmp_path):
-  config = tiny_config(tmp_path, **{"mesh.fsdp": fsdp, "dtype": "bfloat16"})
-  report = plan.plan(config, topology_devices(topology))
-  assert "does_not_fit" not in report and report["images_per_s"] > 0
-  update, parameters = report["stages"]["update"], report["parameters"]["unet"]
-  sent = sum(sent for _, sent in update["collectives"].values())
-  n = report["chips"]
-  assert sent == pytest.approx(2 * (n - 1) / n * 4 * parameters, rel=0.1, abs=1)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,9 @@ needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
   reason="compiling for a TPU needs its compiler: pip install libtpu",
 )
+needs_cuda = pytest.mark.skipif(
+  not _has_cudnn(), reason="compiling for a GPU needs JAX's plugin: pip install jax[cuda13]"
+)
 
 
 def tiny_config(tmp_path, **fields):
@@ -221,9 +224,16 @@ def test_few_pictures_are_not_cut_into_pieces(topology):
 
 
 @pytest.mark.slow
-@needs_libtpu
-@pytest.mark.parametrize("topology, fsdp", [("v5e:1x1", 1), ("v5e:2x2", 2)])
-def test_tpu_plan_of_a_tiny_run(topology, fsdp, tmp_path):
+@pytest.mark.parametrize(
+  "topology, fsdp",
+  [
+    pytest.param("v5e:1x1", 1, marks=needs_libtpu),
+    pytest.param("v5e:2x2", 2, marks=needs_libtpu),
+    pytest.param("h100:1", 1, marks=needs_cuda),
+    pytest.param("a100:2x2", 2, marks=needs_cuda),
+  ],
+)
+def test_plan_of_a_tiny_run_elsewhere(topology, fsdp, tmp_path):
   config = tiny_config(tmp_path, **{"mesh.fsdp": fsdp})
   report = plan.plan(config, topology_devices(topology))
   assert "does_not_fit" not in report and report["images_per_s"] > 0
