@@ -36,6 +36,10 @@ def initialize() -> None:
     jax.distributed.initialize()
   else:
     jax.distributed.initialize(*arguments, cluster_detection_method="deactivate")
+  if jax.process_count() > 1 and jax.local_devices()[0].platform == "cpu":
+    # JAX would keep the programs of process 0 alone, which would run them while the others still
+    # compile; Gloo, by which CPUs talk to each other, waits for half a minute.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def told(environment: Mapping[str, str]) -> tuple[str, int, int] | None:

@@ -108,7 +108,8 @@ def run(world, workdir, processes, devices, environment, **changes) -> None:
 def together(world, cache, tmp_path_factory) -> Path:
   """The workdir of an undisturbed run of two processes."""
   workdir = tmp_path_factory.mktemp("together") / "workdir"
-  run(world, workdir, 2, 2, cache)
+  own = {"JAX_COMPILATION_CACHE_DIR": str(workdir.with_name("compiled"))}
+  run(world, workdir, 2, 2, cache | own)
   return workdir
 
 
@@ -183,6 +184,13 @@ def test_one_process_alone_writes(together):
   assert "iteration 4/4" in said(log, 0) and "iteration" not in said(log, 1)
   assert [line["iteration"] for line in lines(together)] == [1, 2, 3, 4]
   assert len(list((together / "tensorboard").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_processes_on_cpus_compile_alike_whatever_was_kept(together):
+  """Programs kept by one of them would let it run ahead of the others, which Gloo does not bear."""
+  kept = together.with_name("compiled")
+  assert not kept.exists() or not list(kept.iterdir())
 
 
 @pytest.mark.slow
