@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefpaint_jax.models.product import Dense, product
+from prefpaint_jax.models.product import Dense, product, product_of_rows
 
 
 def draw(*shapes, dtype=np.float32):
@@ -27,6 +27,15 @@ def test_product_and_gradients(leading, dtype):
   for ours, expected in zip(got, (x @ kernel, dy @ kernel.T, dkernel), strict=True):
     ours = np.asarray(ours, np.float64)
     np.testing.assert_allclose(ours, expected, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("shape", [(12, 6, 9), (12, 9, 6), (2, 90, 60), (300, 1, 1)])
+def test_product_of_rows_whichever_factor_is_turned(shape):
+  rows, features, out = shape
+  x, dy = draw((rows, features), (rows, out))
+  expected = np.asarray(x, np.float64).T @ np.asarray(dy, np.float64)
+  got = jax.jit(product_of_rows)(x.reshape(2, -1, features), dy.reshape(2, -1, out))
+  np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("use_bias", [True, False])

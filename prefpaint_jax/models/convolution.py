@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from prefpaint_jax.compilation import by_platform
 from prefpaint_jax.models import winograd
+from prefpaint_jax.models.product import product_of_rows
 
 LARGE = 4  # times the elements of the picture
 THIN = 2  # times the features of the picture: those of a neighbourhood of the result
@@ -86,7 +87,7 @@ _convolve.defvjp(_forward, _backward)
 def _gradients(window: Window, x: jax.Array, kernel: jax.Array, dy: jax.Array):
   """Those of image and kernel, as two convolutions."""
   if kernel.shape[:2] == (1, 1) and window == ((1, 1), ((0, 0), (0, 0))):
-    dkernel = jnp.einsum("bhwi,bhwo->io", x, dy)[None, None]
+    dkernel = product_of_rows(x, dy)[None, None].astype(kernel.dtype)
     return jnp.einsum("bhwo,io->bhwi", dy, kernel[0, 0]), dkernel
   K, _, features, few = kernel.shape
   if _is_same(window, kernel) and K * K * few <= THIN * features:
@@ -130,7 +131,7 @@ def _kernel_gradient_by_rows(window: Window, x: jax.Array, kernel: jax.Array, dy
   near = jnp.concatenate([padded[:, :, j : j + W] for j in range(K)], axis=-1)
   same = (0, 0, 0)
   dy = jax.lax.pad(dy, dy.dtype.type(0), (same, (K - 1 - top, K - 1 - bottom, 0), same, same))
-  rows = [_einsum("bhwn,bhwo->no", near, dy[:, K - 1 - i : K - 1 - i + H]) for i in range(K)]
+  rows = [product_of_rows(near, dy[:, K - 1 - i : K - 1 - i + H]) for i in range(K)]
   return jnp.stack(rows).reshape(kernel.shape).astype(kernel.dtype)
 
 
@@ -140,7 +141,7 @@ def _thin_gradients(x: jax.Array, kernel: jax.Array, dy: jax.Array):
   near = _neighbourhoods(K, dy)
   turned = kernel[::-1, ::-1].swapaxes(2, 3).reshape(-1, features)
   dx = _einsum("bhwn,ni->bhwi", near, turned).astype(x.dtype)
-  dkernel = _einsum("pi,pn->in", x.reshape(-1, features), near.reshape(-1, K * K * few))
+  dkernel = product_of_rows(x, near)
   dkernel = dkernel.reshape(features, K, K, few)[:, ::-1, ::-1].transpose(1, 2, 0, 3)
   return dx, dkernel.astype(kernel.dtype)
 
@@ -182,7 +183,7 @@ def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _product_gradients(x: jax.Array, kernel: jax.Array, dy: jax.Array):
   near, back = jax.vjp(functools.partial(_neighbourhoods, kernel.shape[0]), x)
-  dkernel = _einsum("bhwn,bhwo->no", near, dy).reshape(kernel.shape).astype(kernel.dtype)
+  dkernel = product_of_rows(near, dy).reshape(kernel.shape).astype(kernel.dtype)
   flat = kernel.reshape(-1, kernel.shape[-1])
   (dx,) = back(_einsum("bhwo,no->bhwn", dy, flat).astype(x.dtype))
   return dx, dkernel

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prefpaint_jax.models.product import product_of_rows
+
 TILE = 4
 # For the points 0, ±1, ±2, ∞: y = BACK ((KERNEL k) ∘ (PIXELS x)).
 PIXELS = np.array(
@@ -59,8 +61,7 @@ def gradients(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array
     """[3, I, O] of one of the six: a row of the kernel saw dy a row later, or a row before."""
     padded = jnp.pad(spread, ((0, 0), (1, 1), (0, 0), (0, 0)))
     near = jnp.concatenate([padded[:, 2 - i : 2 - i + H] for i in range(3)], axis=-1)
-    product = jnp.einsum("bhti,bhtn->in", pixels, near)
-    return product.reshape(kernel.shape[2], 3, kernel.shape[3]).swapaxes(0, 1)
+    return product_of_rows(pixels, near).reshape(kernel.shape[2], 3, kernel.shape[3]).swapaxes(0, 1)
 
   parts = list(map(kernel_gradient, _combine(PIXELS, _windows(x)), spread))
   return dx, jnp.stack(_combine(KERNEL.T, parts), axis=1)
