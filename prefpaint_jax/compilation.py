@@ -93,15 +93,14 @@ def fast_jit(mesh: Mesh | None = None) -> Callable:
       function = _tracing_for(platform, function)
     return jax.jit(function, **options)
 
-  if platform not in _OPTIONS:
-    return jit
-  fast = functools.partial(jit, compiler_options=_OPTIONS[platform])
+  options = {}
   x = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
-  try:
-    fast(lambda x: x).lower(x).compile()
-  except jax.errors.JaxRuntimeError:
-    return jit
-  return fast
+  for name, value in _OPTIONS.get(platform, {}).items():
+    # One that this version does not know must not cost the others.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      jit(lambda x: x, compiler_options={name: value}).lower(x).compile()
+      options[name] = value
+  return functools.partial(jit, compiler_options=options)
 
 
 @contextlib.contextmanager

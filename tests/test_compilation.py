@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from prefpaint_jax import compilation
 from prefpaint_jax.compilation import Program, by_platform, fast_jit
 
 needs_glibc = pytest.mark.skipif(
@@ -83,6 +84,14 @@ def test_one_function_of_several_is_traced_where_the_platform_is_known():
     assert jit(lambda x: choose(x))(1.0) == 2.0
     assert set(seen) == traced
     assert jit(jax.grad(lambda x: choose(x)))(1.0) == 2.0
+
+
+def test_option_that_a_compiler_lacks_does_not_cost_the_others(monkeypatch):
+  known, unknown = {"xla_cpu_prefer_vector_width": 512}, {"xla_cpu_of_another_version": True}
+  monkeypatch.setattr(compilation, "_OPTIONS", {"cpu": unknown | known})
+  jit = fast_jit.__wrapped__()
+  assert jit.keywords["compiler_options"] == known
+  assert jit(lambda x: 2 * x)(1.0) == 2.0
 
 
 def printed_by(program: str, **environment: str) -> str:
