@@ -301,7 +301,8 @@ def policy_loss(
 
   schedule = modules.schedule
   policy = merged(settings, base, params)
-  output = modules.predict(policy, repeated, latents, step.timestep)
+  timestep = step.timestep if k > 1 else step.timestep[0]
+  output = modules.predict(policy, repeated, latents, timestep)
   weight = region(settings, repeated)
   mean = diffusion.predict_mean(schedule, step, latents, output)
   log_prob = diffusion.log_prob(x_prev, mean, step.sigma, weight)
@@ -320,7 +321,7 @@ def policy_loss(
     "ppo/policy_loss": loss,
   }
   if settings.kl_weight:
-    base_output = modules.predict(base, repeated, latents, step.timestep)
+    base_output = modules.predict(base, repeated, latents, timestep)
     base_mean = diffusion.predict_mean(schedule, step, latents, base_output)
     kl = diffusion.gaussian_kl(mean, base_mean, step.sigma, weight)
     loss = loss + settings.kl_weight * kl

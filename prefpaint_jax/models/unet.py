@@ -116,7 +116,8 @@ class UNet2DConditionModel(nn.Module):
     stage = functools.partial(dict, config=config, dtype=self.dtype, remat=self.remat)
     context = encoder_hidden_states.astype(self.dtype)
 
-    timesteps = jnp.broadcast_to(timesteps, sample.shape[:1])
+    # One timestep is one row, which broadcasts: its gradient is that of a bias.
+    timesteps = jnp.atleast_1d(timesteps)
     temb = timestep_embedding(timesteps, channels[0], config.flip_sin_to_cos, config.freq_shift)
     temb = TimestepEmbedding(4 * channels[0], self.dtype, name="time_embedding")(temb)
 
