@@ -31,7 +31,7 @@ class Frozen(NamedTuple):
 
   vae: Params
   reward: Params
-  chol: jax.Array | None  # of the reward's bound, [D, D]
+  whitening: jax.Array | None  # of the reward's bound, [D, D]
   context: jax.Array  # [1, L, D], of the empty text
   base: Params | None  # the UNet before alignment, for the KL term and for LoRA
 
@@ -210,14 +210,16 @@ def paint(
   return decode(modules, frozen.vae, latents, prompts, settings.decode_batch, mesh)
 
 
-def trust_weights(trust: Trust, chol: jax.Array | None, features: jax.Array) -> jax.Array:
+def trust_weights(trust: Trust, whitening: jax.Array | None, features: jax.Array) -> jax.Array:
   """γ [B] of features [B, D]."""
   if trust.norm == "none":
     return jnp.ones(features.shape[0])
   if trust.norm == "constant":
     return jnp.full(features.shape[0], trust.constant)
   norm = bound.mahalanobis_norm if trust.norm == "mahalanobis" else bound.released_norm
-  return bound.trust_weight(norm(chol, features), trust.k, trust.b, trust.minimum, trust.maximum)
+  return bound.trust_weight(
+    norm(whitening, features), trust.k, trust.b, trust.minimum, trust.maximum
+  )
 
 
 def score(
@@ -246,7 +248,7 @@ def score(
   features = jnp.where(valid[:, None], features, 0.0)
   rewards = jnp.where(valid, rewards, 0.0)
   weigh = functools.partial(trust_weights, settings.trust)
-  trust = in_chunks(weigh, 0, mesh, frozen.chol, features)
+  trust = in_chunks(weigh, 0, mesh, frozen.whitening, features)
   advantages = rl.standardise(rewards, valid, S, settings.advantage_std, settings.advantage_clip)
 
   mean = lambda x: rl.masked_mean(x, valid)

@@ -45,11 +45,13 @@ def materialise(shapes: Any) -> Any:
 def _materialise_frozen(frozen: alignment.Frozen) -> alignment.Frozen:
   place = lambda array, shape: sharding.place(shape.sharding, array)
   normal = np.random.default_rng(0).normal(size=frozen.context.shape).astype(np.float32)
-  chol = frozen.chol
+  whitening = frozen.whitening
+  if whitening is not None:
+    whitening = place(np.eye(len(whitening), dtype=np.float32), whitening)
   return alignment.Frozen(
     vae=materialise(frozen.vae),
     reward=materialise(frozen.reward),
-    chol=None if chol is None else place(np.eye(len(chol), dtype=np.float32), chol),
+    whitening=whitening,
     context=place(normal, frozen.context),
     base=None if frozen.base is None else materialise(frozen.base),
   )

@@ -2,10 +2,11 @@
 
 For r = wᵀz fitted by ridge regression on features z_i, |wᵀz − w*ᵀz| ≤ C ‖z‖_{V⁻¹} (Abbasi-Yadkori
 et al. 2011, theorem 2; PrefPaint, arXiv 2410.21966). V is accumulated batch by batch, factored and
-stored in float64 on the host; what runs per sample on the device takes the Cholesky factor.
+stored in float64 on the host; what runs per sample on the device is a product with L⁻¹, V = L Lᵀ.
 """
 # Shapes: N training samples, B batch, D features.
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.scipy.linalg import solve_triangular
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from scipy.linalg import cho_solve
+from scipy.linalg import cho_solve, solve_triangular
 
 FILE_NAME = "bound.safetensors"
 _SCALARS = {"lam": float, "count": int, "noise_scale": float, "norm_bound": float}
@@ -157,6 +157,11 @@ class Bound:
     """D, the number of features."""
     return len(self.chol)
 
+  @functools.cached_property
+  def whitening(self) -> np.ndarray:
+    """L⁻¹ [D, D] float64: it takes V to the identity, and so ‖L⁻¹z‖ = ‖z‖_{V⁻¹}."""
+    return solve_triangular(self.chol, np.eye(self.width), lower=True)
+
   @property
   def matrix(self) -> np.ndarray:
     """V [D, D] float64."""
@@ -208,23 +213,20 @@ def check_bound(bound: Bound, width: int) -> None:
     )
 
 
-def _whiten(chol: jax.Array | np.ndarray, z: jax.Array) -> jax.Array:
-  """L⁻¹ zᵀ [D, B], in float32 at least."""
-  z = jnp.asarray(z)
-  z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
-  return solve_triangular(jnp.asarray(chol, z.dtype), z.T, lower=True)
+def _product(z: jax.Array, matrix: jax.Array | np.ndarray) -> jax.Array:
+  """z [B, D] times a matrix [D, D], in float32 at least and nowhere in less."""
+  dtype = jnp.promote_types(jnp.result_type(z), jnp.float32)
+  return jnp.matmul(jnp.asarray(z, dtype), jnp.asarray(matrix, dtype), precision="highest")
 
 
-def mahalanobis_norm(chol: jax.Array | np.ndarray, z: jax.Array) -> jax.Array:
-  """‖z‖_{V⁻¹} = sqrt(zᵀ V⁻¹ z) [B], with V = L Lᵀ and z [B, D]; zero only for z = 0."""
-  return jnp.linalg.norm(_whiten(chol, z), axis=0)
+def mahalanobis_norm(whitening: jax.Array | np.ndarray, z: jax.Array) -> jax.Array:
+  """‖z‖_{V⁻¹} = sqrt(zᵀ V⁻¹ z) [B] of z [B, D], with `Bound.whitening`; zero only for z = 0."""
+  return jnp.linalg.norm(_product(z, whitening.T), axis=1)
 
 
-def released_norm(chol: jax.Array | np.ndarray, z: jax.Array) -> jax.Array:
+def released_norm(whitening: jax.Array | np.ndarray, z: jax.Array) -> jax.Array:
   """‖z V⁻¹‖₂ [B], the norm that the released PrefPaint code uses in place of ‖z‖_{V⁻¹}."""
-  whitened = _whiten(chol, z)
-  solved = solve_triangular(jnp.asarray(chol, whitened.dtype), whitened, trans=1, lower=True)
-  return jnp.linalg.norm(solved, axis=0)
+  return jnp.linalg.norm(_product(_product(z, whitening.T), whitening), axis=1)
 
 
 def trust_weight(

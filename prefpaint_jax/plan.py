@@ -105,7 +105,7 @@ def outline(config: ConfigDict, settings: Settings, modules: Modules, mesh: Mesh
   frozen = Frozen(
     vae=shapes["vae"],
     reward=network_shapes(network.config),
-    chol=array(D, D) if settings.trust.needs_bound else None,
+    whitening=array(D, D) if settings.trust.needs_bound else None,
     context=array(1, L, modules.unet.config.cross_attention_dim),
     base=base if settings.lora else None,
   )

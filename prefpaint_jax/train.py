@@ -131,7 +131,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
   frozen = Frozen(
     vae=policy.params["vae"],
     reward=judge.params,
-    chol=None if judge.bound is None else judge.bound.chol.astype(np.float32),
+    whitening=None if judge.bound is None else judge.bound.whitening.astype(np.float32),
     context=policy.empty_context,
     base=base if settings.lora else None,
   )

@@ -205,7 +205,7 @@ def judge_all(
   judge: Judge,
   params: Params,
   preferences: preference_io.StoredPreferences,
-  chol: np.ndarray | None = None,
+  whitening: np.ndarray | None = None,
   metadata: Mapping[str, Any] | None = None,
 ) -> Judged:
   """What the network says of all preferences, on every process.
@@ -215,8 +215,8 @@ def judge_all(
   parts = []
   for batch, rewards, features in judge(params, preferences):
     norms = truth = np.full(rewards.shape, np.nan, np.float32)
-    if chol is not None:
-      flat = mahalanobis_norm(chol, features.reshape(-1, features.shape[-1]))
+    if whitening is not None:
+      flat = mahalanobis_norm(whitening, features.reshape(-1, features.shape[-1]))
       norms = np.asarray(flat).reshape(rewards.shape)
     if metadata is not None:
       masks = np.repeat(batch["mask"], rewards.shape[1], axis=0)
@@ -355,7 +355,7 @@ def train_reward(config: ConfigDict, workdir: Path) -> RewardModel:
   model = RewardModel(network, params, bound)
 
   ### How far both can be trusted, where nothing was trained.
-  judged = judge_all(judge, params, held_out, bound.chol, truth)
+  judged = judge_all(judge, params, held_out, bound.whitening, truth)
   if is_writer:
     model.save_pretrained(workdir / "reward")
     report(config, judged, bound, workdir, metadata)

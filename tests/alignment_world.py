@@ -40,8 +40,8 @@ def world(dtype: str = "float32"):
   """(modules, UNet parameters, reward network, frozen trees) of the tiny models."""
   inpainter, judge = testing.tiny_inpainter(dtype=dtype), testing.tiny_reward(dtype=dtype)
   base = inpainter.params["unet"]
-  chol = judge.bound.chol.astype(np.float32)
-  frozen = Frozen(inpainter.params["vae"], judge.params, chol, inpainter.empty_context, base)
+  whitening = judge.bound.whitening.astype(np.float32)
+  frozen = Frozen(inpainter.params["vae"], judge.params, whitening, inpainter.empty_context, base)
   return inpainter.modules, base, judge.network, frozen
 
 
@@ -113,7 +113,7 @@ def toy_rollout(settings: Settings, params, prompts: Prompts, seed: int) -> Traj
   return diffusion.rollout(predict, ToyModules.schedule, steps, noise, key)
 
 
-TOY_FROZEN = Frozen(vae={}, reward={}, chol=None, context=jnp.zeros((1, 1, 3)), base=TOY)
+TOY_FROZEN = Frozen(vae={}, reward={}, whitening=None, context=jnp.zeros((1, 1, 3)), base=TOY)
 
 
 def loss_of(modules, settings: Settings):

@@ -224,8 +224,9 @@ def test_trust_weights_equal_their_formulas():
   z = rng.normal(size=(5, 3))
   root = rng.normal(size=(3, 3))
   matrix = root @ root.T + 0.1 * np.eye(3)
-  inverse, chol = np.linalg.inv(matrix), np.linalg.cholesky(matrix).astype(np.float32)
-  weights = lambda **kwargs: alignment.trust_weights(Trust(**kwargs), chol, z.astype(np.float32))
+  inverse, whitening = np.linalg.inv(matrix), np.linalg.inv(np.linalg.cholesky(matrix))
+  z32, whitening = z.astype(np.float32), whitening.astype(np.float32)
+  weights = lambda **kwargs: alignment.trust_weights(Trust(**kwargs), whitening, z32)
 
   mahalanobis = np.sqrt(np.einsum("bi,ij,bj->b", z, inverse, z))
   released = np.linalg.norm(z @ inverse, axis=1)

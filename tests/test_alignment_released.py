@@ -70,7 +70,7 @@ def test_released_rhythm_equals_a_torch_loop():
   rng = np.random.default_rng(0)
   root = rng.normal(size=(6, 6))
   inverse = np.linalg.inv(0.01 * np.eye(6) + root @ root.T)
-  frozen = TOY_FROZEN._replace(chol=np.linalg.cholesky(np.linalg.inv(inverse)))
+  frozen = TOY_FROZEN._replace(whitening=np.linalg.cholesky(inverse).T)
 
   policy = {name: torch.nn.Parameter(torch.tensor(float(x))) for name, x in TOY.items()}
   stale = {name: parameter.detach().clone() for name, parameter in policy.items()}
@@ -100,7 +100,7 @@ def test_released_rhythm_equals_a_torch_loop():
     scores = Scores(
       rewards,
       np.ones(B, bool),
-      alignment.trust_weights(settings.trust, frozen.chol, features),
+      alignment.trust_weights(settings.trust, frozen.whitening, features),
       rl.standardise(rewards, np.ones(B, bool), 1, "batch", 10.0),
     )
     for index in indices:

@@ -174,10 +174,10 @@ def test_norms_equal_a_brute_force_solve(lam):
   solved = scipy.linalg.solve(fitted.matrix, z.T.astype(np.float64), assume_a="pos")
   mahalanobis = np.sqrt(np.sum(z.T * solved, axis=0))
   released = np.linalg.norm(z @ np.linalg.inv(fitted.matrix), axis=1)
-  ours = jax.jit(bounds.mahalanobis_norm)(fitted.chol, jnp.array(z))
+  ours = jax.jit(bounds.mahalanobis_norm)(fitted.whitening, jnp.array(z))
   assert ours.dtype == jnp.float32
   np.testing.assert_allclose(ours, mahalanobis, rtol=1e-4)
-  ours = jax.jit(bounds.released_norm)(fitted.chol, jnp.array(z))
+  ours = jax.jit(bounds.released_norm)(fitted.whitening, jnp.array(z))
   np.testing.assert_allclose(ours, released, rtol=1e-3)
 
 
@@ -185,15 +185,16 @@ def test_norm_is_safe_in_float32_for_the_released_spectrum():
   chol = np.linalg.cholesky(released_like())
   z = np.random.default_rng(1).standard_normal((5, 256)) * 0.01
   expected = np.sqrt(np.sum(z.T * scipy.linalg.cho_solve((chol, True), z.T), axis=0))
-  ours = bounds.mahalanobis_norm(chol, jnp.array(z, jnp.float32))
+  whitening = np.linalg.inv(chol)
+  ours = bounds.mahalanobis_norm(whitening, jnp.array(z, jnp.float32))
   np.testing.assert_allclose(ours, expected, rtol=1e-5)
-  assert not np.any(bounds.mahalanobis_norm(chol, jnp.zeros((2, 256), jnp.bfloat16)))
+  assert not np.any(bounds.mahalanobis_norm(whitening, jnp.zeros((2, 256), jnp.bfloat16)))
 
 
 def test_released_norm_is_ten_times_the_papers_on_the_released_matrix():
-  chol = np.linalg.cholesky(released_like())
+  whitening = np.linalg.inv(np.linalg.cholesky(released_like()))
   z = jnp.array(np.random.default_rng(1).standard_normal((64, 256)) * 0.01, jnp.float32)
-  paper, released = bounds.mahalanobis_norm(chol, z), bounds.released_norm(chol, z)
+  paper, released = bounds.mahalanobis_norm(whitening, z), bounds.released_norm(whitening, z)
   np.testing.assert_allclose(released / paper, 10, rtol=1e-3)
   np.testing.assert_allclose(
     bounds.trust_weight(released, k=0.05, b=0.7), bounds.trust_weight(paper, k=0.5, b=0.7), 1e-3
@@ -226,7 +227,7 @@ def test_released_inverse_in_float32_gives_its_spectrum():
   assert np.linalg.eigvalsh(found.matrix)[-1] == pytest.approx(97.91, rel=2e-2)
   z = np.random.default_rng(1).standard_normal((5, 256)).astype(np.float32)
   np.testing.assert_allclose(
-    bounds.released_norm(found.chol, z), np.linalg.norm(z @ inverse, axis=1), rtol=1e-3
+    bounds.released_norm(found.whitening, z), np.linalg.norm(z @ inverse, axis=1), rtol=1e-3
   )
 
 
@@ -254,7 +255,7 @@ def test_bound_holds_for_a_ridge_head_on_noisy_linear_rewards():
   for _ in range(20):
     rewards = z @ head + noise * rng.standard_normal(300)
     ridge = np.linalg.solve(fitted.matrix, z.T @ rewards)
-    norm = bounds.mahalanobis_norm(fitted.chol, jnp.array(new))
+    norm = bounds.mahalanobis_norm(fitted.whitening, jnp.array(new))
     assert np.all(np.abs(new @ (ridge - head)) <= bounds.confidence(fitted, 0.01) * norm)
 
 

@@ -42,8 +42,8 @@ def norms_of(z):
     "without the ridge": partial(quadratic, np.linalg.pinv(z.T @ z)),
     "squared": lambda x: quadratic(np.linalg.inv(V), x) ** 2,
   }
-  chol = Bound.fit(z, LAM).chol
-  return lambda x: np.asarray(bounds.mahalanobis_norm(chol, x), np.float64), mistakes
+  whitening = Bound.fit(z, LAM).whitening
+  return lambda x: np.asarray(bounds.mahalanobis_norm(whitening, x), np.float64), mistakes
 
 
 def test_errors_in_units_of_the_norm_are_standard_normal_and_no_other_norm_does_that():

@@ -123,10 +123,11 @@ def test_parameters_are_rounded_once_and_not_in_every_step(configs):
 
 
 def test_programs_call_nothing_on_the_host(configs):
+  # On a CPU a solve is SciPy's BLAS, whose threads spin for a while after each call.
   for name, traced in trace(configs["tiny"]).items():
     text = str(traced.jaxpr)
     assert "dot_general" in text
-    assert not re.search(r"callback|infeed|outfeed", text), name
+    assert not re.search(r"callback|infeed|outfeed|solve|cholesky", text), name
 
 
 # -------------------------------------------------------------------------------------- transfers

@@ -203,7 +203,7 @@ def test_released_checkpoint_and_bound_load_and_score_as_torch(tmp_path):
   assert_scores_equal(model, theirs)
   _, z = model.score(*pictures(224))
   expected = np.sqrt(np.einsum("bi,ij,bj->b", z, inverse, z, dtype=np.float64))
-  np.testing.assert_allclose(mahalanobis_norm(model.bound.chol, z), expected, rtol=1e-3)
+  np.testing.assert_allclose(mahalanobis_norm(model.bound.whitening, z), expected, rtol=1e-3)
 
 
 # -------------------------------------------------------------------------------------- names

@@ -157,7 +157,7 @@ def test_released_inverse_of_v_becomes_a_bound(released_inverse, named, tmp_path
   assert bound.lam == pytest.approx(0.01, rel=1e-3)
   z = np.random.default_rng(1).normal(size=(3, 256)).astype(np.float32)
   expected = np.sqrt(np.einsum("bi,ij,bj->b", z, released_inverse, z, dtype=np.float64))
-  np.testing.assert_allclose(mahalanobis_norm(bound.chol, z), expected, rtol=1e-3)
+  np.testing.assert_allclose(mahalanobis_norm(bound.whitening, z), expected, rtol=1e-3)
 
 
 def test_file_of_several_tensors_is_no_bound(tmp_path):

@@ -120,7 +120,7 @@ def test_command_makes_a_reward_with_its_bound_and_resumes_exactly(
   # What the command says of its reward is what anyone finds who opens it.
   mse = np.mean((np.concatenate(rewards) - np.concatenate(scores)) ** 2)
   np.testing.assert_allclose(found["metrics"]["held_out/mse"], mse, rtol=1e-4)
-  norms = mahalanobis_norm(loaded.bound.chol, np.concatenate(features))
+  norms = mahalanobis_norm(loaded.bound.whitening, np.concatenate(features))
   said_norm = found["calibration"]["errors"]["truth"]["norm"]["mean"]
   np.testing.assert_allclose(said_norm, np.mean(norms), rtol=1e-4)
   assert loaded.bound.count == sum(

@@ -22,26 +22,30 @@ def activation(name: str, x: jax.Array) -> jax.Array:
 
 
 class SelfAttention(nn.Module):
-  """Multi-head self-attention over [B, L, D], every projection with a bias."""
+  """Multi-head self-attention over [B, L, D], every projection with a bias.
+
+  `num_queries` asks for that many of the first tokens, [B, num_queries, D], instead of all.
+  """
 
   num_heads: int
   is_causal: bool = False
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    B, L, D = x.shape
+  def __call__(self, x: jax.Array, num_queries: int | None = None) -> jax.Array:
+    B, _, D = x.shape
 
-    def project(name: str) -> jax.Array:
+    def project(name: str, x: jax.Array) -> jax.Array:
       y = Dense(D, dtype=self.dtype, name=name)(x)
-      return y.reshape(B, L, self.num_heads, D // self.num_heads)
+      return y.reshape(B, -1, self.num_heads, D // self.num_heads)
 
-    query, key, value = project("q_proj"), project("k_proj"), project("v_proj")
+    query = project("q_proj", x[:, :num_queries])
+    key, value = project("k_proj", x), project("v_proj", x)
     if self.is_causal:
       y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
     else:
       y = attention(query, key, value)
-    return Dense(D, dtype=self.dtype, name="out_proj")(y.reshape(B, L, D))
+    return Dense(D, dtype=self.dtype, name="out_proj")(y.reshape(B, -1, D))
 
 
 class MLP(nn.Module):
@@ -61,24 +65,28 @@ class EncoderLayer(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, num_queries: int | None = None) -> jax.Array:
     norm = functools.partial(nn.LayerNorm, epsilon=self.config.layer_norm_eps, dtype=self.dtype)
     attention = SelfAttention(
       self.config.num_attention_heads, self.is_causal, self.dtype, name="self_attn"
     )
-    x = x + attention(norm(name="layer_norm1")(x))
+    x = x[:, :num_queries] + attention(norm(name="layer_norm1")(x), num_queries)
     return x + MLP(self.config, self.dtype, name="mlp")(norm(name="layer_norm2")(x))
 
 
 class Encoder(nn.Module):
+  """[B, L, D] -> [B, L, D], or of that the first `num_outputs` tokens alone, for less work."""
+
   config: CLIPConfig
   is_causal: bool
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    for i in range(self.config.num_hidden_layers):
-      x = EncoderLayer(self.config, self.is_causal, self.dtype, name=f"layers_{i}")(x)
+  def __call__(self, x: jax.Array, num_outputs: int | None = None) -> jax.Array:
+    last = self.config.num_hidden_layers - 1
+    for i in range(last + 1):
+      layer = EncoderLayer(self.config, self.is_causal, self.dtype, name=f"layers_{i}")
+      x = layer(x, num_outputs if i == last else None)
     return x
 
 
@@ -155,7 +163,7 @@ class VisionTransformer(nn.Module):
     norm = functools.partial(nn.LayerNorm, epsilon=config.layer_norm_eps, dtype=self.dtype)
     x = VisionEmbeddings(config, self.dtype, name="embeddings")(pixels)
     x = norm(name="pre_layrnorm")(x)  # the misspelling is part of the file format
-    x = Encoder(config, False, self.dtype, name="encoder")(x)
+    x = Encoder(config, False, self.dtype, name="encoder")(x, num_outputs=1)
     return norm(name="post_layernorm")(x[:, 0])
 
 

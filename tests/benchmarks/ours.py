@@ -44,7 +44,7 @@ class Ours:
       Frozen(
         vae=policy.params["vae"],
         reward=judge.params,
-        chol=judge.bound.chol.astype(np.float32),
+        whitening=judge.bound.whitening.astype(np.float32),
         context=world.context,
         base=None,
       )
