@@ -89,7 +89,7 @@ def test_what_is_not_plain_is_left_to_xla(options):
 
 
 @pytest.mark.parametrize("side", [3, 5])
-def test_gradients_of_few_features(side, monkeypatch):
+def test_few_features_by_products(side, monkeypatch):
   x, kernel = arrays((7, 10), 110, side)
   pads = ((side // 2,) * 2,) * 2
   ours = lambda x, kernel: convolve(x, kernel, (1, 1), pads, **LAYOUT)
