@@ -31,6 +31,20 @@ def test_activations_and_their_derivatives(function, value, derivative):
   assert function(low).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+def test_gated_unit_and_its_gradients(platform, monkeypatch):
+  monkeypatch.setattr(blocks, "by_platform", lambda *xs, **functions: functions[platform](*xs))
+  hidden, gate, dy = X[::-1] / 50, X, np.cos(X)
+  gelu, slope = gate * stats.norm.cdf(gate), stats.norm.cdf(gate) + gate * stats.norm.pdf(gate)
+  y, back = jax.vjp(blocks.gated, *(jnp.asarray(x, jnp.float32) for x in (hidden, gate)))
+  results = y, *back(jnp.asarray(dy, jnp.float32))
+  for found, expected in zip(results, (hidden * gelu, dy * gelu, dy * hidden * slope), strict=True):
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-5)
+  low = jnp.asarray(X, jnp.bfloat16)
+  y, back = jax.vjp(blocks.gated, low, low)
+  assert {x.dtype for x in (y, *back(y))} == {jnp.dtype(jnp.bfloat16)}
+
+
 @pytest.mark.parametrize("products", [True, False])
 def test_norm_and_its_gradients_are_the_formula_by_products_and_by_sums(products, monkeypatch):
   B, H, W, C, G = 2, 4, 6, 12, 3
