@@ -96,6 +96,7 @@ def test_few_features_by_products(side, monkeypatch):
   expected = value_and_gradients(lambda *xs: plain(*xs, padding=pads), x, kernel)
   program = jax.make_jaxpr(lambda *xs: value_and_gradients(ours, *xs))
   convolutions = lambda: str(program(x, kernel)).count("conv_general_dilated")
+  assert products(ours, x, kernel)
   got = value_and_gradients(ours, x, kernel)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
   by_products = convolutions()

@@ -32,10 +32,10 @@ def one_device():
 # and of the costliest way that there is for any device. Give a new figure where one is meant to
 # change.
 WORK = {
-  ("tiny", "any"): {"rollout": 41_956_864, "score": 277_696, "update": 31_106_560},
-  ("mini", "any"): {"rollout": 70_276_956_160, "score": 3_978_641_408, "update": 63_495_110_656},
-  ("tiny", "cpu"): {"rollout": 41_301_504, "score": 277_696, "update": 31_106_560},
-  ("mini", "cpu"): {"rollout": 43_362_107_392, "score": 3_978_641_408, "update": 41_349_185_536},
+  ("tiny", "any"): {"rollout": 41_956_864, "score": 189_760, "update": 31_106_560},
+  ("mini", "any"): {"rollout": 70_276_956_160, "score": 3_290_775_552, "update": 63_495_110_656},
+  ("tiny", "cpu"): {"rollout": 41_301_504, "score": 189_760, "update": 31_106_560},
+  ("mini", "cpu"): {"rollout": 43_362_107_392, "score": 3_290_775_552, "update": 41_349_185_536},
 }
 
 
