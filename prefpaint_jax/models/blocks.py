@@ -227,10 +227,15 @@ def _silu_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
 silu.defvjp(lambda x: (silu(x), x), _silu_backward)
 
 
+def _normal_cdf(x: jax.Array) -> jax.Array:
+  """Φ(x), by erf as PyTorch does: erfc, as in Flax, takes longer."""
+  return 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
 def gelu(x: jax.Array) -> jax.Array:
-  """x Φ(x) in float32, by erf as PyTorch does: erfc, as in Flax, takes longer."""
+  """x Φ(x), in float32."""
   wide = x.astype(jnp.float32)
-  return (0.5 * wide * (1.0 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+  return (wide * _normal_cdf(wide)).astype(x.dtype)
 
 
 def _gated(hidden: jax.Array, gate: jax.Array) -> jax.Array:
@@ -248,7 +253,7 @@ def _gated_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array):
     """With Φ(gate) computed once more, and once for both: left to itself XLA keeps three arrays."""
     hidden, gate = jax.lax.optimization_barrier((hidden, gate))
     wide = gate.astype(jnp.float32)
-    share = jax.lax.optimization_barrier(0.5 * (1.0 + jax.lax.erf(wide * math.sqrt(0.5))))
+    share = jax.lax.optimization_barrier(_normal_cdf(wide))
     density = jnp.exp(-0.5 * wide * wide) * (1.0 / math.sqrt(2.0 * math.pi))
     dgate = dy * hidden * (share + wide * density)
     return (dy * wide * share).astype(hidden.dtype), dgate.astype(gate.dtype)
