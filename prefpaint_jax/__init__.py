@@ -1,3 +1,23 @@
 """PrefPaint in JAX: align a Stable Diffusion inpainting model with human preference."""
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from prefpaint_jax.inpainter import Inpainter
+  from prefpaint_jax.reward import RewardModel
+
+__all__ = ["Inpainter", "RewardModel"]
+__version__ = "0.2.0"
+
+
+def __getattr__(name: str) -> Any:
+  """Imports `Inpainter` and `RewardModel` when they are first used: they bring JAX along."""
+  if name == "Inpainter":
+    from prefpaint_jax.inpainter import Inpainter
+
+    return Inpainter
+  if name == "RewardModel":
+    from prefpaint_jax.reward import RewardModel
+
+    return RewardModel
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

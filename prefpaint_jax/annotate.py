@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from prefpaint_jax import app, simulation
 from prefpaint_jax.data import images as image_io
+from prefpaint_jax.preference import simulation
+from prefpaint_jax.runtime import cli
+from prefpaint_jax.runtime.files import atomic_path
 
 _CHUNK = 512  # pictures judged at a time
 
@@ -23,8 +25,7 @@ def annotate(folder: Path, annotators: int, noise: float, seed: int) -> int:
   if not file.is_file():
     raise ValueError(f"{file}: no such file; give the --workdir of prefpaint_jax.collect")
   lines = [json.loads(line) for line in file.read_text().splitlines()]
-  partial = folder / "annotations.partial"
-  with partial.open("w") as output:
+  with atomic_path(folder / "annotations.jsonl") as partial, partial.open("w") as output:
     for first in range(0, len(lines), _CHUNK):
       chunk = lines[first : first + _CHUNK]
       pictures = [image_io.load_image(folder / "inpaint" / f"{x['candidate']}.png") for x in chunk]
@@ -37,7 +38,6 @@ def annotate(folder: Path, annotators: int, noise: float, seed: int) -> int:
         for a in range(annotators):
           said = {name: int(values[i, a]) for name, values in scores.items()}
           print(json.dumps(names | {"annotator": f"simulated_{a}"} | said), file=output)
-  partial.replace(folder / "annotations.jsonl")
   return len(lines)
 
 
@@ -53,4 +53,4 @@ if __name__ == "__main__":
     number = annotate(folder, _ANNOTATORS.value, _NOISE.value, _SEED.value)
     print(f"{folder / 'annotations.jsonl'}: {number} candidates, {_ANNOTATORS.value} scores each")
 
-  app.run(main)
+  cli.run(main)

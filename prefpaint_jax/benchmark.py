@@ -22,11 +22,15 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from prefpaint_jax import alignment, app, cost, plan, sharding, testing
-from prefpaint_jax.chips import find_chip
-from prefpaint_jax.compilation import fast_jit
-from prefpaint_jax.inpainter import make_modules
-from prefpaint_jax.settings import settings_from
+from prefpaint_jax.align.rollout import decode, encode_prompts
+from prefpaint_jax.align.run import outline
+from prefpaint_jax.align.state import Experience, Frozen, behaviour_params
+from prefpaint_jax.models import architectures
+from prefpaint_jax.planning import cost
+from prefpaint_jax.planning.chips import find_chip
+from prefpaint_jax.runtime import cli, sharding
+from prefpaint_jax.runtime.compilation import fast_jit
+from prefpaint_jax.runtime.text import align_columns
 
 MIB = 2**20
 
@@ -39,16 +43,16 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
 def materialise(shapes: Any) -> Any:
   """Arrays for a tree of shapes with shardings: random parameters, as `testing` draws them."""
   layout = jax.tree.map(lambda x: x.sharding, shapes)
-  return sharding.place(layout, testing.random_params(shapes))
+  return sharding.place(layout, architectures.random_params(shapes))
 
 
-def _materialise_frozen(frozen: alignment.Frozen) -> alignment.Frozen:
+def _materialise_frozen(frozen: Frozen) -> Frozen:
   place = lambda array, shape: sharding.place(shape.sharding, array)
   normal = np.random.default_rng(0).normal(size=frozen.context.shape).astype(np.float32)
   whitening = frozen.whitening
   if whitening is not None:
     whitening = place(np.eye(len(whitening), dtype=np.float32), whitening)
-  return alignment.Frozen(
+  return Frozen(
     vae=materialise(frozen.vae),
     reward=materialise(frozen.reward),
     whitening=whitening,
@@ -67,23 +71,21 @@ def benchmark(
   trace and compile it, flops of all devices, bytes of each device. Each run is waited for, the
   whole iteration once at its end.
   """
-  settings = settings_from(config)
   sharding.check_batch(config.batch_size, mesh)
-  configs, source = plan.read_architecture(config.policy)
-  modules = make_modules(configs, config.dtype, config.remat, where=config.policy)
-  modules.latent_shape(1, config.size, config.size)  # refuses a size that does not fit
-  run = plan.outline(config, settings, modules, mesh)
-  programs, frozen = run.programs, _materialise_frozen(run.frozen)
-  state = programs.init(materialise(run.state.params))
-  pictures = testing.tiny_prompts(config.batch_size, size=config.size)
-  images, masks = sharding.place(sharding.batch_sharding(mesh), pictures)
+  run, modules, source = outline(config, mesh)
+  settings, stages, frozen = run.settings, run.stages, _materialise_frozen(run.frozen)
+  state = stages.init(materialise(run.state_shapes.params))
+  shape = (config.batch_size, config.size, config.size)
+  rng = np.random.default_rng(config.seed)
+  made_up = rng.uniform(size=(*shape, 3)), rng.uniform(size=(*shape, 1)) < 0.5
+  images, masks = sharding.place(
+    sharding.batch_sharding(mesh), tuple(x.astype(np.float32) for x in made_up)
+  )
   key = jax.random.key(config.seed)
-  stages: dict[str, dict[str, Any]] = {}
+  measured: dict[str, dict[str, Any]] = {}
   compiled: dict[str, Callable] = {}
 
-  def stage(
-    name: str, program: Any, *arguments: Any, times: int = 1, gives_away_state=False
-  ) -> Any:
+  def stage(name: str, program: Any, *arguments: Any, times: int = 1, donates_state=False) -> Any:
     """Compiles and times a program; its last outputs. It may give away a state, its first one."""
     began = time.perf_counter()
     traced = program.trace(*arguments)
@@ -94,9 +96,9 @@ def benchmark(
       began = time.perf_counter()
       outputs = jax.block_until_ready(compiled[name](*arguments))
       seconds.append(time.perf_counter() - began)
-      arguments = (outputs[0], *arguments[1:]) if gives_away_state else arguments
+      arguments = (outputs[0], *arguments[1:]) if donates_state else arguments
     memory = compiled[name].memory_analysis()
-    stages[name] = {
+    measured[name] = {
       "times": times,
       "seconds": quartiles(seconds[1:]),  # the first one warms up
       "compile_seconds": compile_seconds,
@@ -108,37 +110,38 @@ def benchmark(
       }
       | _peak(mesh),
     }
-    say(f"{name}: {stages[name]['seconds']['median']:.4g} s, compiled in {compile_seconds:.3g} s")
+    say(f"{name}: {measured[name]['seconds']['median']:.4g} s, compiled in {compile_seconds:.3g} s")
     return outputs
 
   ### Stage by stage; each one's outputs are the next one's arguments.
-  behaviour = lambda: state.params if state.behaviour is None else state.behaviour
-  prompts, trajectory, painted = stage(
-    "rollout", programs.rollout, behaviour(), frozen, images, masks, key
+  prompts, trajectory, samples = stage(
+    "rollout", stages.rollout, behaviour_params(state), frozen, images, masks, key
   )
-  encode = functools.partial(alignment.encode_prompts, modules, settings, mesh=mesh)
+  encode = functools.partial(encode_prompts, modules, settings, mesh=mesh)
   jit = fast_jit(mesh)
   stage("encode", jit(encode), frozen, images, masks)
-  decode = functools.partial(alignment.decode, modules, chunk=settings.decode_batch, mesh=mesh)
-  stage("decode", jit(decode), frozen.vae, trajectory.latents[-1], prompts)
-  scores, _ = stage("score", programs.score, frozen, prompts, painted)
-  indices = programs.draw_timesteps(key)[0]
+  decode_all = functools.partial(decode, modules, chunk=settings.decode_batch, mesh=mesh)
+  stage("decode", jit(decode_all), frozen.vae, trajectory.latents[-1], prompts)
+  scores, _ = stage("score", stages.score, frozen, prompts, samples)
+  indices, experience = stages.draw_timesteps(key)[0], Experience(prompts, trajectory, scores)
   updates = settings.updates_per_iteration
-  arguments = state, frozen, prompts, trajectory, scores, indices
-  state, _ = stage("update", programs.update, *arguments, times=updates, gives_away_state=True)
+  arguments = state, frozen, experience, indices
+  state, _ = stage("update", stages.update, *arguments, times=updates, donates_state=True)
 
-  ### The whole, as `train` runs it.
+  ### The whole iteration, as `train` runs it.
   seconds = []
   for _ in range(1 + repeats):
     began = time.perf_counter()
-    prompts, trajectory, painted = compiled["rollout"](behaviour(), frozen, images, masks, key)
-    scores, _ = compiled["score"](frozen, prompts, painted)
-    for indices in programs.draw_timesteps(key):
-      state, _ = compiled["update"](state, frozen, prompts, trajectory, scores, indices)
-    state = jax.block_until_ready(programs.end_iteration(state))
+    behaviour = behaviour_params(state)
+    prompts, trajectory, samples = compiled["rollout"](behaviour, frozen, images, masks, key)
+    scores, _ = compiled["score"](frozen, prompts, samples)
+    experience = Experience(prompts, trajectory, scores)
+    for indices in stages.draw_timesteps(key):
+      state, _ = compiled["update"](state, frozen, experience, indices)
+    state = jax.block_until_ready(stages.end_iteration(state))
     seconds.append(time.perf_counter() - began)
-  parts = [stages[name] for name in ("rollout", "score", "update")]
-  stages["iteration"] = {
+  parts = [measured[name] for name in ("rollout", "score", "update")]
+  measured["iteration"] = {
     "times": 1,
     "seconds": quartiles(seconds[1:]),
     "compile_seconds": sum(part["compile_seconds"] for part in parts),
@@ -153,7 +156,7 @@ def benchmark(
     "devices": mesh.size,
     "images": config.batch_size * settings.samples_per_prompt,
     "config": {name: config[name] for name in ("size", "num_steps", "dtype", "remat")},
-    "stages": stages,
+    "stages": measured,
   }
 
 
@@ -197,10 +200,7 @@ def describe(report: Mapping[str, Any], peak_flops: float | None = None) -> str:
         *map(in_mebibytes, ("arguments", "temporaries", "peak")),
       ]
     )
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  for row in rows:
-    first, *others = (f"{x:>{width}}" for x, width in zip(row, widths, strict=True))
-    lines.append("  ".join([row[0].ljust(widths[0]), *others]).rstrip())
+  lines += align_columns(rows, right=True)
   return "\n".join(lines)
 
 
@@ -223,4 +223,4 @@ if __name__ == "__main__":
     if _OUTPUT.value and jax.process_index() == 0:
       Path(_OUTPUT.value).write_text(json.dumps(report, indent=2) + "\n")
 
-  app.run(main, several_processes=True)
+  cli.run(main, several_processes=True)

@@ -20,12 +20,17 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from prefpaint_jax import app, sharding, simulation
+from prefpaint_jax import inpainter
 from prefpaint_jax.data import masks as mask_io
-from prefpaint_jax.data.pictures import DrawnPrompts
-from prefpaint_jax.data.prompts import SPLITS, Prompt, stack
+from prefpaint_jax.data.drawn_prompts import DrawnPrompts
+from prefpaint_jax.data.examples import SPLITS, Prompt, stack
+from prefpaint_jax.data.images import save_png, to_bytes
 from prefpaint_jax.inpainter import Inpainter
-from prefpaint_jax.metrics import progress, save_png
+from prefpaint_jax.preference import simulation
+from prefpaint_jax.runtime import cli, sharding
+from prefpaint_jax.runtime.files import write_text
+from prefpaint_jax.runtime.metrics import progress
+from prefpaint_jax.runtime.workdir import open_workdir
 
 
 def recover(folder: Path, per_prompt: int) -> set[str]:
@@ -40,14 +45,8 @@ def recover(folder: Path, per_prompt: int) -> set[str]:
   finished = {image_id for image_id, count in counts.items() if count == per_prompt}
   for name, file in files.items():
     kept = "".join(f"{line}\n" for image_id, line in lines[name] if image_id in finished)
-    partial = file.with_suffix(".partial")
-    partial.write_text(kept)
-    partial.replace(file)
+    write_text(file, kept)
   return finished
-
-
-def to_bytes(image: np.ndarray) -> np.ndarray:
-  return np.round(255.0 * image).astype(np.uint8)
 
 
 def paint(
@@ -113,12 +112,14 @@ def collect(config: ConfigDict, workdir: Path) -> None:
     for split, number in numbers.items()
     if number
   }
-  app.open_workdir(
+  open_workdir(
     config, workdir, free=("num_prompts", "num_test_prompts"), progress="candidates.jsonl"
   )
   per_prompt = config.samples_per_prompt + config.perturbed
   finished = recover(workdir, per_prompt)
-  policies = [(name, app.open_policy(name, config.dtype).place(mesh)) for name in config.policies]
+  policies = [
+    (name, inpainter.open_policy(name, config.dtype).place(mesh)) for name in config.policies
+  ]
 
   B, key = config.batch_size, jax.random.key(config.seed)
   bar = progress(sum(len(prompts) for prompts in drawn.values()), len(finished))
@@ -164,4 +165,4 @@ def collect(config: ConfigDict, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-  app.run_with_config(collect)
+  cli.run_with_config(collect)

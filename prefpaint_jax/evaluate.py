@@ -10,8 +10,6 @@ where an interrupted one stopped.
 # Shapes: N prompts, b of them in a batch, S samples of each, H W pixels, D features.
 
 import itertools
-import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,14 +20,22 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from prefpaint_jax import app, comparison, report, sharding, simulation
-from prefpaint_jax.comparison import Scores
+from prefpaint_jax import inpainter
+from prefpaint_jax.data import examples
 from prefpaint_jax.data import masks as mask_io
 from prefpaint_jax.data import prompts as prompt_io
-from prefpaint_jax.data.images import resize_image
+from prefpaint_jax.data.images import resize_image, to_bytes
+from prefpaint_jax.evaluation import drift as drift_lib
+from prefpaint_jax.evaluation import report, tables, winrate
+from prefpaint_jax.evaluation.drift import diversity, measure
+from prefpaint_jax.evaluation.winrate import Scores
 from prefpaint_jax.inpainter import Inpainter
-from prefpaint_jax.metrics import progress
+from prefpaint_jax.preference import simulation
 from prefpaint_jax.reward import RewardModel
+from prefpaint_jax.runtime import cli, sharding
+from prefpaint_jax.runtime.files import atomic_path, write_json
+from prefpaint_jax.runtime.metrics import progress
+from prefpaint_jax.runtime.workdir import open_workdir
 
 SIDES = ("policy", "baseline")
 SIMULATED = "true preference"
@@ -47,7 +53,7 @@ def open_judges(names: tuple[str, ...], dtype: str) -> dict[str, RewardModel]:
   return judges
 
 
-def choose_prompts(config: ConfigDict) -> tuple[Sequence[prompt_io.Prompt], list[int]]:
+def choose_prompts(config: ConfigDict) -> tuple[Sequence[examples.Prompt], list[int]]:
   """The prompts of a split, and the indices of those that are asked for."""
   prompts = prompt_io.open_prompts(config.prompts, config.split, config.size)
   if config.kind and config.kind not in mask_io.KINDS:
@@ -70,7 +76,7 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
   """[H, W, 3] in [0, 1] -> uint8, no side longer than THUMBNAIL."""
   scale = min(1.0, THUMBNAIL / max(image.shape[:2]))
   size = tuple(max(1, round(scale * side)) for side in image.shape[:2])
-  return np.round(255.0 * resize_image(image, size)).astype(np.uint8)
+  return to_bytes(resize_image(image, size))
 
 
 def examine(
@@ -107,10 +113,10 @@ def examine(
     if config.simulated_preference:
       truth = simulation.true_preference(painted, repeated_masks)["combined"]
       kept[f"{side}/score/{SIMULATED}"] = by_prompt(truth)
-    measures = comparison.measure(painted, repeated_masks, repeated_images)
+    measures = measure(painted, repeated_masks, repeated_images)
     kept |= {f"{side}/measure/{name}": by_prompt(values) for name, values in measures.items()}
     if S > 1 and features is not None:
-      kept[f"{side}/measure/diversity"] = comparison.diversity(features)
+      kept[f"{side}/measure/diversity"] = diversity(features)
     kept[f"{side}/picture"] = np.stack([thumbnail(image) for image in painted[::S]])
   return kept
 
@@ -128,7 +134,7 @@ def collect_results(folder: Path, count: int) -> dict[str, np.ndarray]:
   for number in range(count):
     with np.load(folder / f"{number:05d}.npz") as file:
       parts.append({name: file[name] for name in file.files})
-  return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+  return examples.concatenate(parts)
 
 
 def of_side(results: Mapping[str, np.ndarray], side: str, what: str) -> dict[str, np.ndarray]:
@@ -151,12 +157,10 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   prompts, chosen = choose_prompts(config)
   judges = open_judges(tuple(config.judges), config.dtype)
   policies = {
-    side: app.open_policy(config[side], config.dtype, config[f"{side}_step"]).place(mesh)
+    side: inpainter.open_policy(config[side], config.dtype, config[f"{side}_step"]).place(mesh)
     for side in SIDES
   }
-  app.open_workdir(
-    config, workdir, free=("gallery",), progress="batches/*.npz", is_writer=process == 0
-  )
+  open_workdir(config, workdir, free=("gallery",), progress="batches/*.npz", is_writer=process == 0)
 
   ### Paint and score, batch by batch; what is on disk is done.
   folder, key = workdir / "batches", jax.random.key(config.seed)
@@ -168,11 +172,10 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     file = folder / f"{number:05d}.npz"
     if file.is_file():
       continue
-    batch = prompt_io.stack([prompts[i] for i in indices])
+    batch = examples.stack([prompts[i] for i in indices])
     kept = examine(policies, judges, batch, jax.random.fold_in(key, number), config)
-    partial = folder / f".{number:05d}.npz"
-    np.savez_compressed(partial, **{name: values[:new] for name, values in kept.items()})
-    os.replace(partial, file)
+    with atomic_path(file) as partial, partial.open("wb") as output:
+      np.savez_compressed(output, **{name: values[:new] for name, values in kept.items()})
     bar.update()
   bar.close()
   multihost_utils.sync_global_devices("evaluated")
@@ -183,8 +186,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   scores = {
     label: Scores(sides["policy"][label], sides["baseline"][label]) for label in sides["policy"]
   }
-  summary = comparison.summarise(scores, results["kind"])
-  drift = comparison.drift(*(of_side(results, side, "measure") for side in SIDES))
+  summary = winrate.summarise(scores, results["kind"])
+  drift = drift_lib.drift(*(of_side(results, side, "measure") for side in SIDES))
   if process == 0:
     about = {
       "policy": config.policy,
@@ -196,9 +199,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       "command": " ".join(["python -m prefpaint_jax.evaluate", *sys.argv[1:]]),
     }
     content = {"about": about, "judges": summary, "drift": drift}
-    partial = workdir / "eval.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(workdir / "eval.json")
+    write_json(workdir / "eval.json", content)
     gallery = report.make_gallery(
       results["id"].tolist(),
       results["prompt"],
@@ -210,11 +211,11 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     title = f"{config.policy} beside {config.baseline}"
     report.write_report(workdir / "report.html", title, about, summary, scores, drift, gallery)
     for label, groups in summary.items():
-      print(comparison.describe_table(label, groups), end="\n\n")
-    print(comparison.describe_drift(drift), end="\n\n")
+      print(tables.describe_table(label, groups), end="\n\n")
+    print(tables.describe_drift(drift), end="\n\n")
     print(f"{workdir / 'report.html'}: the same with pictures; numbers in eval.json")
   return {"judges": summary, "drift": drift}
 
 
 if __name__ == "__main__":
-  app.run_with_config(evaluate, several_processes=True)
+  cli.run_with_config(evaluate, several_processes=True)

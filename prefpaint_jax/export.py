@@ -11,7 +11,8 @@ from pathlib import Path
 
 from absl import flags
 
-from prefpaint_jax import app
+from prefpaint_jax import inpainter
+from prefpaint_jax.runtime import cli, workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
@@ -22,10 +23,10 @@ def main() -> None:
   output = Path(_OUTPUT.value)
   if output.exists() and any(output.iterdir()):
     raise ValueError(f"{output} is not empty: name a new folder")
-  app.read_workdir(Path(_WORKDIR.value))  # a model's folder is no run
-  app.open_policy(_WORKDIR.value, step=_STEP.value).save_pretrained(output)
+  workdir.read_workdir(Path(_WORKDIR.value))  # a model's folder is no run
+  inpainter.open_policy(_WORKDIR.value, step=_STEP.value).save_pretrained(output)
   print(f"{output}: open with diffusers' AutoPipelineForInpainting or Inpainter.from_pretrained")
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main)

@@ -10,7 +10,6 @@ The mask is white where the picture is missing. Several samples go to O_0.png, O
 to a PNG, after the picture itself.
 """
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,13 +22,17 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
-from prefpaint_jax import app, extension
 from prefpaint_jax.data import images as image_io
-from prefpaint_jax.data.warping import Intrinsics, load_depth, synthetic_depth
-from prefpaint_jax.extension import Borders
-from prefpaint_jax.metrics import image_grid, save_png
+from prefpaint_jax.data.depth import load_depth, synthetic_depth
+from prefpaint_jax.data.images import image_grid, save_png, to_bytes
+from prefpaint_jax.data.warping import Intrinsics
+from prefpaint_jax.editing import extension
+from prefpaint_jax.editing.extension import Borders
+from prefpaint_jax.editing.views import sweep
+from prefpaint_jax.inpainter import open_policy
 from prefpaint_jax.reward import RewardModel
-from prefpaint_jax.views import sweep
+from prefpaint_jax.runtime import cli
+from prefpaint_jax.runtime.files import atomic_path
 
 _MODEL = flags.DEFINE_string("model", "mini", "Folder, hub name, workdir of a run, or mini.")
 _IMAGE = flags.DEFINE_string("image", None, "Picture to start from.", required=True)
@@ -40,14 +43,11 @@ _ETA = flags.DEFINE_float("eta", 0.0, "Noise in each step, 0 to 1.", 0.0, 1.0)
 _GUIDANCE = flags.DEFINE_float("guidance_scale", 7.5, "Strength of the text; 1 is none.")
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed paints the same picture.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
-
 _MASK = flags.DEFINE_string("mask", None, "The picture's mask, white = missing.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "How many.", lower_bound=1)
 _REWARD = flags.DEFINE_string("reward", None, "Reward model that scores the samples.")
 _BEST = flags.DEFINE_bool("best", False, "Keep only the sample of the greatest reward.")
-
 _EXTEND = flags.DEFINE_string("extend", None, "Grow by pixels: left=256,right=256,bottom=9.")
-
 _MOVE = flags.DEFINE_string("move", None, "New view: x,y,z, to the right, down and forward.")
 _TURN = flags.DEFINE_string("turn", None, "New view: yaw,pitch in degrees, to the right and up.")
 _DEPTH = flags.DEFINE_string("depth", None, "Its depth: .npy, 16-bit PNG, or synthetic (made up).")
@@ -88,14 +88,12 @@ def _choose_job() -> Callable[[np.ndarray, Path], None]:
 
 
 # ----------------------------------------------------------------------------------------- the jobs
-
-
 def _complete(image: np.ndarray, output: Path) -> None:
   """Paints what the mask says is missing."""
   if _BEST.value and not _REWARD.value:
     raise ValueError("--best without --reward: name the reward model that chooses, --reward=mini")
   mask = image_io.load_mask(_MASK.value, image.shape[:2])
-  inpainter = app.open_policy(_MODEL.value, _DTYPE.value)
+  inpainter = open_policy(_MODEL.value, _DTYPE.value)
   judge = _REWARD.value and RewardModel.from_pretrained(_REWARD.value, dtype=_DTYPE.value)
   with _settings() as settings:
     painted = inpainter(image, mask, num_samples=_NUM_SAMPLES.value, **settings)
@@ -108,18 +106,18 @@ def _complete(image: np.ndarray, output: Path) -> None:
     if _BEST.value:
       text |= {"sample": str(i), "rewards": " ".join(f"{reward:.4f}" for reward in rewards)}
       said += [f"the best of {len(rewards)}"]
-    save_png(name, _to_bytes(painted[i]), _fields(**text))
+    save_png(name, to_bytes(painted[i]), _fields(**text))
     print(name, *said)
 
 
 def _extend(image: np.ndarray, output: Path) -> None:
   """Paints what lies beyond the picture's borders."""
   borders = Borders.parse(_EXTEND.value)
-  inpainter = app.open_policy(_MODEL.value, _DTYPE.value)
+  inpainter = open_policy(_MODEL.value, _DTYPE.value)
   plan = extension.plan_windows(inpainter, image.shape[:2], borders)
   with _settings(len(plan.batches)) as settings:
     extended = extension.extend(inpainter, image, *borders, **settings)
-  save_png(output, _to_bytes(extended), _fields(extend=_EXTEND.value))
+  save_png(output, to_bytes(extended), _fields(extend=_EXTEND.value))
   print(output)
 
 
@@ -129,13 +127,13 @@ def _show_views(image: np.ndarray, output: Path) -> None:
   turn = _numbers("turn", _TURN.value or "0,0", 2)
   intrinsics = Intrinsics.parse(_INTRINSICS.value) if _INTRINSICS.value else None
   depth = _read_depth(image.shape[:2])
-  inpainter = app.open_policy(_MODEL.value, _DTYPE.value)
+  inpainter = open_policy(_MODEL.value, _DTYPE.value)
   with _settings(_VIEWS.value) as settings:
     views = sweep(inpainter, image, depth, intrinsics, move, turn, _VIEWS.value, **settings)
   if output.suffix.lower() == ".gif":
     _save_gif(output, [image, *views])
   else:
-    shown = _to_bytes(views[0])
+    shown = to_bytes(views[0])
     if len(views) > 1:
       shown = image_grid(np.stack([image, *views]), columns=len(views) + 1)
     text = {"move": ",".join(map(str, move)), "turn": ",".join(map(str, turn))}
@@ -144,8 +142,6 @@ def _show_views(image: np.ndarray, output: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------- flags and files
-
-
 @contextmanager
 def _settings(paintings: int = 1) -> Iterator[dict[str, Any]]:
   """How to paint, by the names that `Inpainter` gives it, with a progress bar over it all."""
@@ -181,22 +177,16 @@ def _read_depth(size: tuple[int, int]) -> np.ndarray:
   return load_depth(_DEPTH.value, size)
 
 
-def _to_bytes(picture: np.ndarray) -> np.ndarray:
-  return np.round(picture * 255.0).astype(np.uint8)
-
-
 def _fields(**others: str) -> dict[str, str]:
   """What a PNG says of where it came from."""
   return {"model": _MODEL.value, "seed": str(_SEED.value)} | others
 
 
 def _save_gif(path: Path, pictures: list[np.ndarray]) -> None:
-  first, *others = (Image.fromarray(_to_bytes(picture)) for picture in pictures)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.tmp")
-  first.save(partial, format="GIF", save_all=True, append_images=others, duration=150, loop=0)
-  os.replace(partial, path)
+  first, *others = (Image.fromarray(to_bytes(picture)) for picture in pictures)
+  with atomic_path(path) as partial:
+    first.save(partial, format="GIF", save_all=True, append_images=others, duration=150, loop=0)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main)

@@ -19,13 +19,18 @@ import numpy as np
 from etils import epy
 from ml_collections import ConfigDict
 
-from prefpaint_jax import app, diffusion, fitting, sharding, simulation
-from prefpaint_jax.data.pictures import DrawnPrompts
-from prefpaint_jax.inpainter import Inpainter, Modules, Params, make_modules
+from prefpaint_jax.data.drawn_prompts import DrawnPrompts
+from prefpaint_jax.diffusion import ddim
+from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.models.pipeline import Modules, Params, make_modules
+from prefpaint_jax.models.tokenizer import byte_tokenizer
 from prefpaint_jax.models.vae import AutoencoderKL
+from prefpaint_jax.preference import simulation
+from prefpaint_jax.runtime import cli, fitting, sharding
+from prefpaint_jax.runtime.workdir import open_workdir
 
 with epy.lazy_imports():
-  import grain  # slow
+  import grain
 
 
 def picture_loader(config: ConfigDict, batch_size: int):
@@ -88,9 +93,9 @@ def unet_loss(
   clean = mean * modules.vae.config.scaling_factor
   t = jax.random.randint(time_key, clean.shape[:1], 0, modules.schedule.num_train_timesteps)
   noise = jax.random.normal(noise_key, clean.shape)
-  noisy = diffusion.add_noise(modules.schedule, clean, noise, t)
+  noisy = ddim.add_noise(modules.schedule, clean, noise, t)
   output = modules.predict(params, prompts, noisy, t)
-  loss = jnp.mean((output - diffusion.training_target(modules.schedule, clean, noise, t)) ** 2)
+  loss = jnp.mean((output - ddim.training_target(modules.schedule, clean, noise, t)) ** 2)
   return loss, {"unet/loss": loss}
 
 
@@ -124,27 +129,6 @@ def fit(
   )
 
 
-def byte_tokenizer(length: int = 77) -> dict[str, bytes]:
-  """A CLIP tokenizer of single bytes without merges; `length` tokens a text."""
-  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  rest = [byte for byte in range(256) if byte not in printable]
-  # As in GPT-2's byte-level vocabulary, bytes that do not print take characters from 256 on.
-  symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(rest))]
-  marks = ["<|startoftext|>", "<|endoftext|>"]
-  tokens = symbols + [symbol + "</w>" for symbol in symbols] + marks
-  special = dict(zip(("bos_token", "eos_token"), marks, strict=True))
-  special |= {"unk_token": marks[1], "pad_token": marks[1]}
-  config = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": length}
-  config |= {"do_lower_case": True, "add_prefix_space": False, "errors": "replace"}
-  to_bytes = lambda content: (json.dumps(content, ensure_ascii=False) + "\n").encode()
-  return {
-    "vocab.json": to_bytes({token: i for i, token in enumerate(tokens)}),
-    "merges.txt": b"#version: 0.2\n",
-    "special_tokens_map.json": to_bytes(special),
-    "tokenizer_config.json": to_bytes(config),
-  }
-
-
 def new_inpainter(config: ConfigDict) -> Inpainter:
   """An untrained pipeline of `config.architecture`."""
   configs = json.loads(json.dumps(config.architecture.to_dict()))
@@ -155,7 +139,7 @@ def new_inpainter(config: ConfigDict) -> Inpainter:
 
 
 def pretrain(config: ConfigDict, workdir: Path) -> None:
-  app.open_workdir(config, workdir, progress="*/checkpoints/*")
+  open_workdir(config, workdir, progress="*/checkpoints/*")
   if not config.pictures:
     raise ValueError("config.pictures is empty: give --config.pictures=FOLDER")
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -186,4 +170,4 @@ def pretrain(config: ConfigDict, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-  app.run_with_config(pretrain)
+  cli.run_with_config(pretrain)

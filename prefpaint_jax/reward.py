@@ -14,39 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefpaint_jax import mini
-from prefpaint_jax.bound import FILE_NAME, Bound, check_bound, load_bound, save_bound
-from prefpaint_jax.compilation import apart
 from prefpaint_jax.models.config import RewardConfig
-from prefpaint_jax.models.reward import CLIP_MEAN, CLIP_STD, RewardNetwork
+from prefpaint_jax.models.reward import RewardNetwork, apply, network_shapes
+from prefpaint_jax.preference.bound import FILE_NAME, Bound, check_bound, load_bound, save_bound
+from prefpaint_jax.runtime.compilation import apart
 from prefpaint_jax.weights import folder as weights
-
-
-def preprocess(images: jax.Array, size: int) -> jax.Array:
-  """CLIP's preprocessing on the device: [B, H, W, 3] in [0, 1] -> [B, size, size, 3], normalised.
-
-  Antialiased bicubic resize of the shorter side to `size`, then a centre crop.
-  """
-  B, H, W, _ = images.shape
-  if (size, size) != (H, W):
-    # The longer side is cut, not rounded, as CLIP's own preprocessing does; in integers, so that
-    # rounding of the ratio cannot take a pixel off it.
-    height, width = (size * side // min(H, W) for side in (H, W))
-    images = jax.image.resize(images, (B, height, width, 3), "cubic", antialias=True)
-    top, left = (height - size) // 2, (width - size) // 2
-    images = jnp.clip(images[:, top : top + size, left : left + size], 0.0, 1.0)
-  return (images - CLIP_MEAN) / CLIP_STD
-
-
-def apply(
-  network: RewardNetwork, params: Any, images: jax.Array, masked_images: jax.Array, **options: Any
-) -> tuple[jax.Array, jax.Array]:
-  """Reward [B] and features [B, D] of images [B, H, W, 3] given masked images [M, H, W, 3].
-
-  `options` go to the network: deterministic, rngs.
-  """
-  size = network.config.vision.image_size
-  pixels, masked_pixels = preprocess(images, size), preprocess(masked_images, size)
-  return network.apply({"params": params}, pixels, masked_pixels, **options)
 
 
 @functools.partial(jax.jit, static_argnames="network")
@@ -112,24 +84,9 @@ def read_bound(path: str | Path) -> Bound:
   """A bound of ours (`bound.safetensors`), or a released inverse of V (`.pt`, needs torch)."""
   if Path(path).suffix not in (".pt", ".pth", ".bin"):
     return load_bound(path)
-  try:
-    import torch
-  except ImportError as error:
-    raise ValueError(f"{path}: a torch file; install torch to read it") from error
-  try:
-    stored = torch.load(path, map_location="cpu", weights_only=True)
-  except Exception as error:  # torch's readers raise whatever a damaged file makes of them
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    raise ValueError(f"{path}: cannot be read ({reason}); get it again") from error
+  torch, stored = weights.load_torch(path)
   values = stored.values() if isinstance(stored, dict) else [stored]
   tensors = [value for value in values if isinstance(value, torch.Tensor)]
   if len(tensors) != 1:
     raise ValueError(f"{path}: holds {len(tensors)} tensors; give the file of the inverse of V")
   return Bound.from_inverse(tensors[0].detach().double().numpy())
-
-
-def network_shapes(config: RewardConfig) -> Any:
-  """The tree of parameter shapes of a reward network."""
-  size = config.vision.image_size
-  pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  return jax.eval_shape(RewardNetwork(config).init, jax.random.key(0), pixels, pixels)["params"]

@@ -12,11 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefpaint_jax import alignment, diffusion, testing
-from prefpaint_jax.alignment import Frozen, Scores
-from prefpaint_jax.diffusion import Trajectory
-from prefpaint_jax.inpainter import Prompts
-from prefpaint_jax.settings import Settings, Trust, settings_from
+from prefpaint_jax import testing
+from prefpaint_jax.align import rollout as rollout_lib
+from prefpaint_jax.align import update
+from prefpaint_jax.align.settings import Settings, Trust, settings_from
+from prefpaint_jax.align.state import Experience, Frozen, Sampler, Scores
+from prefpaint_jax.diffusion import ddim
+from prefpaint_jax.diffusion.ddim import Trajectory
+from prefpaint_jax.diffusion.schedule import Schedule
+from prefpaint_jax.models import architectures
+from prefpaint_jax.models.pipeline import Prompts
 
 get_config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rl.py"))["get_config"]
 WORLD = dict.fromkeys(("policy", "reward", "prompts"), "")  # nothing here is read from disk
@@ -45,8 +50,12 @@ def world(dtype: str = "float32"):
   return inpainter.modules, base, judge.network, frozen
 
 
-def steps_of(settings: Settings) -> diffusion.Steps:
-  return diffusion.ddim_steps(world()[0].schedule, settings.num_steps, settings.eta)
+def steps_of(settings: Settings) -> ddim.Steps:
+  return ddim.ddim_steps(world()[0].schedule, settings.num_steps, settings.eta)
+
+
+def sampler_of(modules, settings: Settings) -> Sampler:
+  return Sampler(modules, settings, steps_of(settings))
 
 
 @functools.cache
@@ -54,7 +63,7 @@ def painted(dtype: str = "float32"):
   """(prompts, trajectory, images) of one rollout."""
   settings = make_settings()
   modules, params, _, frozen = world(dtype)
-  rollout = jax.jit(functools.partial(alignment.rollout, modules, settings, steps_of(settings)))
+  rollout = jax.jit(functools.partial(rollout_lib.rollout, sampler_of(modules, settings)))
   return rollout(params, frozen, *testing.tiny_prompts(PROMPTS), jax.random.key(0))
 
 
@@ -79,12 +88,10 @@ def assert_trees_close(ours, expected, tolerance: float) -> None:
 
 
 # ------------------------------------------------------- a policy of three numbers, for the rules
-
-
 class ToyModules:
   """Predicts a·latents + b·masked latents + c·sin t: what an update does shows plainly."""
 
-  schedule = diffusion.Schedule.from_config(testing.tiny_configs()["scheduler"])
+  schedule = Schedule.from_config(architectures.tiny_configs()["scheduler"])
 
   @staticmethod
   def predict(params, prompts: Prompts, latents, timestep):
@@ -110,7 +117,7 @@ def toy_rollout(settings: Settings, params, prompts: Prompts, seed: int) -> Traj
   predict = lambda latents, t: ToyModules.predict(params, prompts, latents, t)
   noise = jax.random.normal(jax.random.key(seed), prompts.masked_latents.shape)
   key, steps = jax.random.key(seed + 100), steps_of(settings)
-  return diffusion.rollout(predict, ToyModules.schedule, steps, noise, key)
+  return ddim.rollout(predict, ToyModules.schedule, steps, noise, key)
 
 
 TOY_FROZEN = Frozen(vae={}, reward={}, whitening=None, context=jnp.zeros((1, 1, 3)), base=TOY)
@@ -119,20 +126,12 @@ TOY_FROZEN = Frozen(vae={}, reward={}, whitening=None, context=jnp.zeros((1, 1, 
 def loss_of(modules, settings: Settings):
   """`policy_loss` of a whole update, of (params, frozen, prompts, trajectory, scores, indices)."""
 
+  sampler = sampler_of(modules, settings)
+
   def loss(params, frozen, prompts, trajectory, scores, indices):
     count = jnp.maximum(scores.valid.sum(), 1) * indices.shape[0]
-    return alignment.policy_loss(
-      modules,
-      settings,
-      steps_of(settings),
-      params,
-      frozen.base,
-      prompts,
-      trajectory,
-      scores,
-      indices,
-      count,
-    )
+    experience = Experience(prompts, trajectory, scores)
+    return update.policy_loss(sampler, params, frozen.base, experience, indices, count)
 
   return loss
 

@@ -12,7 +12,9 @@ os.environ["XLA_FLAGS"] = " ".join(
   [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 ).strip()
 
+
 gc.set_threshold(50_000, 20, 20)  # tracing makes many objects, few of them garbage
+
 
 LONGEST = ("test_train", "test_processes", "test_faults")
 

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "manifests"
-
 _CROSS_ATTENTION_LEVELS = {
   "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
   "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
@@ -31,7 +30,6 @@ _UNET = {
   "sample_size": 64,
   **_CROSS_ATTENTION_LEVELS,
 }
-
 CONFIGS = {
   "sd15_inpainting_unet": _UNET | {"attention_head_dim": 8, "cross_attention_dim": 768},
   "sd2_inpainting_unet": _UNET

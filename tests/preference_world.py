@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 from prefpaint_jax import testing
 from prefpaint_jax.annotate import annotate
 from prefpaint_jax.collect import collect
-from prefpaint_jax.data.preferences import build_preferences
-from prefpaint_jax.metrics import save_png
+from prefpaint_jax.data.images import save_png
+from prefpaint_jax.data.preference_records import build_preferences
+from prefpaint_jax.models import architectures
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -25,7 +26,7 @@ SMALL = {
   "network.vision.hidden_size": 16,
   "network.vision.intermediate_size": 32,
   "network.vision.num_hidden_layers": 1,
-  "network.vision.image_size": testing.SIZE,
+  "network.vision.image_size": architectures.SIZE,
   "network.vision.patch_size": 4,
   "network.vision.projection_dim": 16,
 }
@@ -49,7 +50,7 @@ def collect_config(folder: Path, **fields) -> ConfigDict:
   small = {
     "pictures": str(folder / "photos"),
     "policies": (str(folder / "policy"),),
-    "size": testing.SIZE,
+    "size": architectures.SIZE,
     "crop": (8, 20),
     "num_prompts": 20,
     "num_test_prompts": 6,

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from prefpaint_jax import app, benchmark, sharding, testing
+from prefpaint_jax import benchmark, testing
+from prefpaint_jax.runtime import cli, sharding
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = Path(__file__).parents[1]
 get_config = runpy.run_path(str(ROOT / "configs" / "rl.py"))["get_config"]
 
@@ -32,8 +32,6 @@ def side_by_side():
 
 
 # ------------------------------------------------------------------------------------ the command
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> ConfigDict:
   config = get_config()
@@ -88,8 +86,6 @@ def test_missing_policy_is_one_line(tmp_path):
 
 
 # ---------------------------------------------------------------------------------- side by side
-
-
 @pytest.mark.slow
 def test_opponents_compute_the_same_iteration(side_by_side, tmp_path):
   pytest.importorskip("torch", reason="the opponents need torch: pip install torch")
@@ -156,8 +152,6 @@ def test_tables_of_the_document_say_what_was_measured(side_by_side):
 
 
 # ------------------------------------------------------------------------------ compilation cache
-
-
 @pytest.mark.parametrize(
   ("environment", "expected"),
   [
@@ -174,7 +168,7 @@ def test_compiled_programs_are_kept_where_the_user_wants(environment, expected, 
   before = jax.config.jax_compilation_cache_dir
   try:
     jax.config.update("jax_compilation_cache_dir", None)
-    app.enable_compilation_cache()
+    cli.enable_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == expected
   finally:
     jax.config.update("jax_compilation_cache_dir", before)

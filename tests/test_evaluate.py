@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from preference_world import load_config
 
-from prefpaint_jax import evaluate, simulation, testing
-from prefpaint_jax.data.prompts import open_prompts, stack
+from prefpaint_jax import evaluate, testing
+from prefpaint_jax.data.examples import stack
+from prefpaint_jax.data.prompts import open_prompts
 from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.models import architectures
+from prefpaint_jax.preference import simulation
 from prefpaint_jax.reward import RewardModel
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -31,7 +34,7 @@ def config_of(world, **fields):
     baseline=world["policy"],
     prompts=world["prompts"],
     judges=(world["reward"], world["other"]),
-    size=testing.SIZE,
+    size=architectures.SIZE,
     num_prompts=20,
     samples_per_prompt=3,
     num_steps=2,
@@ -52,7 +55,7 @@ def test_scores_are_those_of_the_pictures_a_user_paints(world, whole):
   workdir, result = whole
   found = json.loads((workdir / "eval.json").read_text())
   assert found["judges"] == result["judges"]
-  prompts = open_prompts(world["prompts"], "test", testing.SIZE)
+  prompts = open_prompts(world["prompts"], "test", architectures.SIZE)
   policy, judge = (
     Inpainter.from_pretrained(world["aligned"]),
     RewardModel.from_pretrained(world["reward"]),

@@ -17,11 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefpaint_jax import app, testing, train
-from prefpaint_jax.checkpoint import Checkpoints
-from prefpaint_jax.programs import Programs, make_programs
+from prefpaint_jax import testing, train
+from prefpaint_jax.align import run
+from prefpaint_jax.align.stages import Stages, make_stages
+from prefpaint_jax.runtime import cli
+from prefpaint_jax.runtime.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
+
 # Everything that a state can hold, and a save each iteration.
 FIELDS = {
   "num_iterations": 4,
@@ -36,12 +39,11 @@ FIELDS = {
 }
 
 # ------------------------------------------------------------------------------ killed and resumed
-
 KILLS = 10
 SAVES_HIT = 3  # kills that leave a half-written checkpoint behind, at least
 
 
-def stand_ins(*arguments) -> Programs:
+def stand_ins(*arguments) -> Stages:
   """The programs of an iteration, with cheap ones where the networks would be.
 
   Everything depends on everything that a real one depends on: policy, pictures, keys and steps.
@@ -70,28 +72,28 @@ def stand_ins(*arguments) -> Programs:
     change_one = lambda x: x + change if jnp.issubdtype(x.dtype, jnp.floating) else x
     return jax.tree.map(change_one, state)
 
-  programs = make_programs(*arguments)
+  stages = make_stages(*arguments)
   # Apart from what is to add, which XLA would else work out again for every array it is added to.
-  change_by = jax.jit(change_by, donate_argnums=0, out_shardings=programs.layout)
+  change_by = jax.jit(change_by, donate_argnums=0, out_shardings=stages.layout)
 
-  def update(state, frozen, prompts, trajectory, scores, indices):
-    change = change_of(state, prompts, scores, indices)
+  def update(state, frozen, experience, indices):
+    change = change_of(state, experience.prompts, experience.scores, indices)
     return change_by(state, change), {"change": change}
 
-  return programs._replace(
-    paint=jax.jit(paint), rollout=jax.jit(rollout), score=jax.jit(score), update=update
+  return stages._replace(
+    inpaint=jax.jit(paint), rollout=jax.jit(rollout), score=jax.jit(score), update=update
   )
 
 
 def work_cheaply() -> None:
   """From here on, runs of this process have the stand-ins."""
-  train.make_programs, train.compile_iteration = stand_ins, lambda *_: None
+  run.make_stages, train.compile_iteration = stand_ins, lambda *_: None
 
 
 def run_command() -> None:
   """`python -m prefpaint_jax.train` with the stand-ins."""
   work_cheaply()
-  app.run_with_config(train.train)
+  cli.run_with_config(train.train)
 
 
 def attempt(fields: dict, workdir: Path, compiled: Path) -> None:
@@ -231,8 +233,6 @@ def test_run_killed_ten_times_ends_as_one_that_never_was(start, tmp_path):
 
 
 # -------------------------------------------------------------------------------------- full disks
-
-
 @pytest.fixture
 def on_small_disk(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
   """Runs Python code where the folder `disk` is a file system of so many bytes."""
@@ -256,7 +256,7 @@ def on_small_disk(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
 def test_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(on_small_disk, tmp_path):
   code = """
     import jax.numpy as jnp, numpy as np
-    from prefpaint_jax.checkpoint import Checkpoints
+    from prefpaint_jax.runtime.checkpoint import Checkpoints
 
     state, too_much = {"params": jnp.arange(100.0)}, {"params": jnp.arange(4e5)}
     for found_by in ("wait", "close", "save"):
@@ -290,7 +290,7 @@ def test_run_on_a_full_disk_ends_in_one_line_and_goes_on_from_its_last_checkpoin
 ):
   code = """
     import os, subprocess, sys
-    from prefpaint_jax.checkpoint import Checkpoints
+    from prefpaint_jax.runtime.checkpoint import Checkpoints
 
     command = "import test_faults; test_faults.run_command()"
     arguments = [sys.executable, "-c", command, *sys.argv[1:]]
@@ -324,8 +324,8 @@ def test_run_on_a_full_disk_ends_in_one_line_and_goes_on_from_its_last_checkpoin
 
 def test_metrics_on_a_full_disk_are_one_line_and_no_run_hangs(on_small_disk, tmp_path):
   code = """
-    from prefpaint_jax import app
-    from prefpaint_jax.metrics import MetricsWriter
+    from prefpaint_jax.runtime import cli
+    from prefpaint_jax.runtime.metrics import MetricsWriter
 
     def main(config, workdir):
       writer = MetricsWriter(workdir)
@@ -335,7 +335,7 @@ def test_metrics_on_a_full_disk_are_one_line_and_no_run_hangs(on_small_disk, tmp
       finally:
         writer.close()
 
-    app.run_with_config(main)
+    cli.run_with_config(main)
   """
   disk = f"{tmp_path}/disk"
   ended = on_small_disk(code, 2**19, f"--config={ROOT}/configs/rl.py", f"--workdir={disk}")
@@ -347,27 +347,25 @@ def test_metrics_on_a_full_disk_are_one_line_and_no_run_hangs(on_small_disk, tmp
 
 
 # ------------------------------------------------------------------------------------- their times
-
-
 def test_parts_of_an_iteration_that_run_at_once_are_timed_apart(tmp_path, monkeypatch):
   rollout_s, update_s = 0.2, 0.4
 
   def lasting(function: Callable, seconds: float) -> Callable:
-    def run(*arguments):
+    def call(*arguments):
       time.sleep(seconds)
       return jax.block_until_ready(function(*arguments))
 
-    return run
+    return call
 
-  def slow_stand_ins(*arguments) -> Programs:
-    programs = stand_ins(*arguments)
-    return programs._replace(
-      rollout=lasting(programs.rollout, rollout_s),
-      score=lasting(programs.score, 0.0),
-      update=lasting(programs.update, update_s),
+  def slow_stand_ins(*arguments) -> Stages:
+    stages = stand_ins(*arguments)
+    return stages._replace(
+      rollout=lasting(stages.rollout, rollout_s),
+      score=lasting(stages.score, 0.0),
+      update=lasting(stages.update, update_s),
     )
 
-  monkeypatch.setattr(train, "make_programs", slow_stand_ins)
+  monkeypatch.setattr(run, "make_stages", slow_stand_ins)
   monkeypatch.setattr(train, "compile_iteration", lambda *_: None)
   config = runpy.run_path(str(ROOT / "configs" / "rl.py"))["get_config"]()
   world = testing.write_tiny_world(tmp_path / "world")

@@ -7,17 +7,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from alignment_world import make_settings, steps_of, world
+from alignment_world import make_settings, sampler_of, world
 from ml_collections import ConfigDict
 
-from prefpaint_jax import cost, plan, programs, sharding, testing
-from prefpaint_jax.inpainter import Prompts, make_modules
-from prefpaint_jax.optimizer import make_optimizer
-from prefpaint_jax.programs import make_programs
-from prefpaint_jax.settings import settings_from
+from prefpaint_jax import testing
+from prefpaint_jax.align import stages as stages_lib
+from prefpaint_jax.align.optimizer import make_optimizer
+from prefpaint_jax.align.run import outline
+from prefpaint_jax.align.stages import make_stages
+from prefpaint_jax.align.state import Experience, behaviour_params
+from prefpaint_jax.models.architectures import read_architecture
+from prefpaint_jax.models.pipeline import Prompts, make_modules
+from prefpaint_jax.planning import cost
+from prefpaint_jax.runtime import sharding
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 get_config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rl.py"))["get_config"]
 STAGES = ("rollout", "score", "update")
 
@@ -49,29 +53,27 @@ def configs(tmp_path_factory) -> dict[str, ConfigDict]:
 
 def trace(config: ConfigDict) -> dict[str, jax.stages.Traced]:
   """The stages of an iteration on one device, traced with shapes."""
-  mesh, settings = one_device(), settings_from(config)
-  architectures, _ = plan.read_architecture(config.policy)
-  modules = make_modules(architectures, config.dtype, config.remat)
-  run = plan.outline(config, settings, modules, mesh)
+  run, _, _ = outline(config, one_device())
   side = config.size, config.size
   images, masks = (
     jax.ShapeDtypeStruct((config.batch_size, *side, channels), jnp.float32) for channels in (3, 1)
   )
   key = jax.eval_shape(jax.random.key, 0)
-  behaviour = run.state.params if run.state.behaviour is None else run.state.behaviour
-  rollout = run.programs.rollout.trace(behaviour, run.frozen, images, masks, key)
+  stages, state = run.stages, run.state_shapes
+  rollout = stages.rollout.trace(behaviour_params(state), run.frozen, images, masks, key)
   prompts, trajectory, painted = rollout.out_info
-  score = run.programs.score.trace(run.frozen, prompts, painted)
+  score = stages.score.trace(run.frozen, prompts, painted)
   scores, _ = score.out_info
-  indices = jax.eval_shape(run.programs.draw_timesteps, key)[0]
-  update = run.programs.update.trace(run.state, run.frozen, prompts, trajectory, scores, indices)
+  indices = jax.eval_shape(stages.draw_timesteps, key)[0]
+  experience = Experience(prompts, trajectory, scores)
+  update = stages.update.trace(state, run.frozen, experience, indices)
   return dict(zip(STAGES, (rollout, score, update), strict=True))
 
 
 @pytest.mark.parametrize("preset, device", WORK)
 def test_work_of_an_iteration_does_not_grow(preset, device, configs, monkeypatch):
   if device == "any":
-    monkeypatch.setattr(programs, "fast_jit", lambda mesh: jax.jit)
+    monkeypatch.setattr(stages_lib, "fast_jit", lambda mesh: jax.jit)
   traced = trace(configs[preset])
   for name in STAGES:
     work, known = cost.flops(traced[name].jaxpr), WORK[preset, device][name]
@@ -79,7 +81,7 @@ def test_work_of_an_iteration_does_not_grow(preset, device, configs, monkeypatch
 
 
 def test_products_are_nearly_all_that_stable_diffusion_computes():
-  configs, _ = plan.read_architecture("stable-diffusion-v1-5/stable-diffusion-inpainting")
+  configs, _ = read_architecture("stable-diffusion-v1-5/stable-diffusion-inpainting")
   modules = make_modules(configs, "bfloat16", remat=True)
   params = jax.eval_shape(modules.init, jax.random.key(0))["unet"]
   array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -131,25 +133,22 @@ def test_programs_call_nothing_on_the_host(configs):
 
 
 # -------------------------------------------------------------------------------------- transfers
-
-
 def test_an_iteration_sends_nothing_from_the_host_once_its_prompts_are_placed():
   settings, mesh = make_settings(updates_per_iteration=2), one_device()
   modules, base, network, frozen = world()
   optimizer = make_optimizer("adamw", 1e-3)
-  steps = steps_of(settings)
   base, frozen, pictures, key = jax.device_put(
     (base, frozen, testing.tiny_prompts(4), jax.random.key(0)), sharding.replicated(mesh)
   )
-  programs = make_programs(modules, network, settings, steps, optimizer, mesh, base)
-  state = programs.init(base)
+  stages = make_stages(sampler_of(modules, settings), network, optimizer, mesh, base)
+  state = stages.init(base)
 
   def iterate(state):
-    prompts, trajectory, painted = programs.rollout(state.params, frozen, *pictures, key)
-    scores, _ = programs.score(frozen, prompts, painted)
-    for indices in programs.draw_timesteps(key):
-      state, _ = programs.update(state, frozen, prompts, trajectory, scores, indices)
-    return programs.end_iteration(state)
+    prompts, trajectory, painted = stages.rollout(state.params, frozen, *pictures, key)
+    scores, _ = stages.score(frozen, prompts, painted)
+    for indices in stages.draw_timesteps(key):
+      state, _ = stages.update(state, frozen, Experience(prompts, trajectory, scores), indices)
+    return stages.end_iteration(state)
 
   state = iterate(state)  # compiles, which may place constants
   with jax.transfer_guard("disallow"):

@@ -12,11 +12,12 @@ from PIL import Image
 
 from prefpaint_jax import testing
 from prefpaint_jax.data import images as image_io
-from prefpaint_jax.data.warping import synthetic_depth
-from prefpaint_jax.metrics import save_png
+from prefpaint_jax.data.depth import synthetic_depth
+from prefpaint_jax.data.images import save_png
 
 ROOT = Path(__file__).parents[1]
 SIZE = (10, 12)
+
 # The flags of two commands cannot be in one process, so another one runs this; one for all cases.
 RUN_ALL = """
 import contextlib, io, json, sys

@@ -13,9 +13,9 @@ from prefpaint_jax import inpainter as inpainter_module
 from prefpaint_jax import testing
 from prefpaint_jax.data.images import load_pairs
 from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.models import architectures
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = 10
 
 
@@ -38,8 +38,6 @@ def to_pil(image: np.ndarray) -> Image.Image:
 
 
 # ------------------------------------------------------------------------- against stock diffusers
-
-
 @pytest.fixture(scope="module", params=[1, 2], ids=["sd1_epsilon", "sd2_v_prediction"])
 def both(request, tmp_path_factory):
   """Our pipeline, and stock diffusers' from the folder that ours wrote."""
@@ -74,8 +72,8 @@ def test_pipeline_equals_stock_diffusers(both, prompt, text, guidance_scale):
     prompt=text,
     image=to_pil(image),
     mask_image=to_pil(mask),
-    height=testing.SIZE,
-    width=testing.SIZE,
+    height=architectures.SIZE,
+    width=architectures.SIZE,
     strength=1.0,
     num_inference_steps=STEPS,
     guidance_scale=guidance_scale,
@@ -92,7 +90,7 @@ def test_pipeline_equals_stock_diffusers(both, prompt, text, guidance_scale):
     latents=latents,
     paste_back=False,
   )
-  assert painted.shape == expected.shape == (1, testing.SIZE, testing.SIZE, 3)
+  assert painted.shape == expected.shape == (1, architectures.SIZE, architectures.SIZE, 3)
   assert expected.std() > 0.05  # a picture, not a saturated field
   np.testing.assert_allclose(painted, expected, atol=1e-3)
 
@@ -139,8 +137,6 @@ def _symbol(byte: int) -> str:
 
 
 # ----------------------------------------------------------------------------- what comes back
-
-
 def test_same_key_same_picture_and_another_key_another(inpainter, prompt):
   paint = lambda seed: inpainter(*prompt, key=jax.random.key(seed), num_steps=STEPS, eta=1.0)
   first, again, other = paint(3), paint(3), paint(4)
@@ -171,7 +167,7 @@ def test_samples_of_an_image_come_in_a_row(inpainter):
   painted = inpainter(
     list(images), list(masks), num_steps=STEPS, latents=latents, num_samples=3, paste_back=False
   )
-  assert painted.shape == (6, testing.SIZE, testing.SIZE, 3)
+  assert painted.shape == (6, architectures.SIZE, architectures.SIZE, 3)
   for i, sample in enumerate(painted):
     pair, noise = (images[i // 3], masks[i // 3]), latents[i : i + 1]
     (alone,) = inpainter(*pair, num_steps=STEPS, latents=noise, paste_back=False)
@@ -228,8 +224,6 @@ def test_every_kind_of_input_gives_the_same_picture(inpainter, prompt, tmp_path)
 
 
 # ------------------------------------------------------------------------------------- folders
-
-
 def test_saving_what_was_loaded_changes_nothing(folder, tmp_path):
   Inpainter.from_pretrained(folder).save_pretrained(tmp_path)
   names = lambda root: sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
@@ -258,8 +252,6 @@ def test_context_of_an_empty_text_equals_that_of_transformers(both):
 
 
 # -------------------------------------------------------------------------------------- errors
-
-
 def edited(folder, tmp_path, part: str, **changes):
   copy = tmp_path / "edited"
   shutil.copytree(folder, copy)

@@ -13,7 +13,6 @@ import yaml
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 LOCAL = str(LAUNCH / "local_processes.sh")
-
 version = subprocess.run(
   ["bash", "-c", "echo $((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1]))"],
   capture_output=True,
@@ -67,8 +66,6 @@ def test_slurm_starts_a_process_for_every_gpu():
 
 
 # ---------------------------------------------------------------------------- local processes
-
-
 def local(*arguments: str) -> subprocess.CompletedProcess:
   return subprocess.run([LOCAL, *arguments], capture_output=True, text=True, timeout=60)
 

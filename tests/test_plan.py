@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from prefpaint_jax import cost, plan, testing
-from prefpaint_jax.chips import CHIPS, Chip, find_chip, topology_devices
-from prefpaint_jax.compilation import fast_jit
-from prefpaint_jax.models.attention import _has_cudnn
+from prefpaint_jax import plan, testing
+from prefpaint_jax.kernels.attention import _has_cudnn
+from prefpaint_jax.models import architectures, pipeline
+from prefpaint_jax.planning import cost, stages
+from prefpaint_jax.planning.chips import CHIPS, Chip, find_chip, topology_devices
+from prefpaint_jax.runtime.compilation import fast_jit
 
 get_config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rl.py"))["get_config"]
-
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
   reason="compiling for a TPU needs its compiler: pip install libtpu",
@@ -40,7 +41,7 @@ def planned(quick_compilation, tmp_path_factory):
   seen = []
   after_stage = lambda report: seen.append(json.loads(json.dumps(report)))
   config = tiny_config(tmp_path_factory.mktemp("world"))
-  return plan.plan(config, jax.devices(), after_stage), seen
+  return stages.plan(config, jax.devices(), after_stage), seen
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_update_holds_parameters_and_moments_and_exchanges_each_gradient_once(re
 
 def test_estimate_is_the_longer_of_work_and_memory_and_then_the_links(report):
   chip = Chip(flops=1e9, memory=1e12, bandwidth=1e15, links=1e9)
-  judged = report | plan.judge(report, chip)
+  judged = report | stages.judge(report, chip)
   assert "does_not_fit" not in judged and "fits" in plan.describe(judged)
   seconds = 0.0
   for stage in report["stages"].values():
@@ -85,7 +86,7 @@ def test_estimate_is_the_longer_of_work_and_memory_and_then_the_links(report):
     seconds += stage["times"] * (stage["flops"] / 1e9 + sent / 1e9)
   assert judged["seconds"] == pytest.approx(seconds)
   assert judged["images_per_s"] == pytest.approx(16 / seconds)
-  slow = report | plan.judge(report, chip._replace(bandwidth=1.0))
+  slow = report | stages.judge(report, chip._replace(bandwidth=1.0))
   traffic = sum(stage["times"] * stage["traffic"] for stage in report["stages"].values())
   assert slow["seconds"] == pytest.approx(traffic, rel=1e-3)
 
@@ -94,7 +95,7 @@ def test_a_chip_without_room_for_the_largest_stage_does_not_fit(report):
   sizes = {name: stage["memory"]["total"] for name, stage in report["stages"].items()}
   largest = max(sizes, key=sizes.get)
   chip = Chip(1e12, sizes[largest] - 1, 1e12, 1e12)
-  table = plan.describe(report | plan.judge(report, chip))
+  table = plan.describe(report | stages.judge(report, chip))
   assert f"DOES NOT FIT: {largest}" in table
 
 
@@ -125,16 +126,16 @@ def test_search_goes_on_past_what_does_not_fit(monkeypatch):
   ],
 )
 def test_known_architectures_have_the_parameters_of_the_checkpoints(policy, parameters):
-  configs, _ = plan.read_architecture(policy)
-  modules = plan.make_modules(configs)
+  configs, _ = architectures.read_architecture(policy)
+  modules = pipeline.make_modules(configs)
   unet = jax.eval_shape(modules.init, jax.random.key(0))["unet"]
   assert sum(x.size for x in jax.tree.leaves(unet)) == parameters
 
 
 def test_mini_is_read_from_its_folder():
-  configs, source = plan.read_architecture("mini")
+  configs, source = architectures.read_architecture("mini")
   assert configs["unet"]["in_channels"] == 9 and "folder" in source
-  assert plan.read_reward("mini") != plan.read_reward("kd5678/prefpaintReward")
+  assert architectures.read_reward("mini") != architectures.read_reward("kd5678/prefpaintReward")
 
 
 def test_chips_are_found_by_the_longest_name():
@@ -156,7 +157,7 @@ def test_errors_say_what_to_do_in_one_line(tmp_path):
     changed = config.copy_and_resolve_references()
     changed.update(change)
     with pytest.raises(ValueError, match=message) as error:
-      plan.plan(changed, jax.devices())
+      stages.plan(changed, jax.devices())
     assert "\n" not in str(error.value)
 
 
@@ -185,8 +186,8 @@ def test_tpu_compiler_says_how_much_is_missing():
   device = topology_devices("v5e:1x1")[0]
   place = jax.sharding.SingleDeviceSharding(device)
   x = jax.ShapeDtypeStruct((8 * 2**30,), jnp.float32, sharding=place)
-  with pytest.raises(plan.DoesNotFitError, match=r"[\d.]+G of 15.75G"):
-    plan._measure(jax.jit(lambda x: x + 1), (x,), x, Mesh([device], "chips"))
+  with pytest.raises(stages.DoesNotFitError, match=r"[\d.]+G of 15.75G"):
+    stages._measure(jax.jit(lambda x: x + 1), (x,), x, Mesh([device], "chips"))
 
 
 @needs_libtpu
@@ -195,7 +196,7 @@ def test_overlapping_loops_of_a_v6e_are_printed():
   place = jax.sharding.SingleDeviceSharding(device)
   x = jax.ShapeDtypeStruct((4, 1024, 8, 80), jnp.bfloat16, sharding=place)
   lowered = jax.jit(jax.nn.dot_product_attention).lower(x, x, x)
-  compiled, text = plan.compile_and_print(lowered, device)
+  compiled, text = stages.compile_and_print(lowered, device)
   with pytest.raises(jax.errors.JaxRuntimeError, match="Async done"):
     compiled.as_text()
   assert cost.memory_traffic(text) > 4 * 2 * x.size  # query, key, value and result, at least
@@ -215,7 +216,7 @@ def test_few_pictures_are_not_cut_into_pieces(topology):
   twice = lambda x, kernel: conv(jax.nn.silu(conv(x, kernel)), kernel)
 
   def batches(jit) -> set[str]:
-    _, text = plan.compile_and_print(jit(twice).lower(x, kernel), device)
+    _, text = stages.compile_and_print(jit(twice).lower(x, kernel), device)
     return set(re.findall(r"\[(\d+),[\d,]+,320\]", text))
 
   pieces = {"16", "32", "64"}
@@ -235,7 +236,7 @@ def test_few_pictures_are_not_cut_into_pieces(topology):
 )
 def test_plan_of_a_tiny_run_elsewhere(topology, fsdp, tmp_path):
   config = tiny_config(tmp_path, **{"mesh.fsdp": fsdp})
-  report = plan.plan(config, topology_devices(topology))
+  report = stages.plan(config, topology_devices(topology))
   assert "does_not_fit" not in report and report["images_per_s"] > 0
   update, parameters = report["stages"]["update"], report["parameters"]["unet"]
   sent = sum(sent for _, sent in update["collectives"].values())
@@ -243,5 +244,5 @@ def test_plan_of_a_tiny_run_elsewhere(topology, fsdp, tmp_path):
   # Parameters are small enough to stay whole, so gradients are reduced as they are without fsdp.
   assert sent == pytest.approx(2 * (n - 1) / n * 4 * parameters, rel=0.1, abs=1)
   assert np.isclose(
-    update["flops"] * n, plan.plan(config, jax.devices()[:n])["stages"]["update"]["flops"] * n
+    update["flops"] * n, stages.plan(config, jax.devices()[:n])["stages"]["update"]["flops"] * n
   )

@@ -11,7 +11,16 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from prefpaint_jax import plot
-from prefpaint_jax.metrics import MetricsWriter
+from prefpaint_jax.evaluation.curves import (
+  curve,
+  draw,
+  group_runs,
+  load_run,
+  reached_at,
+  single_runs,
+  table,
+)
+from prefpaint_jax.runtime.metrics import MetricsWriter
 
 ITERATIONS = 12
 
@@ -67,7 +76,7 @@ def curves(axes):
 
 
 def draw_single(*folders, smooth=1):
-  return plot.draw(plot.single_runs([plot.load_run(folder) for folder in folders]), smooth)
+  return draw(single_runs([load_run(folder) for folder in folders]), smooth)
 
 
 def test_curves_are_the_numbers_of_the_file(tmp_path):
@@ -90,10 +99,10 @@ def test_curves_are_the_numbers_of_the_file(tmp_path):
 
 def test_only_the_metrics_asked_for_are_drawn(tmp_path):
   write_run(tmp_path / "run")
-  groups = plot.single_runs([plot.load_run(tmp_path / "run")])
-  assert set(panels(plot.draw(groups, only="^reward|/box/"))) == {"reward", "held-out box reward"}
+  groups = single_runs([load_run(tmp_path / "run")])
+  assert set(panels(draw(groups, only="^reward|/box/"))) == {"reward", "held-out box reward"}
   with pytest.raises(ValueError, match="nothing to draw"):
-    plot.draw(groups, only="nonsense")
+    draw(groups, only="nonsense")
 
 
 def test_shade_of_a_run_is_its_standard_deviation(tmp_path):
@@ -152,8 +161,8 @@ def test_runs_are_labelled_by_the_fields_in_which_they_differ(tmp_path):
   write_run(tmp_path / "b", norm="mahalanobis", seed=1, bound="file", sample_every=0)
   write_run(tmp_path / "c", norm="none", skip_steps=[0, 2])
   write_run(tmp_path / "new" / "a", norm="none", bound="")
-  run = {name: plot.load_run(tmp_path / name) for name in ("a", "b", "c", "new/a")}
-  labels = lambda *names: [group.label for group in plot.single_runs([run[n] for n in names])]
+  run = {name: load_run(tmp_path / name) for name in ("a", "b", "c", "new/a")}
+  labels = lambda *names: [group.label for group in single_runs([run[n] for n in names])]
   assert labels("a") == ["a"]
   assert labels("a", "b") == [
     'bound="", trust.norm=none, seed=0',
@@ -171,13 +180,13 @@ def test_runs_that_differ_in_seed_only_are_one_group(tmp_path):
     for seed in range(3):
       write_run(tmp_path / f"{norm}{seed}", seed=seed, norm=norm, sample_every=seed)
   write_run(tmp_path / "lonely", norm="constant")
-  runs = [plot.load_run(folder) for folder in sorted(tmp_path.iterdir())]
-  lonely, mahalanobis, none = plot.group_runs(runs)
+  runs = [load_run(folder) for folder in sorted(tmp_path.iterdir())]
+  lonely, mahalanobis, none = group_runs(runs)
   assert lonely.label == "trust.norm=constant"
   assert mahalanobis.label == "trust.norm=mahalanobis (3 seeds)"
   assert none.label == "trust.norm=none (3 seeds)"
   assert [run.workdir.name for run in none.runs] == ["none0", "none1", "none2"]
-  (alone,) = plot.group_runs(none.runs)
+  (alone,) = group_runs(none.runs)
   assert alone.label == "mean (3 seeds)"
 
 
@@ -186,15 +195,15 @@ def test_mean_is_over_seeds_and_only_where_all_have_a_number(tmp_path):
   lines[1][4]["reward/mean"] = math.nan
   for seed in (1, 2):
     write_run(tmp_path / str(seed), lines[seed], seed=seed)
-  groups = plot.group_runs([plot.load_run(tmp_path / str(seed)) for seed in range(3)])
-  drawn = panels(plot.draw(groups))
+  groups = group_runs([load_run(tmp_path / str(seed)) for seed in range(3)])
+  drawn = panels(draw(groups))
   common = ITERATIONS - 2
   stacked = np.stack([column(one[:common], "reward/mean") for one in lines])
   ((iterations, values),) = curves(drawn["reward"]).values()
   np.testing.assert_array_equal(iterations, np.arange(1, common + 1))
   np.testing.assert_allclose(values, stacked.mean(axis=0), rtol=1e-12)
   assert np.isnan(values[4]) and np.isfinite(np.delete(values, 4)).all()
-  shade = plot.curve(groups[0], "reward/mean")
+  shade = curve(groups[0], "reward/mean")
   np.testing.assert_array_equal(shade.low, stacked.min(axis=0))
   np.testing.assert_array_equal(shade.high, stacked.max(axis=0))
   assert drawn["clip fraction"].collections  # of every metric, not of those with a std only
@@ -226,9 +235,9 @@ def test_moving_average_counts_iterations_not_lines(tmp_path):
   written = {10: 1.0, 20: 3.0, 30: 8.0, 31: 2.0}
   text = "".join(f'{{"iteration": {i}, "train/loss": {x}}}\n' for i, x in written.items())
   (tmp_path / "run" / "metrics.jsonl").write_text(text)
-  (group,) = plot.single_runs([plot.load_run(tmp_path / "run")])
-  np.testing.assert_array_equal(plot.curve(group, "train/loss", 5).values, [1, 3, 5, 5])
-  np.testing.assert_allclose(plot.curve(group, "train/loss", 21).values, [2, 4, 13 / 3, 5])
+  (group,) = single_runs([load_run(tmp_path / "run")])
+  np.testing.assert_array_equal(curve(group, "train/loss", 5).values, [1, 3, 5, 5])
+  np.testing.assert_allclose(curve(group, "train/loss", 21).values, [2, 4, 13 / 3, 5])
 
 
 def test_half_a_last_line_is_ignored_and_lines_of_one_iteration_are_joined(tmp_path):
@@ -237,7 +246,7 @@ def test_half_a_last_line_is_ignored_and_lines_of_one_iteration_are_joined(tmp_p
   with file.open("a") as stream:
     stream.write(f'{{"iteration": {ITERATIONS}, "held_out/late": 0.5}}\n')
     stream.write(f'{{"iteration": {ITERATIONS + 1}, "reward/me')
-  run = plot.load_run(tmp_path / "run")
+  run = load_run(tmp_path / "run")
   assert run.iterations.tolist() == list(range(1, ITERATIONS + 1))
   np.testing.assert_array_equal(run.columns["reward/mean"], column(lines, "reward/mean"))
   assert (
@@ -281,7 +290,7 @@ def test_the_same_seed_does_not_count_twice(tmp_path):
   write_run(tmp_path / "a")
   write_run(tmp_path / "b")
   with pytest.raises(ValueError, match="have the same config and seed 0: leave one of them out"):
-    plot.group_runs([plot.load_run(tmp_path / "a"), plot.load_run(tmp_path / "b")])
+    group_runs([load_run(tmp_path / "a"), load_run(tmp_path / "b")])
 
 
 @pytest.mark.parametrize("smooth", [0, 4])
@@ -311,18 +320,18 @@ def test_table_says_what_it_took_and_where_it_ended(tmp_path):
   for seed, values in enumerate((rises, [0.2, *rises[1:]])):
     lines = [{"held_out/reward": value} for value in values]
     write_run(tmp_path / str(seed), lines, seed, batch_size=4, samples_per_prompt=2)
-  runs = [plot.load_run(tmp_path / name) for name in "01"]
-  assert [plot.reached_at(run, "held_out/reward", 0.2) for run in runs] == [2.5, 1.0]
-  assert plot.reached_at(runs[0], "held_out/reward", 1.0) == math.inf
+  runs = [load_run(tmp_path / name) for name in "01"]
+  assert [reached_at(run, "held_out/reward", 0.2) for run in runs] == [2.5, 1.0]
+  assert reached_at(runs[0], "held_out/reward", 1.0) == math.inf
 
   reach = [("held_out/reward", 0.2), ("held_out/reward", 1.0)]
-  *_, row = plot.table(plot.group_runs(runs), reach, ["held_out/reward"])
+  *_, row = table(group_runs(runs), reach, ["held_out/reward"])
   cells = [cell.strip() for cell in row.strip("| ").split("|")]
   # (2.5 + 1) / 2 iterations of 8 images
   assert cells[1:] == ["1.8 [1.0, 2.5]; 14 images", "0 of 2 got there", "0.900 [0.900, 0.900]"]
 
   with pytest.raises(ValueError, match=r"0: has no held_out/winrate"):
-    plot.table(plot.group_runs(runs), [("held_out/winrate", 0.5)], [])
+    table(group_runs(runs), [("held_out/winrate", 0.5)], [])
 
 
 def test_command_ends_in_a_picture_or_in_one_line(tmp_path):

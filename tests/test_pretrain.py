@@ -8,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from prefpaint_jax import fitting, pretrain, testing
+from prefpaint_jax import pretrain, testing
+from prefpaint_jax.data.images import save_png
 from prefpaint_jax.inpainter import Inpainter
-from prefpaint_jax.metrics import save_png
+from prefpaint_jax.models import architectures
+from prefpaint_jax.runtime import checkpoint
 
 CONFIG = Path(__file__).parent.parent / "configs" / "pretrain.py"
 
@@ -28,13 +30,13 @@ def tiny_config(photos: str):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   config = module.get_config("mini")
-  architecture = testing.tiny_configs()
+  architecture = architectures.tiny_configs()
   with config.unlocked():
     config.architecture = architecture
   config.update_from_flattened_dict(
     {
       "pictures": photos,
-      "size": testing.SIZE,
+      "size": architectures.SIZE,
       "crop": (8, 20),
       "log_every": 1,
       "checkpoint_every": 2,
@@ -50,7 +52,7 @@ def tiny_config(photos: str):
 
 @pytest.mark.slow
 def test_makes_a_pipeline_and_resumes_exactly(compiled_once, tmp_path, photos, monkeypatch):
-  save, saved = fitting.Checkpoints.save, []
+  save, saved = checkpoint.Checkpoints.save, []
 
   def save_and_copy(self, step, *rest):
     save(self, step, *rest)
@@ -60,7 +62,7 @@ def test_makes_a_pipeline_and_resumes_exactly(compiled_once, tmp_path, photos, m
       shutil.copytree(tmp_path / "whole", tmp_path / "killed")
 
   with monkeypatch.context() as patch:
-    patch.setattr(fitting.Checkpoints, "save", save_and_copy)
+    patch.setattr(checkpoint.Checkpoints, "save", save_and_copy)
     pretrain.pretrain(tiny_config(photos), tmp_path / "whole")
   pretrain.pretrain(tiny_config(photos), tmp_path / "killed")
 

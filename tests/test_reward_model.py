@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 import prefpaint_jax
-from prefpaint_jax import reward, testing
-from prefpaint_jax.bound import Bound, mahalanobis_norm, save_bound
+from prefpaint_jax import reward as reward_lib
+from prefpaint_jax import testing
+from prefpaint_jax.models import reward
+from prefpaint_jax.preference.bound import Bound, mahalanobis_norm, save_bound
 from prefpaint_jax.reward import RewardModel
 
 PHOTOS = Path(prefpaint_jax.__file__).parent / "mini" / "photos"
@@ -31,8 +33,6 @@ def pictures() -> tuple[np.ndarray, np.ndarray]:
 
 
 # ------------------------------------------------------------------------------- preprocessing
-
-
 @pytest.mark.parametrize(
   ("name", "crop"),
   [
@@ -73,8 +73,6 @@ def test_preprocessing_of_the_right_size_is_the_normalisation_alone():
 
 
 # ----------------------------------------------------------------------------------- scoring
-
-
 def test_samples_that_share_a_masked_image_score_as_with_a_copy_each(model, pictures):
   images, masked = pictures
   shared = model.score(images, masked)
@@ -103,8 +101,6 @@ def test_inpaintings_that_no_masked_image_fits_are_refused(model, pictures):
 
 
 # ----------------------------------------------------------------------------------- folders
-
-
 def test_loaded_equals_saved(model, pictures, tmp_path):
   model.save_pretrained(tmp_path)
   loaded = RewardModel.from_pretrained(tmp_path)
@@ -138,8 +134,6 @@ def test_bound_of_another_width_is_refused(model, tmp_path):
 
 
 # ------------------------------------------------------------------------------ released files
-
-
 @pytest.fixture(scope="module")
 def released_inverse() -> np.ndarray:
   """V⁻¹ [256, 256] float32 like the released one: one small eigenvalue, the others about 100."""
@@ -153,7 +147,7 @@ def test_released_inverse_of_v_becomes_a_bound(released_inverse, named, tmp_path
   torch = pytest.importorskip("torch", reason="a .pt file needs torch: pip install torch")
   stored = torch.nn.Parameter(torch.tensor(released_inverse))  # what needs a gradient loads as well
   torch.save({"V_inverse": stored} if named else stored, tmp_path / "V_inverse.pt")
-  bound = reward.read_bound(tmp_path / "V_inverse.pt")
+  bound = reward_lib.read_bound(tmp_path / "V_inverse.pt")
   assert bound.lam == pytest.approx(0.01, rel=1e-3)
   z = np.random.default_rng(1).normal(size=(3, 256)).astype(np.float32)
   expected = np.sqrt(np.einsum("bi,ij,bj->b", z, released_inverse, z, dtype=np.float64))
@@ -164,7 +158,7 @@ def test_file_of_several_tensors_is_no_bound(tmp_path):
   torch = pytest.importorskip("torch", reason="a .pt file needs torch: pip install torch")
   torch.save({"a": torch.eye(2), "b": torch.eye(2)}, tmp_path / "two.pt")
   with pytest.raises(ValueError, match=r"\A[^\n]*two.pt: holds 2 tensors[^\n]*\Z"):
-    reward.read_bound(tmp_path / "two.pt")
+    reward_lib.read_bound(tmp_path / "two.pt")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +186,7 @@ def test_truncated_inverse_is_one_line_that_names_it(keep, tmp_path):
   torch.save(torch.eye(64), file)
   file.write_bytes(file.read_bytes()[:keep])
   with pytest.raises(ValueError, match=r"\A[^\n]*V_inverse\.pt: cannot be read[^\n]*\Z"):
-    reward.read_bound(file)
+    reward_lib.read_bound(file)
 
 
 def test_torch_is_needed_for_the_released_files_alone(model, tmp_path, monkeypatch):

@@ -17,13 +17,16 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from prefpaint_jax import alignment, app, comparison, metrics, testing
-from prefpaint_jax.checkpoint import Checkpoints
-from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax import testing
+from prefpaint_jax.align import rollout
+from prefpaint_jax.evaluation import drift
+from prefpaint_jax.inpainter import Inpainter, open_policy
+from prefpaint_jax.models import architectures
+from prefpaint_jax.runtime import metrics
+from prefpaint_jax.runtime.checkpoint import Checkpoints
 from prefpaint_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
-
 ROOT = Path(__file__).parents[1]
 get_config = runpy.run_path(str(ROOT / "configs" / "rl.py"))["get_config"]
 
@@ -127,8 +130,6 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 # ------------------------------------------------------------------------------------ a whole run
-
-
 @pytest.mark.slow
 def test_a_run_leaves_what_it_promises(finished):
   workdir, lines = finished.workdir, finished.lines()
@@ -169,7 +170,7 @@ def test_policy_that_paints_and_learns_is_one_until_the_first_step(finished):
 
 @pytest.mark.slow
 def test_every_program_is_compiled_once(finished):
-  programs = ("rollout", "score", "update", "end_iteration", "paint", "judge_rewards")
+  programs = ("rollout", "score", "update", "end_iteration", "inpaint", "rewards_of")
   assert {name: finished.compiled.get(name) for name in programs} == dict.fromkeys(programs, 1)
 
 
@@ -182,8 +183,6 @@ def test_another_seed_gives_other_numbers(world, finished, tmp_path):
 
 
 # ------------------------------------------------------------------------------ killed and resumed
-
-
 @pytest.mark.slow
 def test_crashed_and_resumed_equals_uninterrupted(world, finished, tmp_path, monkeypatch):
   write = metrics.MetricsWriter.write
@@ -241,8 +240,8 @@ def signalled_at(monkeypatch, module, name: str, call: int, *signals: signal.Sig
 @pytest.mark.parametrize(
   ("module", "name", "call", "number", "stopped_after"),
   [
-    (alignment, "rollout", 1, signal.SIGTERM, 1),  # while the first iteration is compiled
-    (comparison, "measure", 4, signal.SIGINT, 5),  # in the first chunk of the final comparison
+    (rollout, "rollout", 1, signal.SIGTERM, 1),  # while the first iteration is compiled
+    (drift, "measure", 4, signal.SIGINT, 5),  # in the first chunk of the final comparison
   ],
 )
 def test_run_without_checkpoints_is_saved_when_told_to_stop(
@@ -263,7 +262,7 @@ def test_run_without_checkpoints_is_saved_when_told_to_stop(
 
 @pytest.mark.slow
 def test_second_signal_has_its_usual_effect(interruptible, world, tmp_path, monkeypatch):
-  signalled_at(monkeypatch, alignment, "rollout", 1, signal.SIGINT, signal.SIGINT)
+  signalled_at(monkeypatch, rollout, "rollout", 1, signal.SIGINT, signal.SIGINT)
   with pytest.raises(KeyboardInterrupt):
     train(make_config(world, **RHYTHMS), tmp_path)
   assert Checkpoints(tmp_path / "checkpoints").latest() is None
@@ -291,7 +290,7 @@ def test_best_checkpoint_is_that_of_the_highest_metric(finished):
   best = max((3, 5), key=rewards.get)  # checkpoints are of these iterations
   expected = Checkpoints(finished.workdir / "checkpoints").load("ema", best)
   for step in ("best", str(best), best):
-    opened = app.open_policy(str(finished.workdir), step=step).params["unet"]
+    opened = open_policy(str(finished.workdir), step=step).params["unet"]
     assert jax.tree.all(jax.tree.map(np.array_equal, opened, expected))
 
 
@@ -316,8 +315,6 @@ def test_start_that_failed_may_be_tried_again_with_another_config(world, tmp_pat
 
 
 # ------------------------------------------------------------------------------ errors of a user
-
-
 def test_batch_that_does_not_divide_over_the_devices_is_refused(world, tmp_path):
   with pytest.raises(ValueError, match="batch_size 12 does not divide over 8 devices"):
     train(make_config(world, batch_size=12), tmp_path)
@@ -391,8 +388,6 @@ def test_wrong_command_line_ends_in_one_line(argument, expected, tmp_path):
 
 
 # -------------------------------------------------------------------------- export and inpainting
-
-
 @pytest.fixture(scope="module")
 def exported(finished, tmp_path_factory) -> Path:
   output = tmp_path_factory.mktemp("exported") / "model"
@@ -424,12 +419,14 @@ def test_export_opens_and_paints_in_stock_diffusers(exported):
     prompt="",
     image=Image.fromarray(np.uint8(255 * images[0])),
     mask_image=Image.fromarray(np.uint8(255 * masks[0, ..., 0])),
-    height=testing.SIZE,
-    width=testing.SIZE,
+    height=architectures.SIZE,
+    width=architectures.SIZE,
     num_inference_steps=2,
     output_type="np",
   ).images
-  assert painted.shape == (1, testing.SIZE, testing.SIZE, 3) and np.isfinite(painted).all()
+  assert (
+    painted.shape == (1, architectures.SIZE, architectures.SIZE, 3) and np.isfinite(painted).all()
+  )
 
 
 @pytest.mark.slow

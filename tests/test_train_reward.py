@@ -10,11 +10,14 @@ from flax.traverse_util import flatten_dict
 from preference_world import SMALL, load_config, make_preferences
 from scipy import stats
 
-from prefpaint_jax import fitting, testing, train_reward
-from prefpaint_jax.bound import mahalanobis_norm
+from prefpaint_jax import testing, train_reward
 from prefpaint_jax.data.preferences import open_preferences, read_metadata
 from prefpaint_jax.models.config import RewardConfig
-from prefpaint_jax.reward import RewardModel, network_shapes
+from prefpaint_jax.models.reward import network_shapes
+from prefpaint_jax.preference import fit
+from prefpaint_jax.preference.bound import mahalanobis_norm
+from prefpaint_jax.reward import RewardModel
+from prefpaint_jax.runtime import checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -22,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def test_preference_loss_is_the_mean_over_ordered_pairs():
   rewards, scores = jnp.array([[1.0, 3.0, 2.0]]), jnp.array([[0.0, 1.0, 1.0]])
   valid = jnp.ones((1, 3), bool)
-  loss, metrics = train_reward.preference_loss(rewards, scores, valid, 2.0, 0.5)
+  loss, metrics = fit.preference_loss(rewards, scores, valid, 2.0, 0.5)
   squared = (1.0 + 4.0 + 1.0) / 3  # the tie between the last two is no pair
   pairs = (np.log1p(np.exp(-2.0)) + np.log1p(np.exp(-1.0))) / 2
   np.testing.assert_allclose(metrics["train/mse"], squared, rtol=1e-6)
@@ -36,14 +39,14 @@ def test_preference_loss_does_not_see_padding():
   rewards, scores = rng.normal(size=(2, 3, 4))
   valid = np.arange(4) < 3 + np.zeros((3, 1))
   changed = np.where(valid, rewards, 99.0)
-  loss = lambda rewards: train_reward.preference_loss(rewards, scores, valid, 1.0, 1.0)[0]
-  cut = train_reward.preference_loss(rewards[:, :3], scores[:, :3], valid[:, :3], 1.0, 1.0)[0]
+  loss = lambda rewards: fit.preference_loss(rewards, scores, valid, 1.0, 1.0)[0]
+  cut = fit.preference_loss(rewards[:, :3], scores[:, :3], valid[:, :3], 1.0, 1.0)[0]
   np.testing.assert_allclose(loss(changed), cut, rtol=1e-6)
   assert not np.any(jax.grad(loss)(jnp.asarray(changed))[:, 3])
 
 
 def test_preference_loss_without_pairs_is_finite():
-  loss, _ = train_reward.preference_loss(
+  loss, _ = fit.preference_loss(
     jnp.zeros((2, 3)), jnp.ones((2, 3)), jnp.ones((2, 3), bool), 1.0, 1.0
   )
   assert loss == 1.0
@@ -55,7 +58,7 @@ def test_pair_accuracy_is_kendalls_concordance_within_prompts():
   expected = np.mean(
     [(stats.kendalltau(r, t)[0] + 1) / 2 for r, t in zip(rewards, truth, strict=True)]
   )
-  found = train_reward.pair_accuracy(rewards, truth, np.ones(truth.shape, bool))
+  found = fit.pair_accuracy(rewards, truth, np.ones(truth.shape, bool))
   np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
@@ -63,8 +66,8 @@ def test_pair_accuracy_leaves_out_ties_and_padding():
   rewards, scores = np.array([[1.0, 2.0, 2.0, 0.0]]), np.array([[1.0, 2.0, 1.0, 9.0]])
   valid = np.array([[True, True, True, False]])
   # 0-1 right, 1-2 the reward cannot tell, 0-2 is a tie of the scores, 3 is padding.
-  assert train_reward.pair_accuracy(rewards, scores, valid) == 0.75
-  assert np.isnan(train_reward.pair_accuracy(rewards, np.ones((1, 4)), valid))
+  assert fit.pair_accuracy(rewards, scores, valid) == 0.75
+  assert np.isnan(fit.pair_accuracy(rewards, np.ones((1, 4)), valid))
 
 
 @pytest.mark.parametrize(("how", "symmetries"), [("none", 1), ("mirror", 2), ("dihedral", 8)])
@@ -72,7 +75,7 @@ def test_augmentation_changes_a_prompt_and_its_candidates_alike(how, symmetries)
   rng = np.random.default_rng(2)
   masked = np.repeat(rng.integers(0, 256, (1, 4, 4, 3), np.uint8), 64, axis=0)
   candidates = np.repeat(masked[:, None], 2, axis=1)
-  changed, changed_masked = train_reward.augment(jax.random.key(1), how, candidates, masked)
+  changed, changed_masked = fit.augment(jax.random.key(1), how, candidates, masked)
   np.testing.assert_array_equal(changed[:, 0], changed_masked)
   np.testing.assert_array_equal(changed[:, 1], changed_masked)
   assert len({np.asarray(x).tobytes() for x in changed_masked}) == symmetries
@@ -84,7 +87,7 @@ def test_augmentation_changes_a_prompt_and_its_candidates_alike(how, symmetries)
 )
 def test_frozen_share_freezes_the_first_blocks(share, free_layers, embeddings, projection):
   config = RewardConfig.from_dict({"vision": testing.TINY_VISION | {"num_hidden_layers": 4}})
-  labels = flatten_dict(train_reward.trained(config, share, network_shapes(config)), sep="/")
+  labels = flatten_dict(fit.trained(config, share, network_shapes(config)), sep="/")
   free = {path for path, label in labels.items() if label == "trained"}
   layers = {i for i in range(4) if any(f"/layers_{i}/" in p for p in free if p[:4] == "clip")}
   assert layers == free_layers
@@ -132,7 +135,7 @@ def test_command_makes_a_reward_with_its_bound_and_resumes_exactly(
   class Killed(Exception):
     pass
 
-  original = fitting.Checkpoints.save
+  original = checkpoint.Checkpoints.save
 
   def save_then_die(self, step, *rest):
     original(self, step, *rest)
@@ -140,7 +143,7 @@ def test_command_makes_a_reward_with_its_bound_and_resumes_exactly(
     raise Killed
 
   with monkeypatch.context() as patch:
-    patch.setattr(fitting.Checkpoints, "save", save_then_die)
+    patch.setattr(checkpoint.Checkpoints, "save", save_then_die)
     with pytest.raises(Killed):
       train_reward.train_reward(config, tmp_path / "killed")
   resumed = train_reward.train_reward(config, tmp_path / "killed")

@@ -22,25 +22,28 @@ them are collected, and refused in one report that names the file and line of ea
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from prefpaint_jax.data import images, masks
-from prefpaint_jax.simulation import CRITERIA, MAX_SCORE
+from prefpaint_jax.data.agreement import _agreement
+from prefpaint_jax.data.annotation_files import (
+  _Prompt,
+  _Rating,
+  _read_candidates,
+  _read_lists,
+  _read_prompts,
+  _read_ratings,
+)
+from prefpaint_jax.data.examples import CRITERIA
 
-SPLITS = ("train", "test")
 MAX_FAULTS = 50  # of a report; the others are counted
-
-_NUMBERS = ("kind", *CRITERIA)  # fields that need not be text
-_PROMPTS, _CANDIDATES, _ANNOTATIONS = "prompts.jsonl", "candidates.jsonl", "annotations.jsonl"
 
 
 class Candidate(NamedTuple):
@@ -84,28 +87,6 @@ class BadAnnotations(ValueError):
     lines = [f"{folder}: {len(faults)} faults; mend them all, nothing is skipped"]
     lines += faults[:MAX_FAULTS] + ([f"and {more} more"] if more > 0 else [])
     super().__init__("\n".join(lines))
-
-
-class _Prompt(NamedTuple):
-  """What is known of a prompt before its pictures and scores are read."""
-
-  where: str  # FILE:LINE, "" where a picture file is all that speaks of it
-  source: str
-  kind: int | None
-  picture: str
-
-
-class _Painted(NamedTuple):
-  """What is known of a candidate before its picture and scores are read."""
-
-  where: str
-  image_id: str
-  policy: str
-
-
-class _Rating(NamedTuple):
-  where: str
-  scores: tuple[float, ...]  # of the three criteria, or the combined one alone
 
 
 def read_annotations(folder: str | Path, weights: Mapping[str, float] = CRITERIA) -> Annotations:
@@ -159,232 +140,7 @@ def read_annotations(folder: str | Path, weights: Mapping[str, float] = CRITERIA
   )
 
 
-def krippendorff_alpha(ratings: np.ndarray) -> float:
-  """How far raters agree: 1 wholly, 0 as by chance, below 0 less than that (interval metric).
-
-  ratings: [U, R], NaN where a rating is missing; which rater gave it does not matter. With m_u
-  ratings of unit u and n of all units that have two or more,
-
-    alpha = 1 − D_o / D_e,  D_o = (1/n) Σ_u 1/(m_u − 1) Σ_{i≠j in u} (x_i − x_j)²,
-                            D_e = 1/(n(n − 1)) Σ_{i≠j} (x_i − x_j)²
-
-  computed from sums of squares about the means, as Σ_{i≠j} (x_i − x_j)² = 2 m Σ_i (x_i − x̄)².
-  NaN where that says nothing: no unit has two ratings, or all ratings are equal.
-  (Krippendorff, Computing Krippendorff's Alpha-Reliability, 2011.)
-  """
-  ratings = np.asarray(ratings, np.float64)
-  ratings = ratings[np.sum(~np.isnan(ratings), axis=1) >= 2]
-  if not len(ratings) or np.nanmax(ratings) - np.nanmin(ratings) < 1e-9:
-    return math.nan
-  counts = np.sum(~np.isnan(ratings), axis=1)
-  number = counts.sum()
-  within = np.nansum((ratings - np.nanmean(ratings, axis=1, keepdims=True)) ** 2, axis=1)
-  total = np.nansum((ratings - np.nanmean(ratings)) ** 2)
-  return float(1 - (number - 1) / number * np.sum(counts / (counts - 1) * within) / total)
-
-
-# ------------------------------------------------------------------------------------------- tables
-
-
-def _read_prompts(folder: Path, faults: list[str]) -> dict[str, _Prompt]:
-  """{image_id: _Prompt}; a line with a fault counts if its ID is known, so as to be told once."""
-  if not (folder / _PROMPTS).exists():
-    ids = sorted(f.name.removesuffix("_mask.png") for f in folder.glob("masks/*_mask.png"))
-    return {image_id: _Prompt("", "unknown", None, image_id) for image_id in ids}
-  prompts = {}
-  for where, row in _rows(folder / _PROMPTS, ("image_id", "source", "kind"), faults):
-    image_id, kind = row["image_id"], row["kind"]
-    if kind in masks.KINDS:
-      kind = masks.KINDS.index(kind)
-    elif type(kind) is not int or not 0 <= kind < len(masks.KINDS):
-      faults.append(f"{where}: kind is {kind!r}: give one of {', '.join(masks.KINDS)}")
-    if image_id in prompts:
-      faults.append(f"{where}: image id {image_id!r} is in {prompts[image_id].where} too")
-    prompts[image_id] = _Prompt(where, row["source"], kind, str(row.get("picture") or image_id))
-  return prompts
-
-
-def _read_candidates(
-  folder: Path, prompts: Mapping[str, _Prompt], faults: list[str]
-) -> dict[str, _Painted]:
-  """{name: _Painted}"""
-  if not (folder / _CANDIDATES).exists():
-    names = (file.stem.rpartition("_") for file in folder.glob("inpaint/*.png"))
-    by_number = sorted(names, key=lambda name: (name[0], len(name[2]), name[2]))
-    return {
-      f"{image_id}_{number}": _Painted("", image_id, "unknown")
-      for image_id, _, number in by_number
-      if image_id in prompts
-    }
-  painted = {}
-  for where, row in _rows(folder / _CANDIDATES, ("image_id", "candidate", "policy"), faults):
-    name, image_id = row["candidate"].removesuffix(".png"), row["image_id"]
-    if _belongs(where, name, image_id, prompts, faults):
-      if name in painted:
-        faults.append(f"{where}: candidate {name!r} is in {painted[name].where} too")
-      painted[name] = _Painted(where, image_id, row["policy"])
-  return painted
-
-
-def _read_ratings(
-  folder: Path, prompts: Mapping[str, _Prompt], painted: Mapping[str, _Painted], faults: list[str]
-) -> dict[str, dict[str, _Rating]]:
-  """{candidate: {annotator: _Rating}}, in either layout."""
-  ours = any((folder / name).exists() for name in (_PROMPTS, _CANDIDATES, _ANNOTATIONS))
-  ratings = defaultdict(dict)
-  for where, image_id, name, annotator, scores in (
-    _read_annotated(folder, faults) if ours else _read_released(folder, faults)
-  ):
-    if not _belongs(where, name, image_id, prompts, faults):
-      continue
-    before = ratings[name].get(annotator)
-    if name not in painted:
-      expected = _CANDIDATES if (folder / _CANDIDATES).exists() else "inpaint/"
-      faults.append(f"{where}: unknown candidate {name!r}: it is not in {expected}")
-    elif before is None:
-      ratings[name][annotator] = _Rating(where, scores)
-    elif annotator:
-      faults.append(f"{where}: {annotator!r} scored {name!r} in {before.where} already")
-    elif scores != before.scores:  # released sets say the same thing flat and grouped
-      faults.append(f"{where}: {name!r} has another score in {before.where}")
-  return {name: rated for name, rated in ratings.items() if rated}
-
-
-def _read_annotated(folder: Path, faults: list[str]) -> Iterator[tuple]:
-  """(where, image id, candidate, annotator, the scores of the three criteria)"""
-  file = folder / _ANNOTATIONS
-  if not file.exists():
-    raise ValueError(f"{file}: no such file: write the annotators' scores into it, one a line")
-  for where, row in _rows(file, ("image_id", "candidate", "annotator", *CRITERIA), faults):
-    in_range = lambda score: _is_number(score) and 0 <= score <= MAX_SCORE  # NaN is not
-    bad = [name for name in CRITERIA if not in_range(row[name])]
-    for name in bad:
-      faults.append(
-        f"{where}: {name} is {json.dumps(row[name])}: give a number from 0 to {MAX_SCORE:g}"
-      )
-    if not bad:
-      scores = tuple(float(row[name]) for name in CRITERIA)
-      name = row["candidate"].removesuffix(".png")
-      yield where, row["image_id"], name, row["annotator"], scores
-
-
-def _read_released(folder: Path, faults: list[str]) -> Iterator[tuple]:
-  """(where, image id, candidate, "", (the combined score,)) of JSON files, grouped or not."""
-  files = sorted(folder.glob("*.json"))
-  if not files:
-    raise ValueError(
-      f"{folder}: neither {_ANNOTATIONS} nor JSON files of scores are in it: put them there"
-    )
-  for file in files:
-    text = file.read_text("utf-8", errors="replace")
-    try:
-      # Tuples of pairs for objects: a key that comes twice is seen, and arrays stay lists.
-      pairs = json.loads(text, object_pairs_hook=tuple)
-    except json.JSONDecodeError as error:
-      faults.append(f"{file.name}:{error.lineno}: not JSON: {error.msg}")
-      continue
-    if not isinstance(pairs, tuple):
-      faults.append(f"{file.name}:1: not a JSON object of scores")
-      continue
-    lines = _lines_of_keys(text)
-    for key, value in pairs:
-      where = f"{file.name}:{lines[key].popleft()}"
-      if isinstance(value, tuple):
-        judged = [(f"{file.name}:{lines[name].popleft()}", key, name, v) for name, v in value]
-      else:
-        judged = [(where, None, key, value)]
-      for where, image_id, name, said in judged:
-        if (
-          isinstance(said, list)
-          and len(said) == 2
-          and all(_is_number(number) and math.isfinite(number) for number in said)
-        ):
-          name = name.removesuffix(".png")
-          image_id = name.rpartition("_")[0] if image_id is None else image_id
-          yield where, image_id, name, "", (float(said[0]),)
-        else:
-          faults.append(f"{where}: {name!r} is not [score, rank], two finite numbers")
-
-
-def _read_lists(
-  folder: Path, prompts: Mapping[str, _Prompt], faults: list[str]
-) -> dict[str, frozenset[str]]:
-  """{split: its IDs} of the lists that are there."""
-  lists, places = {}, {}
-  for split in SPLITS:
-    file = folder / f"{split}.txt"
-    if not file.exists():
-      continue
-    ids = set()
-    for number, line in enumerate(file.read_text("utf-8", errors="replace").splitlines(), 1):
-      image_id, where = line.strip(), f"{file.name}:{number}"
-      if not image_id:
-        continue
-      if image_id not in prompts:
-        faults.append(f"{where}: unknown image id {image_id!r}")
-      elif image_id in places and image_id not in ids:
-        faults.append(f"{where}: {image_id!r} is in {places[image_id]} too: keep it in one split")
-      places.setdefault(image_id, where)
-      ids.add(image_id)
-    lists[split] = frozenset(ids)
-  return lists
-
-
-def _rows(file: Path, fields: Sequence[str], faults: list[str]) -> Iterator[tuple[str, dict]]:
-  """("FILE:LINE", object) of each line that is an object with these fields, texts as strings."""
-  for number, line in enumerate(file.read_bytes().splitlines(), 1):
-    if not line.strip():
-      continue
-    where = f"{file.name}:{number}"
-    try:
-      row = json.loads(line)
-    except ValueError as error:
-      faults.append(f"{where}: not JSON: {getattr(error, 'msg', 'not UTF-8')}")
-      continue
-    if not isinstance(row, dict):
-      faults.append(f"{where}: not a JSON object")
-      continue
-    missing = [name for name in fields if name not in row]
-    texts = {name: row[name] for name in fields if name in row and name not in _NUMBERS}
-    wrong = [name for name, text in texts.items() if type(text) not in (str, int) or text == ""]
-    if missing:
-      faults.append(f"{where}: missing {', '.join(missing)}")
-    if wrong:
-      faults.append(f"{where}: {', '.join(wrong)}: give a string that is not empty")
-    if not missing and not wrong:
-      yield where, row | {name: str(text) for name, text in texts.items()}
-
-
-def _belongs(
-  where: str, name: str, image_id: str, prompts: Mapping[str, _Prompt], faults: list[str]
-) -> bool:
-  """Whether the image ID is known and the candidate's name is ID_<k>; else it is a fault."""
-  if image_id not in prompts:
-    faults.append(f"{where}: unknown image id {image_id!r}")
-  elif name.rpartition("_")[0] != image_id:
-    faults.append(f"{where}: candidate {name!r} is not one of image id {image_id!r}")
-  else:
-    return True
-  return False
-
-
-def _lines_of_keys(text: str) -> dict[str, deque[int]]:
-  """{key: the lines of a JSON text where it is one}, in order."""
-  lines, line, end = defaultdict(deque), 1, 0
-  for string in re.finditer(r'("(?:[^"\\]|\\.)*")(\s*:)?', text):
-    line, end = line + text.count("\n", end, string.start()), string.start()
-    if string[2]:
-      lines[json.loads(string[1])].append(line)
-  return lines
-
-
-def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 # ----------------------------------------------------------------------------------------- pictures
-
-
 def _check(
   folder: Path, prompt: ScoredPrompt, places: Sequence[str]
 ) -> tuple[ScoredPrompt, list[str]]:
@@ -418,8 +174,6 @@ def _check(
 
 
 # ------------------------------------------------------------------------------------------- scores
-
-
 def _check_weights(weights: Mapping[str, float]) -> np.ndarray:
   """[3], in the order of the criteria, of sum 1."""
   values = np.array([weights.get(name, math.nan) for name in CRITERIA], np.float64)
@@ -458,16 +212,3 @@ def _join(
   return Candidate(
     name, policy, folder / "inpaint" / f"{name}.png", *criteria, combined, len(rated)
   )
-
-
-def _agreement(
-  ratings: Mapping[str, Mapping[str, _Rating]], weights: np.ndarray
-) -> dict[str, float]:
-  """Krippendorff's alpha of each criterion and of the combined score, over all candidates."""
-  most = max(map(len, ratings.values()))
-  table = np.full((len(ratings), most, len(CRITERIA)), np.nan)
-  for row, rated in zip(table, ratings.values(), strict=True):
-    scores = [rating.scores for rating in rated.values() if len(rating.scores) == len(CRITERIA)]
-    row[: len(scores)] = np.reshape(scores, (len(scores), len(CRITERIA)))
-  alphas = {name: krippendorff_alpha(table[..., i]) for i, name in enumerate(CRITERIA)}
-  return alphas | {"combined": krippendorff_alpha(table @ weights)}

@@ -7,15 +7,17 @@ Images are float32 in [0, 1], masks float32 in {0, 1} with 1 = missing, channels
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from prefpaint_jax.runtime.files import atomic_path
+from prefpaint_jax.runtime.text import first_line
 
 Source = Any  # a PIL image, a path, or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]
-
-_SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 def load_image(source: Source) -> np.ndarray:
@@ -142,15 +144,14 @@ def _open(path: str | os.PathLike) -> Image.Image:
   except UnidentifiedImageError:
     raise ValueError(f"{os.fspath(path)}: not a picture: give a PNG, JPEG or the like") from None
   except (OSError, SyntaxError, EOFError, ValueError) as error:  # what PIL's decoders raise
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise ValueError(
-      f"{os.fspath(path)}: the picture is truncated or damaged ({reason}): copy it again"
+      f"{os.fspath(path)}: the picture is truncated or damaged ({first_line(error)}): copy it again"
     ) from None
 
 
 def _pil_to_float(image: Image.Image) -> np.ndarray:
   """[H, W] or [H, W, C] in [0, 1]."""
-  if image.mode in _SIXTEEN_BIT_MODES:
+  if image.mode in SIXTEEN_BIT_MODES:
     return np.clip(np.asarray(image).astype(np.float32) / 65535, 0.0, 1.0)
   if image.mode == "F":
     return _array_to_float(np.asarray(image))
@@ -181,3 +182,63 @@ def _name(source: Source, otherwise: str) -> str:
 
 def _extent(shape) -> str:
   return f"{shape[0]}x{shape[1]}"
+
+
+def to_bytes(image: np.ndarray) -> np.ndarray:
+  """Rounds values in [0, 1] to uint8; values outside are clipped."""
+  return np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
+
+
+def image_grid(
+  images: np.ndarray,
+  columns: int,
+  scale: int = 1,
+  padding: int = 2,
+  labels: Sequence[str] | None = None,
+) -> np.ndarray:
+  """Pictures row by row on white, as uint8 [grid height, grid width, 3].
+
+  Args:
+    images: [N, H, W, 3] in [0, 1]; values outside are clipped.
+    columns: pictures per row; the last row is filled up with white.
+    scale: every pixel becomes scale × scale of them.
+    padding: white pixels around every picture.
+    labels: N short texts, each written under its picture and cut off at its width.
+  """
+  count, height, width, _ = images.shape
+  if labels is not None and len(labels) != count:
+    raise ValueError(f"image_grid: {len(labels)} labels for {count} images: give one for each")
+  pixels = to_bytes(images)
+  pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+  if labels is not None:
+    strips = np.stack([_label(text, width * scale) for text in labels])
+    pixels = np.concatenate([pixels, strips], axis=1)
+  rows = -(-count // columns)
+  margins = [(0, rows * columns - count), (padding, padding), (padding, padding), (0, 0)]
+  tiles = np.pad(pixels, margins, constant_values=255)
+  _, tile_height, tile_width, _ = tiles.shape
+  grid = tiles.reshape(rows, columns, tile_height, tile_width, 3).swapaxes(1, 2)
+  return grid.reshape(rows * tile_height, columns * tile_width, 3)
+
+
+def _label(text: str, width: int) -> np.ndarray:
+  font = ImageFont.load_default()
+  strip = Image.new("RGB", (width, int(font.getbbox("Ág")[3]) + 2), "white")
+  ImageDraw.Draw(strip).text((1, 0), text, fill="black", font=font)
+  return np.asarray(strip)
+
+
+def save_png(
+  path: str | os.PathLike[str], image: np.ndarray, text: Mapping[str, str] | None = None
+) -> None:
+  """Writes a uint8 picture [H, W, 3], with `text` as PNG text fields; whole or not at all."""
+  fields = PngImagePlugin.PngInfo()
+  for name, value in (text or {}).items():
+    fields.add_text(name, value)
+  with atomic_path(path) as temporary:
+    Image.fromarray(image).save(temporary, format="PNG", pnginfo=fields)
+
+
+def luma(images: np.ndarray) -> np.ndarray:
+  """[..., 3] -> [...], the brightness of RGB (Rec. 601)."""
+  return images @ np.array([0.299, 0.587, 0.114], np.float32)

@@ -23,7 +23,6 @@ Range = tuple[float, float]
 # The kind of a prompt, stored with it as an index.
 OUTPAINTING, WARPING, BOX, BRUSH = range(4)
 KINDS = ("outpainting", "warping", "box", "brush")
-
 SIDES = ("left", "right", "top", "bottom")
 
 
@@ -208,15 +207,13 @@ DRAW: dict[str, tuple[int, Callable[[Seed, int, int], np.ndarray]]] = {
 
 
 # ------------------------------------------------------------------------------------ contact sheet
-
-
 def contact_sheet(image: np.ndarray, number: int, seed: int) -> np.ndarray:
   """`number` draws of each kind on a picture [H, W, 3], a row each, holes grey; uint8.
 
   The first row moves the camera, before a synthetic scene.
   """
   from prefpaint_jax.data import warping
-  from prefpaint_jax.metrics import image_grid
+  from prefpaint_jax.data.images import image_grid
 
   views = [warping.draw_view(seed + i, image) for i in range(number)]
   draws = [("warping", view.image, view.mask) for view in views]
@@ -231,9 +228,9 @@ def _command() -> None:
   # Flags are of the whole process: defined here, they stay out of the commands that import this.
   from absl import flags
 
-  from prefpaint_jax import app
   from prefpaint_jax.data import images
-  from prefpaint_jax.metrics import save_png
+  from prefpaint_jax.data.images import save_png
+  from prefpaint_jax.runtime import cli as app
 
   source = flags.DEFINE_string("image", None, "Picture to draw on.", required=True)
   output = flags.DEFINE_string("output", None, "PNG to write.", required=True)

@@ -13,7 +13,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import numpy as np
 from etils import epy
@@ -21,27 +21,16 @@ from PIL import Image
 
 from prefpaint_jax import mini
 from prefpaint_jax.data import images, masks
-from prefpaint_jax.data.pictures import SPLITS, DrawnPrompts
+from prefpaint_jax.data.drawn_prompts import DrawnPrompts
+from prefpaint_jax.data.examples import SPLITS, Prompt, stack
 from prefpaint_jax.data.records import encode_png, endless_batches, find_records, write_records
 
-with epy.lazy_imports():  # slow: only where data are read or written
+with epy.lazy_imports():
   import grain
   import tensorflow_datasets as tfds
 
 
-class Prompt(TypedDict):
-  id: str
-  kind: int
-  image: np.ndarray
-  mask: np.ndarray
-  source: NotRequired[str]
-  picture: NotRequired[str]
-  complete: NotRequired[bool]  # whether the image is known under the mask
-
-
 # --------------------------------------------------------------------------------------------- open
-
-
 def open_prompts(
   source: str | Path, split: str, size: int | tuple[int, int] | None = None
 ) -> Sequence[Prompt]:
@@ -200,8 +189,6 @@ def _read_kinds(folder: Path) -> dict[str, int]:
 
 
 # --------------------------------------------------------------------------------------------- feed
-
-
 def prompt_loader(
   prompts: Sequence[Prompt],
   batch_size: int,
@@ -219,24 +206,7 @@ def prompt_loader(
   )
 
 
-def stack(prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-  """Prompts of one size as one batch."""
-  first = prompts[0]
-  for prompt in prompts:
-    if prompt["image"].shape != first["image"].shape:
-      sizes = [f"{p['id']} is {p['image'].shape[0]}x{p['image'].shape[1]}" for p in (first, prompt)]
-      raise ValueError(f"prompts of two sizes in one batch: {', '.join(sizes)}: give a size")
-  return {
-    "id": np.array([prompt["id"] for prompt in prompts]),
-    "kind": np.array([prompt["kind"] for prompt in prompts], np.int32),
-    "image": np.stack([prompt["image"] for prompt in prompts]),
-    "mask": np.stack([prompt["mask"] for prompt in prompts]),
-  }
-
-
 # -------------------------------------------------------------------------------------------- write
-
-
 def build_prompts(
   output_dir: str | Path,
   photos: str | Path,

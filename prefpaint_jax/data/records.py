@@ -13,9 +13,12 @@ import numpy as np
 from etils import epy
 from PIL import Image
 
-with epy.lazy_imports():  # slow: only where data are read or written
+from prefpaint_jax.data.images import to_bytes
+
+with epy.lazy_imports():
   import grain
   import tensorflow_datasets as tfds
+
 
 ENDLESS = 2**31  # epochs; grain's own endless repetition overflows for a batch of one
 
@@ -75,11 +78,6 @@ def write_records(
     tfds.disable_progress_bar()
     builder.download_and_prepare(download_dir=downloads)
   return folder
-
-
-def to_bytes(image: np.ndarray) -> np.ndarray:
-  """[0, 1] -> uint8."""
-  return np.round(255 * image).astype(np.uint8)
 
 
 def encode_png(image: np.ndarray) -> io.BytesIO:

@@ -5,17 +5,18 @@ Shapes: B batch, H W height and width, C channels, L tokens, D context width, E 
 
 import functools
 import math
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from prefpaint_jax.compilation import by_platform
-from prefpaint_jax.models.attention import attention
-from prefpaint_jax.models.convolution import convolve, enlarge_and_convolve
-from prefpaint_jax.models.product import Dense, product
-from prefpaint_jax.models.sums import moments, scale_and_shift
+from prefpaint_jax.kernels.activations import gated, silu
+from prefpaint_jax.kernels.attention import attention
+from prefpaint_jax.kernels.convolution import convolve, enlarge_and_convolve
+from prefpaint_jax.kernels.dense import Dense, product
+from prefpaint_jax.kernels.dispatch import by_platform
+from prefpaint_jax.kernels.group_norm import _gain_and_offset, _Norm
+from prefpaint_jax.kernels.sums import moments, scale_and_shift
 
 Dtype = jnp.dtype
 
@@ -43,54 +44,6 @@ class GroupNorm(nn.Module):
     norm = _Norm(G, H * W * C // G, self.epsilon)
     gain, offset = _gain_and_offset(norm, *moments(wide), scale, bias)
     return scale_and_shift(wide, gain, offset).astype(self.dtype)
-
-
-class _Norm(NamedTuple):
-  """Of a GroupNorm: groups, numbers in each of one picture, and what is added to the variance."""
-
-  groups: int
-  count: int
-  epsilon: float
-
-
-def _map_of_norm(norm: _Norm, products: bool, total, squares, scale, bias):
-  """The map's gain and offset [B, C] from the sums of x and of x² [B, C].
-
-  Products with who is a member of which group keep a group's own arithmetic out of the map, where
-  a CPU would do it again for every pixel. To a GPU each would be a call of a library.
-  """
-  B, C = total.shape
-  G = norm.groups
-  if products:
-    member = jnp.repeat(jnp.eye(G), C // G, axis=1)
-    dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
-    per_group, per_channel = (lambda x: dot(x, member.T)), (lambda x: dot(x, member))
-  else:
-    per_group = lambda x: x.reshape(B, G, C // G).sum(-1)
-    per_channel = lambda x: jnp.repeat(x, C // G, axis=1)
-  mean, squares = per_group(total) / norm.count, per_group(squares) / norm.count
-  variance = jnp.maximum(squares - jnp.square(mean), 0.0)
-  gain = per_channel(jax.lax.rsqrt(variance + norm.epsilon)) * scale
-  return gain, bias - per_channel(mean) * gain
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gain_and_offset(norm: _Norm, *sums: jax.Array) -> tuple[jax.Array, jax.Array]:
-  by = lambda products: functools.partial(_map_of_norm, norm, products)
-  return by_platform(*sums, cuda=by(False), default=by(True))
-
-
-def _gain_and_offset_backward(norm: _Norm, sums: tuple[jax.Array, ...], gradients):
-  def by(products: bool):
-    function = functools.partial(_map_of_norm, norm, products)
-    return lambda gradients, *sums: jax.vjp(function, *sums)[1](gradients)
-
-  return by_platform(gradients, *sums, cuda=by(False), default=by(True))
-
-
-_gain_and_offset.defvjp(
-  lambda norm, *sums: (_gain_and_offset(norm, *sums), sums), _gain_and_offset_backward
-)
 
 
 def conv(
@@ -207,62 +160,6 @@ class DensePair(nn.Module):
 
     together = lambda x, kernel, bias: jnp.split(product(x, kernel) + bias, 2, axis=-1)
     return by_platform(x, kernel, bias, cuda=together, default=apart)
-
-
-@jax.custom_vjp
-def silu(x: jax.Array) -> jax.Array:
-  """x / (1 + exp(−x)).
-
-  On a CPU as this quotient: its compiler computes a last product again for everyone who reads it.
-  """
-  quotient = lambda x: x / (1.0 + jnp.exp(-x))
-  return by_platform(x, cpu=quotient, default=nn.silu)
-
-
-def _silu_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-  share = nn.sigmoid(x)
-  return (dy * (share * (1.0 + x * (1.0 - share))),)
-
-
-silu.defvjp(lambda x: (silu(x), x), _silu_backward)
-
-
-def _normal_cdf(x: jax.Array) -> jax.Array:
-  """Φ(x), by erf as PyTorch does: erfc, as in Flax, takes longer."""
-  return 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
-
-
-def gelu(x: jax.Array) -> jax.Array:
-  """x Φ(x), in float32."""
-  wide = x.astype(jnp.float32)
-  return (wide * _normal_cdf(wide)).astype(x.dtype)
-
-
-def _gated(hidden: jax.Array, gate: jax.Array) -> jax.Array:
-  return hidden * gelu(gate)
-
-
-@jax.custom_vjp
-def gated(hidden: jax.Array, gate: jax.Array) -> jax.Array:
-  """hidden · gelu(gate), of which a CPU keeps nothing else for the gradients."""
-  return _gated(hidden, gate)
-
-
-def _gated_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array):
-  def anew(hidden: jax.Array, gate: jax.Array, dy: jax.Array):
-    """With Φ(gate) computed once more, and once for both: left to itself XLA keeps three arrays."""
-    hidden, gate = jax.lax.optimization_barrier((hidden, gate))
-    wide = gate.astype(jnp.float32)
-    share = jax.lax.optimization_barrier(_normal_cdf(wide))
-    density = jnp.exp(-0.5 * wide * wide) * (1.0 / math.sqrt(2.0 * math.pi))
-    dgate = dy * hidden * (share + wide * density)
-    return (dy * wide * share).astype(hidden.dtype), dgate.astype(gate.dtype)
-
-  as_ever = lambda hidden, gate, dy: jax.vjp(_gated, hidden, gate)[1](dy)
-  return by_platform(*residuals, dy, cpu=anew, default=as_ever)
-
-
-gated.defvjp(lambda hidden, gate: (gated(hidden, gate), (hidden, gate)), _gated_backward)
 
 
 class GEGLU(nn.Module):

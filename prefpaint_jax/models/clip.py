@@ -9,10 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from prefpaint_jax.models.attention import attention
+from prefpaint_jax.kernels.attention import attention
+from prefpaint_jax.kernels.dense import Dense
 from prefpaint_jax.models.blocks import Dtype
 from prefpaint_jax.models.config import CLIPTextConfig, CLIPVisionConfig
-from prefpaint_jax.models.product import Dense
 
 CLIPConfig = CLIPTextConfig | CLIPVisionConfig
 

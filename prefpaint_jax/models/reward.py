@@ -3,15 +3,17 @@
 Shapes: B batch, H W pixels, P projection width of CLIP, T tokens (1 or 2), D features.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prefpaint_jax.kernels.dense import Dense
 from prefpaint_jax.models.blocks import Dtype
 from prefpaint_jax.models.clip import CLIPVisionModelWithProjection, SelfAttention
 from prefpaint_jax.models.config import RewardConfig
-from prefpaint_jax.models.product import Dense
 
 # Mean and standard deviation of CLIP's training images, per channel of RGB in [0, 1].
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -103,3 +105,38 @@ class RewardNetwork(nn.Module):
     tokens = EncoderLayer(config, self.dtype, name="encoder_layer")(tokens, deterministic)
     reward, z = Head(config, self.dtype, name="mlp")(tokens.reshape(B, -1), deterministic)
     return (reward - config.shift) / config.scale, z
+
+
+def preprocess(images: jax.Array, size: int) -> jax.Array:
+  """CLIP's preprocessing on the device: [B, H, W, 3] in [0, 1] -> [B, size, size, 3], normalised.
+
+  Antialiased bicubic resize of the shorter side to `size`, then a centre crop.
+  """
+  B, H, W, _ = images.shape
+  if (size, size) != (H, W):
+    # The longer side is cut, not rounded, as CLIP's own preprocessing does; in integers, so that
+    # rounding of the ratio cannot take a pixel off it.
+    height, width = (size * side // min(H, W) for side in (H, W))
+    images = jax.image.resize(images, (B, height, width, 3), "cubic", antialias=True)
+    top, left = (height - size) // 2, (width - size) // 2
+    images = jnp.clip(images[:, top : top + size, left : left + size], 0.0, 1.0)
+  return (images - CLIP_MEAN) / CLIP_STD
+
+
+def apply(
+  network: RewardNetwork, params: Any, images: jax.Array, masked_images: jax.Array, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+  """Reward [B] and features [B, D] of images [B, H, W, 3] given masked images [M, H, W, 3].
+
+  `options` go to the network: deterministic, rngs.
+  """
+  size = network.config.vision.image_size
+  pixels, masked_pixels = preprocess(images, size), preprocess(masked_images, size)
+  return network.apply({"params": params}, pixels, masked_pixels, **options)
+
+
+def network_shapes(config: RewardConfig) -> Any:
+  """The tree of parameter shapes of a reward network."""
+  size = config.vision.image_size
+  pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  return jax.eval_shape(RewardNetwork(config).init, jax.random.key(0), pixels, pixels)["params"]

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from prefpaint_jax.kernels.activations import silu
 from prefpaint_jax.models.blocks import (
   Downsample2D,
   Dtype,
@@ -19,7 +20,6 @@ from prefpaint_jax.models.blocks import (
   Transformer2DModel,
   Upsample2D,
   conv,
-  silu,
   timestep_embedding,
 )
 from prefpaint_jax.models.config import UNetConfig

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from prefpaint_jax.kernels.activations import silu
 from prefpaint_jax.models.blocks import (
   Attention,
   Downsample2D,
@@ -16,7 +17,6 @@ from prefpaint_jax.models.blocks import (
   ResnetBlock2D,
   Upsample2D,
   conv,
-  silu,
 )
 from prefpaint_jax.models.config import VAEConfig
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  (gives numpy, and so safetensors, the bfloat16 type)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from prefpaint_jax.runtime.text import first_line
 from prefpaint_jax.weights import names
 
 _PIPELINE_FILES = (
@@ -74,7 +74,7 @@ def resolve(name_or_folder: str | Path, allow_patterns: Sequence[str]) -> Path:
     return Path(_fetch(name, list(allow_patterns)))
   except Exception as error:  # of the hub's library or the network's: to the user one and the same
     raise ValueError(
-      f"{name}: no such folder, nor a hub answer ({type(error).__name__}: {_one_line(error)});"
+      f"{name}: no such folder, nor a hub answer ({type(error).__name__}: {first_line(error)});"
       " check the name and the network, or download it and give the folder"
     ) from error
 
@@ -102,7 +102,7 @@ def read_config(folder: str | Path, file: str = "config.json") -> dict[str, Any]
   except FileNotFoundError as error:
     raise ValueError(f"{path}: not found; give the folder of a model that has it") from error
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path}: not valid JSON ({_one_line(error)}); download it again") from error
+    raise ValueError(f"{path}: not valid JSON ({first_line(error)}); download it again") from error
   if not isinstance(config, dict):
     raise ValueError(f"{path}: holds a {type(config).__name__}; give a JSON object")
   return config
@@ -141,6 +141,16 @@ def load_file(path: str | Path) -> dict[str, np.ndarray]:
         return {name: _float32(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
       raise _unreadable(path, error) from error
+  torch, tensors = load_torch(path)
+  if not isinstance(tensors, dict) or not all(
+    isinstance(t, torch.Tensor) for t in tensors.values()
+  ):
+    raise ValueError(f"{path}: not a dict of tensors; give a file with a state_dict alone")
+  return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
+
+
+def load_torch(path: str | Path) -> tuple[Any, Any]:
+  """The torch module, and what a torch file holds; pickled code is never run."""
   try:
     import torch
   except ImportError as error:
@@ -148,14 +158,9 @@ def load_file(path: str | Path) -> dict[str, np.ndarray]:
       f"{path}: a torch file; install torch to read it, or give its safetensors form"
     ) from error
   try:
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    return torch, torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:  # torch's readers raise whatever a damaged file makes of them
-    raise _unreadable(path, error) from error
-  if not isinstance(tensors, dict) or not all(
-    isinstance(t, torch.Tensor) for t in tensors.values()
-  ):
-    raise ValueError(f"{path}: not a dict of tensors; give a file with a state_dict alone")
-  return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
+    raise _unreadable(Path(path), error) from error
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -253,14 +258,10 @@ def _float32(tensor: np.ndarray) -> np.ndarray:
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
   return ValueError(
-    f"{path}: cannot be read at {path.stat().st_size} bytes ({_one_line(error)});"
+    f"{path}: cannot be read at {path.stat().st_size} bytes ({first_line(error)});"
     " it is truncated or no weights file, get it again"
   )
 
 
 def _listing(folder: Path) -> str:
   return ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
-
-
-def _one_line(error: Exception) -> str:
-  return (str(error).strip().splitlines() or [type(error).__name__])[0]

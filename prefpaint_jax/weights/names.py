@@ -20,6 +20,7 @@ Upgrade = Sequence[tuple[str, str]]  # (regex, replacement), each applied in tur
 # The only module names that end in a number of their own, not in a list index.
 _LITERAL_MODULES = frozenset({"linear_1", "linear_2"})
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+
 # Where torch's axes lie in our kernels, by rank: OIHW in HWIO, OI in IO.
 _KERNEL_AXES = {4: (3, 2, 0, 1), 2: (1, 0)}
 

@@ -13,24 +13,23 @@ import jax.numpy as jnp
 from absl import app, flags
 from jax.sharding import SingleDeviceSharding
 
-from prefpaint_jax import cost, plan
-from prefpaint_jax.chips import topology_devices
-from prefpaint_jax.models import attention
+from prefpaint_jax.kernels import attention, chunked_attention
+from prefpaint_jax.planning import cost, stages
+from prefpaint_jax.planning.chips import topology_devices
 
 SHAPES = ((4, 4096, 8, 40), (4, 1024, 8, 80))
 WAYS = {
   "plain": jax.nn.dot_product_attention,
-  "blocks": attention._in_blocks,
+  "blocks": chunked_attention._in_blocks,
   "kernel": attention._flash,
 }
-
 _TOPOLOGY = flags.DEFINE_multi_string("topology", ["v5e:2x2"], "TPUs to compile for.")
 
 
 def traffic(function, device: jax.Device, shape: tuple[int, ...]) -> float:
   """GB of a program of query, key and value of this shape."""
   x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=SingleDeviceSharding(device))
-  _, text = plan.compile_and_print(jax.jit(function).lower(x, x, x), device)
+  _, text = stages.compile_and_print(jax.jit(function).lower(x, x, x), device)
   return cost.memory_traffic(text) / 1e9
 
 

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from absl import app, flags
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from prefpaint_jax import cost, plan
-from prefpaint_jax.chips import topology_devices
-from prefpaint_jax.compilation import fast_jit
 from prefpaint_jax.models import blocks
+from prefpaint_jax.planning import cost, stages
+from prefpaint_jax.planning.chips import topology_devices
+from prefpaint_jax.runtime.compilation import fast_jit
 
 SIDE, CHANNELS = 64, 320  # of the highest resolution, where most copies are made
 BLOCKS = {
@@ -27,7 +27,6 @@ BLOCKS = {
   "transformer": blocks.Transformer2DModel(8, 1, 32, False, jnp.bfloat16),
 }
 REPEATS = 10  # in a loop, so that what a block is given has the layout of what it gives
-
 _TOPOLOGY = flags.DEFINE_multi_string("topology", ["v5e:1x1"], "TPUs to compile for.")
 
 
@@ -68,7 +67,7 @@ def main(argv: list[str]) -> None:
         cells = []
         for jit in (jax.jit, fast_jit(Mesh([device], "chips"))):
           lowered = jit(program(block, backward)).lower(params, x, other)
-          _, text = plan.compile_and_print(lowered, device)
+          _, text = stages.compile_and_print(lowered, device)
           cells += [f"{figure:.2f}" for figure in cycles(text)]
         what = kind + ", and backward" * backward
         print(f"| {name.split(':')[0]}, {what} |", " | ".join(cells), "|", flush=True)

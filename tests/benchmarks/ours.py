@@ -9,14 +9,16 @@ import worlds
 from flax.traverse_util import flatten_dict, unflatten_dict
 from worlds import World
 
-from prefpaint_jax import alignment, diffusion, sharding
-from prefpaint_jax.alignment import Frozen
-from prefpaint_jax.compilation import fast_jit
+from prefpaint_jax.align.optimizer import optimizer_from
+from prefpaint_jax.align.rollout import encode_prompts
+from prefpaint_jax.align.settings import settings_from
+from prefpaint_jax.align.stages import compile_iteration, make_stages
+from prefpaint_jax.align.state import Experience, Frozen, Sampler
+from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.inpainter import Inpainter
-from prefpaint_jax.optimizer import optimizer_from
-from prefpaint_jax.programs import compile_iteration, make_programs
 from prefpaint_jax.reward import RewardModel
-from prefpaint_jax.settings import settings_from
+from prefpaint_jax.runtime import sharding
+from prefpaint_jax.runtime.compilation import fast_jit
 from prefpaint_jax.weights import names
 
 Outputs = dict[str, jax.Array]
@@ -49,12 +51,12 @@ class Ours:
         base=None,
       )
     )
-    steps = diffusion.ddim_steps(modules.schedule, config.num_steps, config.eta)
-    self.programs = make_programs(
-      modules, judge.network, self.settings, steps, optimizer, self.mesh, begin
+    steps = ddim.ddim_steps(modules.schedule, config.num_steps, config.eta)
+    self.stages = make_stages(
+      Sampler(modules, self.settings, steps), judge.network, optimizer, self.mesh, begin
     )
     self.before = small_params(policy.params["unet"])
-    self.state = self.programs.init(begin)
+    self.state = self.stages.init(begin)
     self.latents, self.cotangent = place((world.latents, world.cotangent))
     self.painted = place(world.painted)
 
@@ -63,7 +65,7 @@ class Ours:
 
     jit = fast_jit(self.mesh)
     self.is_compiled = False
-    self._encode = jit(functools.partial(alignment.encode_prompts, modules, self.settings))
+    self._encode = jit(functools.partial(encode_prompts, modules, self.settings))
     self._decode = jit(modules.decode)
     self._predict = jit(modules.predict)
     self._gradient = jit(jax.grad(weighed))
@@ -82,7 +84,7 @@ class Ours:
       self.prompts = self._encode(self.frozen, *self._images())
     if stage == "update":
       _, self.trajectory, painted = self._rollout()
-      self.scores, _ = self.programs.score(self.frozen, self.prompts, painted)
+      self.scores, _ = self.stages.score(self.frozen, self.prompts, painted)
     jax.block_until_ready(self.frozen)
 
   def _images(self) -> tuple[jax.Array, jax.Array]:
@@ -90,14 +92,14 @@ class Ours:
 
   def _rollout(self):
     key = worlds.rollout_key()
-    return self.programs.rollout(self.state.params, self.frozen, *self._images(), key)
+    return self.stages.rollout(self.state.params, self.frozen, *self._images(), key)
 
   def _update(self, prompts, trajectory, scores) -> None:
-    for indices in self.programs.draw_timesteps(worlds.timestep_key()):
-      self.state, _ = self.programs.update(
-        self.state, self.frozen, prompts, trajectory, scores, indices
+    for indices in self.stages.draw_timesteps(worlds.timestep_key()):
+      self.state, _ = self.stages.update(
+        self.state, self.frozen, Experience(prompts, trajectory, scores), indices
       )
-    self.state = self.programs.end_iteration(self.state)
+    self.state = self.stages.end_iteration(self.state)
 
   def unet_forward(self) -> Outputs:
     arguments = self.prompts, self.latents, jnp.int32(worlds.TIMESTEP)
@@ -118,7 +120,7 @@ class Ours:
     return {"images": painted, "log_probs": trajectory.log_probs}
 
   def score(self) -> Outputs:
-    scores, _ = self.programs.score(self.frozen, self.prompts, self.painted)
+    scores, _ = self.stages.score(self.frozen, self.prompts, self.painted)
     return {"reward": scores.reward, "trust": scores.trust, "advantages": scores.advantages}
 
   def update(self) -> Outputs:
@@ -127,10 +129,10 @@ class Ours:
 
   def iteration(self) -> Outputs:
     if not self.is_compiled:
-      compile_iteration(self.programs, self.state, self.frozen, *self._images())
+      compile_iteration(self.stages, self.state, self.frozen, *self._images())
       self.is_compiled = True
     prompts, trajectory, painted = self._rollout()
-    scores, _ = self.programs.score(self.frozen, prompts, painted)
+    scores, _ = self.stages.score(self.frozen, prompts, painted)
     self._update(prompts, trajectory, scores)
     return {"images": painted, "reward": scores.reward, "params": self.state.params}
 

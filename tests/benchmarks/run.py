@@ -37,13 +37,12 @@ OPPONENTS = ("reference", "tuned", "compiled")  # `theirs` says what they are
 # Largest error of an output, and of the change of the parameters, by their Euclidean norms. AdamW
 # begins with a step of the same length for every parameter, also where a gradient is mere rounding.
 TOLERANCES = {"float32": (1e-3, 1e-2), "bfloat16": (5e-2, 0.6)}
+
 # PIL rounds the reference's resized pictures to bytes before they are scored.
 TOLERANCES_AFTER_BYTES = (5e-2, 0.2)
 
 
 ### A side, in its own process.
-
-
 def serve(connection, side: str, folder: Path, opponent: str, cores: list[int]) -> None:
   """Answers (name of a function below, arguments) with its result, or with a traceback."""
   if cores:
@@ -79,7 +78,7 @@ class Side:
     if side == "ours":
       from ours import Ours
 
-      from prefpaint_jax import compilation
+      from prefpaint_jax.runtime import compilation
 
       compilation.keep_memory()  # as every command does
       self.does = Ours(world)
@@ -158,8 +157,6 @@ def device() -> dict[str, Any]:
 
 
 ### Both sides.
-
-
 class Remote:
   """A side in another process."""
 

@@ -88,27 +88,29 @@ def _models(size: str):
   import jax
 
   from prefpaint_jax import testing
-  from prefpaint_jax.bound import Bound
-  from prefpaint_jax.inpainter import Inpainter, make_modules
+  from prefpaint_jax.inpainter import Inpainter
+  from prefpaint_jax.models.architectures import full_size_configs, random_params
   from prefpaint_jax.models.config import RewardConfig
-  from prefpaint_jax.models.reward import RewardNetwork
-  from prefpaint_jax.pretrain import byte_tokenizer
-  from prefpaint_jax.reward import RewardModel, network_shapes
+  from prefpaint_jax.models.pipeline import make_modules
+  from prefpaint_jax.models.reward import RewardNetwork, network_shapes
+  from prefpaint_jax.models.tokenizer import byte_tokenizer
+  from prefpaint_jax.preference.bound import Bound
+  from prefpaint_jax.reward import RewardModel
 
   if size == "tiny":
     return testing.tiny_inpainter(), testing.tiny_reward()
   if size == "mini":
     return Inpainter.from_pretrained("mini"), RewardModel.from_pretrained("mini")
-  configs = testing.full_size_configs()
+  configs = full_size_configs()
   if size == "medium":
     configs["unet"] |= {"sample_size": 32, "block_out_channels": [96, 192, 384, 384]}
     configs["vae"] |= {"sample_size": 256, "block_out_channels": [64, 128, 256, 256]}
   modules = make_modules(configs)
   shapes = jax.eval_shape(modules.init, jax.random.key(0))
-  policy = Inpainter(modules, testing.random_params(shapes), configs, byte_tokenizer())
+  policy = Inpainter(modules, random_params(shapes), configs, byte_tokenizer())
   config = RewardConfig()
   features = np.random.default_rng(0).normal(size=(1000, config.feature_dim))
-  params = testing.random_params(network_shapes(config))
+  params = random_params(network_shapes(config))
   return policy, RewardModel(RewardNetwork(config), params, Bound.fit(features, lam=0.01))
 
 
@@ -116,7 +118,8 @@ def write(size: str, dtype: str, folder: Path) -> None:
   """Writes the size's policy, reward, config and inputs."""
   import jax
 
-  from prefpaint_jax import rl, testing
+  from prefpaint_jax import testing
+  from prefpaint_jax.align import ppo
 
   config = make_config(size, dtype, folder)
   policy, judge = _models(size)
@@ -130,7 +133,7 @@ def write(size: str, dtype: str, folder: Path) -> None:
   steps = [jax.random.fold_in(chain, i) for i in range(config.num_steps)]
   noise = [jax.random.normal(key, shape) for key in (first, *steps)]
   skipped, last = config.skip_steps
-  indices = rl.draw_timesteps(
+  indices = ppo.draw_timesteps(
     timestep_key(), config.num_steps, config.train_timesteps, skipped, config.num_steps - last
   )
   rng = np.random.default_rng(0)

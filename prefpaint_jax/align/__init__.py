@@ -1,0 +1,1 @@
+"""Alignment: policy gradient over the DDIM chain, as pure functions and jitted stages."""

@@ -1,0 +1,132 @@
+"""Held-out evaluation during a run: base and policy sample the same prompts with the same noise."""
+# Shapes: N prompts of a chunk, H W pixels.
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from prefpaint_jax.align.run import Run
+from prefpaint_jax.data.examples import Prompt, concatenate, stack
+from prefpaint_jax.data.images import image_grid
+from prefpaint_jax.evaluation import drift, winrate
+from prefpaint_jax.models import reward
+from prefpaint_jax.preference import simulation
+from prefpaint_jax.runtime import sharding
+from prefpaint_jax.weights.names import Params
+
+SCORES = ("reward", "true_preference")
+
+
+class HeldOut:
+  """Samples held-out prompts in chunks of N with a policy and with the base, and scores both.
+
+  The base's results are kept. In a run of several processes all of them call every method, in the
+  same order.
+  """
+
+  def __init__(
+    self,
+    run: Run,
+    mesh: Mesh,
+    prompts: Sequence[Prompt],
+    chunk: int,
+    sample_key: jax.Array,
+    comparison_key: jax.Array,
+    simulated_preference: bool = False,
+  ):
+    """Prepares the evaluation.
+
+    Args:
+      prompts: held-out prompts; beyond the last one they repeat.
+      chunk: N, prompts that are sampled at a time.
+      sample_key: noise of the samples that are shown.
+      comparison_key: noise of the samples that are compared.
+      simulated_preference: also score with the simulated annotators' preference.
+    """
+    self._run, self._mesh, self._prompts, self._chunk = run, mesh, prompts, chunk
+    self._sample_key, self._comparison_key = sample_key, comparison_key
+    self._simulated = simulated_preference
+    network = run.network
+
+    @jax.jit
+    def rewards_of(params: Params, samples: jax.Array, masked_images: jax.Array) -> jax.Array:
+      return reward.apply(network, params, samples, masked_images)[0]
+
+    self._rewards_of = rewards_of
+    self._base_scores = functools.cache(lambda chunk: self._scores(run.begin, chunk))
+
+  @functools.cached_property
+  def _shown(self) -> dict[str, np.ndarray]:
+    return self._batch(0)
+
+  @functools.cached_property
+  def _base_sample(self) -> tuple[np.ndarray, np.ndarray]:
+    return self._inpaint(self._run.begin, self._shown, self._sample_key)
+
+  def _batch(self, chunk: int) -> dict[str, np.ndarray]:
+    first, number = chunk * self._chunk, len(self._prompts)
+    return stack([self._prompts[(first + i) % number] for i in range(self._chunk)])
+
+  def _inpaint(self, params: Params, batch, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Returns samples [N, H, W, 3] and their rewards [N] of a batch, on every process."""
+    layout, frozen = sharding.batch_sharding(self._mesh), self._run.frozen
+    images, masks = sharding.place(layout, (batch["image"], batch["mask"]))
+    samples = self._run.stages.inpaint(params, frozen, images, masks, key)
+    rewards = self._rewards_of(frozen.reward, samples, images * (1.0 - masks))
+    return multihost_utils.process_allgather((samples, rewards), tiled=True)
+
+  def _scores(self, params: Params, chunk: int) -> dict[str, np.ndarray]:
+    """Returns scores and drift measures [N] of a chunk."""
+    batch = self._batch(chunk)
+    samples, rewards = self._inpaint(params, batch, jax.random.fold_in(self._comparison_key, chunk))
+    scores = {"reward": rewards}
+    if self._simulated:
+      scores["true_preference"] = simulation.true_preference(samples, batch["mask"])["combined"]
+    return scores | drift.measure(samples, batch["mask"], batch["image"])
+
+  def sample(self, params: Params) -> np.ndarray:
+    """Draws a grid, uint8: the first chunk's prompts, the base's samples, those of `params`."""
+    samples, rewards = self._inpaint(params, self._shown, self._sample_key)
+    base_samples, base_rewards = self._base_sample
+    # Grey tells the hole from black pixels.
+    prompts = np.where(self._shown["mask"] > 0, 0.5, self._shown["image"])
+    labels = [""] * len(prompts) + [f"{r:.2f}" for r in (*base_rewards, *rewards)]
+    return image_grid(
+      np.concatenate([prompts, base_samples, samples]),
+      columns=len(prompts),
+      scale=max(1, 64 // prompts.shape[1]),
+      labels=labels,
+    )
+
+  def compare(
+    self, params: Params, count: int, gives_up: Callable[[], object] = bool
+  ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]] | None:
+    """Returns scores and measures [count] of the policy `params` and of the base.
+
+    Args:
+      count: prompts, a multiple of N.
+      gives_up: asked before each chunk; if it says true, the result is None.
+    """
+    policy, base = [], []
+    for chunk in range(count // self._chunk):
+      if gives_up():
+        return None
+      policy.append(self._scores(params, chunk))
+      base.append(self._base_scores(chunk))
+    return concatenate(policy), concatenate(base)
+
+  def metrics(self, params: Params, count: int) -> dict[str, float]:
+    """Returns `held_out/*`: mean scores, WinRates against the base, and changes of the measures."""
+    policy, base = self.compare(params, count)
+    line = {}
+    for name, values in policy.items():
+      if name in SCORES:
+        line[f"held_out/{name}"] = float(np.mean(values))
+        line[f"held_out/{name}_winrate"] = float(np.mean(winrate.wins(values, base[name])))
+      else:
+        line[f"held_out/drift/{name}"] = float(np.mean(values) - np.mean(base[name]))
+    return line

@@ -1,0 +1,149 @@
+"""Rollout: encode prompts, sample with the behaviour policy, decode; on any mesh."""
+# Shapes: P prompts, S samples of each, B = P S samples, H W pixels, h w latents, c channels.
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from prefpaint_jax.align.settings import Settings
+from prefpaint_jax.align.state import Frozen, Sampler, gather, log_prob_weight, merged_params
+from prefpaint_jax.diffusion import ddim
+from prefpaint_jax.diffusion.ddim import Trajectory
+from prefpaint_jax.models.pipeline import Modules, Prompts
+from prefpaint_jax.weights.names import Params
+
+
+def in_chunks(function: Callable, size: int, mesh: Mesh | None, params: Params, *arrays: jax.Array):
+  """Computes `function(params, *arrays)` on each device's examples, at most `size` at a time.
+
+  The result of one example must not depend on the others. Devices do not wait for each other.
+
+  Args:
+    size: examples per call on each device; 0: all of them.
+    mesh: the devices that the leading dimension of `arrays` is split over; None: one device.
+  """
+
+  def local(params: Params, *arrays: jax.Array):
+    batch = arrays[0].shape[0]
+    chunk = max(n for n in range(1, min(size or batch, batch) + 1) if batch % n == 0)
+    if chunk == batch:
+      return function(params, *arrays)
+    split = lambda x: x.reshape(-1, chunk, *x.shape[1:])
+    join = lambda x: x.reshape(batch, *x.shape[2:])
+    one = lambda some: function(params, *some)
+    return jax.tree.map(join, jax.lax.map(one, tuple(map(split, arrays))))
+
+  if mesh is None or mesh.size == 1:
+    return local(params, *arrays)
+  own = P(mesh.axis_names)
+  specs = (P(), *(own,) * len(arrays))
+  spread = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)
+  return spread(params, *arrays)
+
+
+def decode(
+  modules: Modules,
+  vae_params: Params,
+  latents: Float[Array, "B h w c"],
+  prompts: Prompts,
+  chunk: int,
+  mesh: Mesh | None = None,
+) -> Float[Array, "B H W 3"]:
+  """Decodes final latents to images in [0, 1] and restores the known pixels."""
+  images = in_chunks(modules.decode, chunk, mesh, vae_params, latents)
+  return jnp.where(prompts.mask > 0, images, prompts.masked_image)
+
+
+def encode_prompts(
+  modules: Modules,
+  settings: Settings,
+  frozen: Frozen,
+  images: Float[Array, "P H W 3"],
+  masks: Float[Array, "P H W 1"],
+  mesh: Mesh | None = None,
+) -> Prompts:
+  """Encodes images in [0, 1] and masks (1 = missing) as the prompts of B = P S samples."""
+  encode = functools.partial(modules.encode_prompts, context=None)
+  prompts = in_chunks(encode, settings.decode_batch, mesh, frozen.vae, images, masks)
+  return prompts._replace(context=frozen.context).repeat(settings.samples_per_prompt)
+
+
+def _start_chain(
+  sampler: Sampler,
+  policy: Params,
+  frozen: Frozen,
+  images: jax.Array,
+  masks: jax.Array,
+  key: jax.Array,
+  mesh: Mesh | None,
+):
+  """Returns the prompts, the policy as a `predict`, the initial noise, and the key of the steps."""
+  modules, settings, _ = sampler
+  prompts = encode_prompts(modules, settings, frozen, images, masks, mesh)
+  predict = modules.predict
+  # The parameters are gathered once for all steps; then every device works without the others.
+  policy = gather(modules, settings, policy, mesh)
+  if mesh is not None and mesh.size > 1:
+    own = P(mesh.axis_names)
+    predict = jax.shard_map(
+      predict,
+      mesh=mesh,
+      in_specs=(P(), Prompts(*(own,) * 4, context=P()), own, P()),
+      out_specs=own,
+      check_vma=False,
+    )
+  policy = modules.round_params(merged_params(settings, frozen.base, policy))
+  noise_key, chain_key = jax.random.split(key)
+  noise = jax.random.normal(noise_key, prompts.masked_latents.shape)
+  return prompts, functools.partial(predict, policy, prompts), noise, chain_key
+
+
+def rollout(
+  sampler: Sampler,
+  policy: Params,
+  frozen: Frozen,
+  images: Float[Array, "P H W 3"],
+  masks: Float[Array, "P H W 1"],
+  key: jax.Array,
+  mesh: Mesh | None = None,
+) -> tuple[Prompts, Trajectory, Float[Array, "B H W 3"]]:
+  """Samples S inpaintings of each prompt with the policy, and keeps the DDIM chain.
+
+  Args:
+    policy: the behaviour policy's parameters, or its LoRA adapters.
+    images: in [0, 1]; pixels under the mask are ignored.
+    masks: 1 = missing.
+
+  Returns:
+    The prompts of the B samples, their trajectory, and the samples in [0, 1].
+  """
+  prompts, predict, noise, key = _start_chain(sampler, policy, frozen, images, masks, key, mesh)
+  weight = log_prob_weight(sampler.settings, prompts)
+  schedule, chunk = sampler.modules.schedule, sampler.settings.decode_batch
+  trajectory = ddim.rollout(predict, schedule, sampler.steps, noise, key, weight)
+  samples = decode(sampler.modules, frozen.vae, trajectory.latents[-1], prompts, chunk, mesh)
+  return prompts, trajectory, samples
+
+
+def inpaint(
+  sampler: Sampler,
+  policy: Params,
+  frozen: Frozen,
+  images: Float[Array, "P H W 3"],
+  masks: Float[Array, "P H W 1"],
+  key: jax.Array,
+  mesh: Mesh | None = None,
+) -> Float[Array, "P H W 3"]:
+  """Samples one inpainting of each prompt as `rollout` does, without keeping the chain.
+
+  `sampler.settings.samples_per_prompt` must be 1.
+  """
+  prompts, predict, noise, key = _start_chain(sampler, policy, frozen, images, masks, key, mesh)
+  latents = ddim.sample(predict, sampler.modules.schedule, sampler.steps, noise, key)
+  chunk = sampler.settings.decode_batch
+  return decode(sampler.modules, frozen.vae, latents, prompts, chunk, mesh)

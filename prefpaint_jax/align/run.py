@@ -1,0 +1,121 @@
+"""The set-up of a run: networks, frozen trees, optimiser and stages, from its config.
+
+`train` makes it of arrays; `plan` and `benchmark` make it of shapes, so that nothing is read.
+"""
+# Shapes: L text tokens, D features, C context width.
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from prefpaint_jax.align.optimizer import optimizer_from
+from prefpaint_jax.align.settings import Settings, settings_from
+from prefpaint_jax.align.stages import Stages, make_stages
+from prefpaint_jax.align.state import Frozen, Sampler, TrainState
+from prefpaint_jax.diffusion import ddim
+from prefpaint_jax.models import lora
+from prefpaint_jax.models.architectures import read_architecture, read_reward
+from prefpaint_jax.models.pipeline import Modules, make_modules
+from prefpaint_jax.models.reward import RewardNetwork, network_shapes
+from prefpaint_jax.runtime import sharding
+from prefpaint_jax.weights.names import Params
+
+
+class Run(NamedTuple):
+  """The fixed part of a run: arrays, or shapes with their shardings."""
+
+  settings: Settings
+  network: RewardNetwork
+  stages: Stages
+  begin: Params  # the trained parameters before the first iteration
+  frozen: Frozen
+
+  @property
+  def parameters(self) -> dict[str, int]:
+    """The number of parameters of each network."""
+    trees = {"unet": self.begin, "vae": self.frozen.vae, "reward": self.frozen.reward}
+    if self.settings.lora:
+      trees |= {"unet": self.frozen.base, "adapters": self.begin}
+    return {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in trees.items()}
+
+  @property
+  def state_shapes(self) -> TrainState:
+    """The train state as shapes with their shardings."""
+    return sharding.with_shardings(self.stages.shapes, self.stages.layout)
+
+
+def make_run(
+  config: ConfigDict,
+  mesh: Mesh,
+  modules: Modules,
+  network: RewardNetwork,
+  base: Params,
+  frozen: Frozen,
+  *,
+  abstract: bool = False,
+) -> Run:
+  """Places the trees of a run on the mesh and makes its stages.
+
+  Args:
+    base: the UNet's parameters.
+    frozen: the other trees; its `base` is filled in here.
+    abstract: the trees are shapes, and so are those of the result.
+  """
+  settings = settings_from(config)
+  modules.latent_shape(1, config.size, config.size)  # raises ValueError for a size that cannot be
+  steps = ddim.ddim_steps(modules.schedule, settings.num_steps, settings.eta)
+  begin = base
+  if settings.lora:
+    adapters = lambda key: lora.init(key, base, config.lora.rank, config.lora.targets)
+    key = jax.random.key(config.seed)
+    begin = jax.eval_shape(adapters, key) if abstract else adapters(key)
+    frozen = frozen._replace(base=base)
+
+  put = sharding.with_shardings if abstract else lambda tree, layout: sharding.place(layout, tree)
+  place = lambda tree, rules: put(tree, sharding.specs(tree, rules, mesh))
+  split, whole = sharding.DEFAULT_RULES, ((r"", P()),)
+  begin = place(begin, split)
+  frozen = place(frozen, split if config.mesh.split_frozen else whole)
+  if settings.kl_weight and not settings.lora:
+    frozen = frozen._replace(base=begin)
+  sampler = Sampler(modules, settings, steps)
+  stages = make_stages(sampler, network, optimizer_from(config), mesh, begin)
+  return Run(settings, network, stages, begin, frozen)
+
+
+def image_shapes(config: ConfigDict, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """Returns the shapes of an iteration's images and masks, split over the mesh."""
+  shape = lambda channels: jax.ShapeDtypeStruct(
+    (config.batch_size, config.size, config.size, channels),
+    jnp.float32,
+    sharding=sharding.batch_sharding(mesh),
+  )
+  return shape(3), shape(1)
+
+
+def outline(config: ConfigDict, mesh: Mesh) -> tuple[Run, Modules, str]:
+  """Makes a run of shapes: no weights are read or made.
+
+  Returns:
+    The run, its modules, and a phrase that says where the architecture comes from.
+  """
+  configs, source = read_architecture(config.policy)
+  modules = make_modules(configs, config.dtype, config.remat, where=config.policy)
+  network = RewardNetwork(read_reward(config.reward), jnp.dtype(config.dtype))
+  shapes = jax.eval_shape(modules.init, jax.random.key(0))
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  D, L = network.config.feature_dim, modules.text_encoder.config.max_position_embeddings
+  needs_bound = settings_from(config).trust.needs_bound
+  frozen = Frozen(
+    vae=shapes["vae"],
+    reward=network_shapes(network.config),
+    whitening=array(D, D) if needs_bound else None,
+    context=array(1, L, modules.unet.config.cross_attention_dim),
+    base=None,
+  )
+  run = make_run(config, mesh, modules, network, shapes["unet"], frozen, abstract=True)
+  return run, modules, source

@@ -1,0 +1,120 @@
+"""The stages of an iteration as compiled programs on a mesh.
+
+`train` runs them, `plan` compiles them for devices that need not be present, `benchmark` times
+them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from prefpaint_jax.align import ppo
+from prefpaint_jax.align import rollout as rollout_lib
+from prefpaint_jax.align import score as score_lib
+from prefpaint_jax.align import update as update_lib
+from prefpaint_jax.align.state import (
+  Experience,
+  Frozen,
+  Sampler,
+  TrainState,
+  behaviour_params,
+  init_state,
+)
+from prefpaint_jax.diffusion.ddim import Trajectory
+from prefpaint_jax.models.pipeline import Prompts
+from prefpaint_jax.models.reward import RewardNetwork
+from prefpaint_jax.runtime import sharding
+from prefpaint_jax.runtime.compilation import Program, fast_jit
+from prefpaint_jax.weights.names import Params
+
+
+class Stages(NamedTuple):
+  """Programs; each takes the arrays that the function of its name takes."""
+
+  init: Program  # parameters -> state
+  rollout: Program
+  inpaint: Program
+  score: Program
+  draw_timesteps: Callable[[jax.Array], list[jax.Array]]  # key -> the step indices of each update
+  update: Program  # donates its state
+  end_iteration: Program  # donates its state
+  shapes: TrainState  # of jax.ShapeDtypeStruct
+  layout: TrainState  # of NamedSharding
+
+
+def make_stages(
+  sampler: Sampler,
+  network: RewardNetwork,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  params: Params,
+) -> Stages:
+  """Makes the stages for trained parameters like `params`, which may be arrays or shapes."""
+  settings = sampler.settings
+  init = functools.partial(init_state, settings, optimizer)
+  shapes = jax.eval_shape(init, params)
+  layout = sharding.specs(shapes, sharding.DEFAULT_RULES, mesh)
+  batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  along_time = NamedSharding(mesh, P(None, *batch.spec))
+  prompts = Prompts(*(batch,) * 4, context=whole)
+  trajectory = Trajectory(latents=along_time, log_probs=along_time, timesteps=whole)
+
+  @jax.jit
+  def draw_timesteps(key: jax.Array) -> list[jax.Array]:
+    first, last = settings.skip_steps
+    drawn = ppo.draw_timesteps(
+      key, settings.num_steps, settings.train_timesteps, first, settings.num_steps - last
+    )
+    return jnp.split(drawn, settings.updates_per_iteration)
+
+  single = sampler._replace(settings=dataclasses.replace(settings, samples_per_prompt=1))
+  jit = fast_jit(mesh)
+  program = lambda function, **options: Program(jit(function, **options))
+  return Stages(
+    init=program(init, out_shardings=layout),
+    rollout=program(
+      functools.partial(rollout_lib.rollout, sampler, mesh=mesh),
+      out_shardings=(prompts, trajectory, batch),
+    ),
+    inpaint=program(functools.partial(rollout_lib.inpaint, single, mesh=mesh)),
+    score=program(functools.partial(score_lib.score, network, settings, mesh=mesh)),
+    draw_timesteps=draw_timesteps,
+    update=program(
+      functools.partial(update_lib.update, sampler, optimizer, mesh=mesh),
+      donate_argnums=0,
+      out_shardings=(layout, None),
+    ),
+    end_iteration=program(
+      functools.partial(update_lib.end_iteration, settings),
+      donate_argnums=0,
+      out_shardings=layout,
+    ),
+    shapes=shapes,
+    layout=layout,
+  )
+
+
+def compile_iteration(
+  stages: Stages, state: TrainState, frozen: Frozen, images: jax.Array, masks: jax.Array
+) -> None:
+  """Compiles all programs of an iteration before the first of them runs.
+
+  On a CPU their buffers then share one part of the heap; otherwise leftovers of the compiler would
+  separate them. Every argument may be a shape with its sharding.
+  """
+  key = jax.random.key(0)
+  prompts, trajectory, samples = stages.rollout.compile(
+    behaviour_params(state), frozen, images, masks, key
+  )
+  scores, _ = stages.score.compile(frozen, prompts, samples)
+  indices = stages.draw_timesteps(key)[0]
+  experience = Experience(prompts, trajectory, scores)
+  state, _ = stages.update.compile(state, frozen, experience, indices)
+  stages.end_iteration.compile(state)

@@ -1,0 +1,125 @@
+"""The trees of an alignment run: train state, frozen networks, experience; and how they combine."""
+# Shapes: B samples, H W pixels, h w latents, D features, L text tokens, C context width.
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from prefpaint_jax.align.settings import Settings
+from prefpaint_jax.diffusion.ddim import Steps, Trajectory
+from prefpaint_jax.models import lora
+from prefpaint_jax.models.pipeline import Modules, Prompts
+from prefpaint_jax.runtime import sharding
+from prefpaint_jax.weights.names import Params
+
+
+class Sampler(NamedTuple):
+  """The static part of a rollout and of its update: networks, settings and DDIM steps."""
+
+  modules: Modules
+  settings: Settings
+  steps: Steps
+
+
+class Frozen(NamedTuple):
+  """Trees that never change. Every program takes them as arguments, never as constants."""
+
+  vae: Params
+  reward: Params
+  whitening: Float[Array, "D D"] | None  # of the reward's bound
+  context: Float[Array, "1 L C"]  # of the empty text
+  base: Params | None  # the UNet before alignment, for the KL term and for LoRA
+
+
+class TrainState(NamedTuple):
+  """The trees that an iteration changes; a checkpoint holds all of them."""
+
+  iteration: Int[Array, ""]
+  params: Params  # the UNet's, or the LoRA adapters
+  opt_state: optax.OptState
+  behaviour: Params | None  # None: the policy itself, refreshed every iteration
+  ema: Params | None
+  gradients: Params | None  # accumulated between updates
+
+
+class Scores(NamedTuple):
+  """What the reward model says of a batch of samples."""
+
+  reward: Float[Array, " B"]
+  valid: Bool[Array, " B"]  # the reward is finite
+  trust: Float[Array, " B"]  # γ
+  advantages: Float[Array, " B"]
+
+
+class Experience(NamedTuple):
+  """A scored rollout: the training data of an update."""
+
+  prompts: Prompts
+  trajectory: Trajectory
+  scores: Scores
+
+
+def init_state(
+  settings: Settings, optimizer: optax.GradientTransformation, params: Params
+) -> TrainState:
+  """Makes the state before the first iteration.
+
+  Args:
+    params: the parameters to train: the UNet's, or LoRA adapters.
+  """
+  # A donated buffer may appear only once in a state, so every tree gets a copy.
+  copy = lambda dtype=None: jax.tree.map(lambda x: jnp.array(x, dtype), params)
+  return TrainState(
+    iteration=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    behaviour=copy(settings.behaviour_dtype) if settings.behaviour_refresh > 1 else None,
+    ema=copy() if settings.ema_decay else None,
+    gradients=jax.tree.map(jnp.zeros_like, params) if settings.gradient_accumulation > 1 else None,
+  )
+
+
+def behaviour_params(state: TrainState) -> Params:
+  """Returns the parameters of the behaviour policy, which samples the rollout."""
+  return state.params if state.behaviour is None else state.behaviour
+
+
+def current_params(state: TrainState) -> Params:
+  """Returns the parameters that `export` writes: the moving average where the run keeps one."""
+  return state.params if state.ema is None else state.ema
+
+
+def merged_params(settings: Settings, base: Params | None, params: Params) -> Params:
+  """Returns the UNet's parameters: `params`, or the base with the LoRA adapters `params` added."""
+  return lora.merge(base, params) if settings.lora else params
+
+
+def gather(modules: Modules, settings: Settings, params: Params, mesh: Mesh | None) -> Params:
+  """Gathers sharded parameters on every device, in the dtype in which the UNet reads them.
+
+  A program calls this once, not once per pass over the UNet.
+  """
+  if not settings.lora:
+    params = modules.round_params(params)
+  if mesh is None or mesh.shape["fsdp"] == 1:
+    return params
+  # With this constraint XLA rounds before it gathers, which halves the bytes sent in bfloat16.
+  split = sharding.specs(params, sharding.DEFAULT_RULES, mesh)
+  params = jax.lax.with_sharding_constraint(params, split)
+  return jax.lax.with_sharding_constraint(params, sharding.replicated(mesh))
+
+
+def log_prob_weight(settings: Settings, prompts: Prompts) -> Float[Array, "B h w 1"] | None:
+  """Returns the weight of each latent in the log-probability, or None for equal weights.
+
+  With `log_prob_region="hole"` a latent has weight 1 if any of its pixels is missing, else 0.
+  """
+  if settings.log_prob_region == "all":
+    return None
+  B, h, w, _ = prompts.mask_latents.shape
+  factor = prompts.mask.shape[1] // h
+  return prompts.mask.reshape(B, h, factor, w, factor, 1).max((2, 4))

@@ -1,0 +1,231 @@
+"""The update: policy loss, gradients summed over passes and devices, one optimiser step.
+
+DDPO-style policy gradient over the DDIM chain with PPO clipping; each sample's loss is multiplied
+by the trust weight of its reward (PrefPaint, arXiv 2410.21966, sec. 4). Rollout and update share
+one `predict`, one dtype and one log-probability, so at equal parameters the importance ratio is 1
+to rounding.
+"""
+# Shapes: B samples, T rollout steps, k trained steps of an update, h w latents.
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from prefpaint_jax.align.ppo import ppo_loss
+from prefpaint_jax.align.settings import Settings
+from prefpaint_jax.align.state import (
+  Experience,
+  Frozen,
+  Sampler,
+  TrainState,
+  gather,
+  log_prob_weight,
+  merged_params,
+)
+from prefpaint_jax.diffusion import ddim
+from prefpaint_jax.diffusion.ddim import Trajectory
+from prefpaint_jax.kernels import sums
+from prefpaint_jax.kernels.dispatch import by_platform
+from prefpaint_jax.models.pipeline import Prompts
+from prefpaint_jax.runtime import sharding
+from prefpaint_jax.weights.names import Params
+
+
+def policy_loss(
+  sampler: Sampler,
+  params: Params,
+  base: Params | None,
+  experience: Experience,
+  indices: Int[Array, " k"],
+  count: Int[Array, ""],
+) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
+  """Computes the PPO loss of the DDIM steps `indices`, and its metrics.
+
+  All k steps go through the UNet as one batch of B k, in sample-major order, so that a batch that
+  is split over devices stays split.
+
+  Args:
+    params: the trained parameters: the UNet's, or LoRA adapters of `base`.
+    base: the base policy's parameters, for LoRA and for the KL term.
+    count: samples times steps of the whole update. Losses and metrics are sums divided by it, so
+      that those of all passes and devices add up to the mean.
+  """
+  (modules, settings, steps), (prompts, trajectory, scores) = sampler, experience
+  k, B = indices.shape[0], scores.reward.shape[0]
+  flatten = lambda x: jnp.moveaxis(x, 0, 1).reshape(B * k, *x.shape[2:])
+  per_sample = lambda x: jnp.repeat(x, k, axis=0)
+  step = steps.at(jnp.tile(indices, B))
+  valid = per_sample(scores.valid)
+  # An invalid sample may be NaN throughout, and in a gradient 0 · NaN is NaN: mask the inputs.
+  if_valid = lambda x: jnp.where(valid[:, None, None, None], x, 0.0)
+  latents = if_valid(flatten(trajectory.latents[indices]))
+  x_prev = if_valid(flatten(trajectory.latents[indices + 1]))
+  old_log_prob = flatten(trajectory.log_probs[indices])
+  repeated = prompts.repeat(k)
+  repeated = repeated._replace(masked_latents=if_valid(repeated.masked_latents))
+
+  # One timestep for the whole batch is one row of the time embedding.
+  timestep = step.timestep if k > 1 else step.timestep[0]
+  output = modules.predict(merged_params(settings, base, params), repeated, latents, timestep)
+  weight = log_prob_weight(settings, repeated)
+  mean = ddim.predict_mean(modules.schedule, step, latents, output)
+  log_prob = ddim.log_prob(x_prev, mean, step.sigma, weight)
+  loss, ppo = ppo_loss(
+    log_prob,
+    old_log_prob,
+    per_sample(scores.advantages),
+    per_sample(scores.trust),
+    settings.clip_range,
+    valid,
+  )
+  terms = {
+    "ppo/clip_fraction": ppo["clipped"],
+    "ppo/approx_kl": ppo["approx_kl"],
+    "ppo/ratio_mean": ppo["ratio"],
+    "ppo/policy_loss": loss,
+  }
+  if settings.kl_weight:
+    base_output = modules.predict(base, repeated, latents, timestep)
+    base_mean = ddim.predict_mean(modules.schedule, step, latents, base_output)
+    kl = ddim.gaussian_kl(mean, base_mean, step.sigma, weight)
+    loss = loss + settings.kl_weight * kl
+    terms["ppo/kl_to_base"] = kl
+  total = lambda x: jnp.sum(jnp.where(valid, x, 0.0))
+  divisor = 1.0 if settings.loss_reduction == "sum" else count
+  return total(loss) / divisor, {name: total(x) / count for name, x in terms.items()}
+
+
+def update(
+  sampler: Sampler,
+  optimizer: optax.GradientTransformation,
+  state: TrainState,
+  frozen: Frozen,
+  experience: Experience,
+  indices: Int[Array, " k"],
+  mesh: Mesh | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Takes one optimiser step on the DDIM steps `indices` of a rollout.
+
+  With `gradient_accumulation` n > 1 gradients accumulate over iterations, and only the updates of
+  every n-th iteration step the optimiser and clear the sum, as the released code does. On a `mesh`
+  parameters are gathered once and gradients are reduced once, whatever the number of passes.
+
+  Returns:
+    The new state and the metrics `ppo/*`.
+  """
+  settings = sampler.settings
+  passes = indices.reshape(-1, settings.timesteps_per_pass or indices.shape[0])
+  count = jnp.maximum(jnp.sum(experience.scores.valid), 1) * indices.shape[0]
+
+  def sum_passes(params, base, count, passes, experience):
+    """Returns gradients and metrics of these samples, summed over the passes."""
+
+    def one_pass(some: jax.Array):
+      loss = lambda params: policy_loss(sampler, params, base, experience, some, count)
+      gradients, metrics = jax.grad(loss, has_aux=True)(params)
+      gradients = by_platform(gradients, cuda=_row_major, default=lambda x: x)
+      # Gradients of rounded parameters are rounded, as within the UNet; their sums are float32.
+      return jax.tree.map(lambda x: x.astype(jnp.float32), gradients), metrics
+
+    if passes.shape[0] == 1:
+      return one_pass(passes[0])
+
+    def add(total: Params, some: jax.Array):
+      gradients, metrics = one_pass(some)
+      return jax.tree.map(jnp.add, total, gradients), metrics
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    gradients, metrics = jax.lax.scan(add, zeros, passes)
+    return gradients, jax.tree.map(jnp.sum, metrics)
+
+  if mesh is not None and mesh.size > 1:
+    sum_passes = _per_device(sum_passes, mesh, state.params)
+  params, base = gather(sampler.modules, settings, state.params, mesh), frozen.base
+  if settings.kl_weight and not settings.lora:
+    base = gather(sampler.modules, settings, base, mesh)
+  gradients, metrics = sum_passes(params, base, count, passes, experience)
+  norm = optax.tree.norm if mesh is not None and mesh.size > 1 else sums.norm
+  metrics["ppo/grad_norm"] = norm(gradients)
+  n = settings.gradient_accumulation
+  if n > 1:
+    gradients = jax.tree.map(jnp.add, state.gradients, gradients)
+    steps_now = state.iteration % n == n - 1
+    state = jax.lax.cond(
+      steps_now, lambda: _apply(settings, optimizer, state, gradients), lambda: state
+    )
+    kept = jax.tree.map(lambda x: jnp.where(steps_now, 0.0, x), gradients)
+    state = state._replace(gradients=kept)
+  else:
+    state = _apply(settings, optimizer, state, gradients)
+  return state, metrics
+
+
+def _row_major(tree: Params) -> Params:
+  """Forces row-major layouts, so that XLA:GPU updates parameters in place.
+
+  XLA:GPU transposes the gradients of convolution kernels. Fused with an optimiser step, they would
+  make it write parameters and moments to new buffers and copy them: 15 GB an update of Stable
+  Diffusion 1.5.
+  """
+  flat = jax.lax.optimization_barrier(jax.tree.map(jnp.ravel, tree))
+  return jax.tree.map(lambda x, like: x.reshape(like.shape), flat, tree)
+
+
+def _per_device(sum_passes, mesh: Mesh, params: Params):
+  """Computes per-device gradients in shard_map and reduces each of them once per update.
+
+  Without it XLA would gather parameters and reduce gradients in every pass. Each gradient ends
+  with the sharding of its parameter.
+  """
+  layout = jax.tree.map(lambda x: x.spec, sharding.specs(params, sharding.DEFAULT_RULES, mesh))
+  data, fsdp = mesh.axis_names
+
+  def reduce(gradient: jax.Array, spec: P) -> jax.Array:
+    if fsdp not in spec:
+      return jax.lax.psum(gradient, mesh.axis_names)
+    share = jax.lax.psum_scatter(gradient, fsdp, scatter_dimension=spec.index(fsdp), tiled=True)
+    return jax.lax.psum(share, data) if mesh.shape[data] > 1 else share
+
+  def sum_and_reduce(*arguments):
+    gradients, metrics = sum_passes(*arguments)
+    return jax.tree.map(reduce, gradients, layout), jax.lax.psum(metrics, mesh.axis_names)
+
+  own, whole, own_in_time = P(mesh.axis_names), P(), P(None, mesh.axis_names)
+  experience = Experience(
+    Prompts(*(own,) * 4, context=whole), Trajectory(own_in_time, own_in_time, whole), own
+  )
+  return jax.shard_map(
+    sum_and_reduce,
+    mesh=mesh,
+    in_specs=(*(whole,) * 4, experience),
+    out_specs=(layout, whole),
+    check_vma=False,
+  )
+
+
+def _apply(
+  settings: Settings,
+  optimizer: optax.GradientTransformation,
+  state: TrainState,
+  gradients: Params,
+) -> TrainState:
+  changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, changes)
+  ema = state.ema
+  if ema is not None:
+    ema = optax.incremental_update(params, ema, 1.0 - settings.ema_decay)
+  return state._replace(params=params, opt_state=opt_state, ema=ema)
+
+
+def end_iteration(settings: Settings, state: TrainState) -> TrainState:
+  """Counts the iteration and refreshes the behaviour policy every `behaviour_refresh` of them."""
+  iteration = state.iteration + 1
+  behaviour = state.behaviour
+  if behaviour is not None:
+    refresh = iteration % settings.behaviour_refresh == 0
+    renew = lambda new, old: jnp.where(refresh, new.astype(old.dtype), old)
+    behaviour = jax.tree.map(renew, state.params, behaviour)
+  return state._replace(iteration=iteration, behaviour=behaviour)

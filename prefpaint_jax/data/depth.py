@@ -1,0 +1,94 @@
+"""Depth maps: read, complete, or make up."""
+# Shapes: H W pixels.
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from PIL import Image
+from scipy import ndimage
+
+from prefpaint_jax.data.images import SIXTEEN_BIT_MODES
+from prefpaint_jax.runtime.text import first_line
+
+
+# -------------------------------------------------------------------------------------------- depth
+def load_depth(
+  path: str | os.PathLike[str], size: tuple[int, int] | None = None, scale: float = 1 / 256
+) -> np.ndarray:
+  """A depth map as float32 [H, W], all of it known.
+
+  A .npy file holds floats; a PNG of 16 bits holds the depth divided by `scale`, which is KITTI's
+  metres by default. 0 (and NaN) stand for unknown depth, which is taken from the nearest known.
+  `size` is the (height, width) of the depth map's image; another size is refused.
+  """
+  name = os.fspath(path)
+  try:
+    if Path(path).suffix == ".npy":
+      depth = np.load(path)
+    else:
+      with Image.open(path) as file:
+        if file.mode not in SIXTEEN_BIT_MODES:
+          raise ValueError(f"pixels of mode {file.mode}, not of 16 bits")
+        depth = np.asarray(file) * scale
+  except FileNotFoundError:
+    raise ValueError(f"{name}: no such file") from None
+  except (OSError, ValueError, SyntaxError, EOFError) as error:
+    raise ValueError(
+      f"{name}: the depth cannot be read ({first_line(error)}): give a grey 16-bit PNG, or a .npy "
+      "of floats"
+    ) from None
+  if depth.ndim != 2 or not np.issubdtype(depth.dtype, np.floating):
+    raise ValueError(f"{name}: {depth.dtype} of shape {depth.shape}: give floats [H, W]")
+  if size is not None and depth.shape != tuple(size):
+    raise ValueError(
+      f"{name}: the depth is {depth.shape[0]}x{depth.shape[1]}, its image {size[0]}x{size[1]}: "
+      "give both the same height and width"
+    )
+  unknown = np.isnan(depth) | (depth == 0)
+  if (depth < 0).any() or np.isinf(depth).any():
+    low, high = np.nanmin(depth), np.nanmax(depth)
+    raise ValueError(f"{name}: depths from {low:g} to {high:g}: give 0 where it is unknown")
+  if unknown.all():
+    raise ValueError(f"{name}: no depth is known, all of it is 0: give the depth of some pixels")
+  if unknown.any():
+    logging.warning(
+      "%s: the depth of %.1f %% of the pixels is unknown and taken from the nearest known one",
+      name,
+      100 * unknown.mean(),
+    )
+  return fill_unknown(depth).astype(np.float32)
+
+
+def fill_unknown(depth: np.ndarray) -> np.ndarray:
+  """[H, W] with every depth that is 0 or NaN replaced by that of the nearest known pixel."""
+  unknown = ~(depth > 0)
+  nearest = ndimage.distance_transform_edt(unknown, return_distances=False, return_indices=True)
+  return depth[tuple(nearest)]
+
+
+def synthetic_depth(rng: int | np.random.Generator, height: int, width: int) -> np.ndarray:
+  """A simple scene for a picture without depth, float32 [H, W] from 1 to 4.
+
+  A ground at depth 1 below and 4 at the horizon, a far wall that leans somewhat, and two to five
+  roundish things that stand upright on the ground, the near ones in front.
+  """
+  rng = np.random.default_rng(rng)
+  x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+  horizon = rng.uniform(0.35, 0.6)
+  # Inverse depth is linear on planes.
+  ground = 0.25 + 0.75 * (y - horizon) / (1 - horizon)
+  wall = 0.25 + rng.uniform(0.0, 0.1) * np.abs(x - rng.integers(2))
+  inverse = np.maximum(ground, wall)
+  feet = np.sort(rng.uniform(horizon + 0.1, 0.95, rng.integers(2, 6)))
+  for foot in feet:  # from far to near
+    nearness = 0.25 + 0.75 * (foot - horizon) / (1 - horizon)
+    half_width, half_height = nearness * rng.uniform(0.1, 0.2), nearness * rng.uniform(0.15, 0.35)
+    across, up = (x - rng.uniform(0, 1)) / half_width, (y - (foot - half_height)) / half_height
+    angle = np.arctan2(up, across)
+    bumps = sum(rng.uniform(0, 0.12) * np.sin(k * angle + rng.uniform(0, 6.3)) for k in (2, 3, 5))
+    inverse = np.where(across**2 + up**2 < (1 + bumps) ** 2, nearness, inverse)
+  return (1 / inverse).astype(np.float32)

@@ -1,0 +1,58 @@
+"""What all datasets share: splits, prompts and their batches, the criteria of annotators."""
+# Shapes: b prompts of a batch, H W pixels.
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import NotRequired, TypedDict
+
+import numpy as np
+
+SPLITS = ("train", "test")
+
+MAX_SCORE = 7.0
+# Weights of the criteria in the combined score.
+CRITERIA = {"structure": 0.3, "texture": 0.3, "overall": 0.4}
+
+
+class Prompt(TypedDict):
+  """An image and its mask. Under the mask the image is the true content if known, else black."""
+
+  id: str
+  kind: int  # index into masks.KINDS
+  image: np.ndarray  # float32 [H, W, 3] in [0, 1]
+  mask: np.ndarray  # float32 [H, W, 1], 1 = missing
+  source: NotRequired[str]
+  picture: NotRequired[str]  # id of the image that the prompt was drawn from
+  complete: NotRequired[bool]  # whether the image is known under the mask
+
+
+def stack(prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+  """Stacks prompts of one size: id [b], kind int32 [b], image [b, H, W, 3], mask [b, H, W, 1].
+
+  Raises:
+    ValueError: two prompts differ in size; names them.
+  """
+  first = prompts[0]
+  for prompt in prompts:
+    if prompt["image"].shape != first["image"].shape:
+      sizes = [f"{p['id']} is {p['image'].shape[0]}x{p['image'].shape[1]}" for p in (first, prompt)]
+      raise ValueError(f"prompts of two sizes in one batch: {', '.join(sizes)}: give a size")
+  return {
+    "id": np.array([prompt["id"] for prompt in prompts]),
+    "kind": np.array([prompt["kind"] for prompt in prompts], np.int32),
+    "image": np.stack([prompt["image"] for prompt in prompts]),
+    "mask": np.stack([prompt["mask"] for prompt in prompts]),
+  }
+
+
+def concatenate(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """Concatenates dictionaries of arrays with the same names along the first axis."""
+  return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def in_test(name: str, test_share: float) -> bool:
+  """Whether the image called `name` is held out: a hash of the name decides, and nothing else."""
+  digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+  return int.from_bytes(digest[:8], "big") < test_share * 2**64

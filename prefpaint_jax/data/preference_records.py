@@ -1,0 +1,217 @@
+"""Builds a tfds dataset of preferences from a folder of human scores."""
+# Shapes: H W pixels, C candidates of one prompt.
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epy
+from PIL import Image
+
+from prefpaint_jax.data import images, masks
+from prefpaint_jax.data.annotations import Annotations, Candidate, ScoredPrompt, read_annotations
+from prefpaint_jax.data.examples import CRITERIA, SPLITS, in_test
+from prefpaint_jax.data.records import encode_png, write_records
+from prefpaint_jax.runtime.text import align_columns
+
+with epy.lazy_imports():
+  import tensorflow_datasets as tfds
+
+
+# -------------------------------------------------------------------------------------------- build
+def build_preferences(
+  source: str | Path,
+  output_dir: str | Path,
+  weights: Mapping[str, float] = CRITERIA,
+  test_share: float = 0.1,
+) -> Path:
+  """Turns a folder of human scores into a tfds data set in `output_dir`; returns its folder.
+
+  `weights` of the criteria make the combined score; `test_share` of the prompts are held out where
+  no lists say which. The same scores give the same data set.
+  """
+  if not 0 <= test_share < 1:
+    raise ValueError(f"test_share is {test_share}: give a share of the prompts, below 1")
+  annotations = read_annotations(source, weights)
+  splits = assign_splits(annotations, test_share)
+  metadata = describe(annotations, splits, weights)
+  return write_records(
+    output_dir,
+    "preferences",
+    "Inpaintings of incomplete pictures, and what people think of them.",
+    _features(),
+    {split: map(functools.partial(_record, metadata), ps) for split, ps in splits.items()},
+    metadata,
+  )
+
+
+def assign_splits(annotations: Annotations, test_share: float) -> dict[str, list[ScoredPrompt]]:
+  """{split: its prompts}, each prompt in one at most; splits without any are left out.
+
+  Lists of IDs are taken at their word: with both, what neither names is left out; with one, the
+  other split is the rest. Without lists a split is drawn from a hash of the picture, so that it
+  stays the same when other prompts are added, and crops of one picture are never parted.
+  """
+  lists = annotations.lists
+
+  def split_of(prompt: ScoredPrompt) -> str | None:
+    if lists:
+      named = [split for split, ids in lists.items() if prompt.image_id in ids]
+      rest = [split for split in SPLITS if split not in lists]
+      return (named + rest + [None])[0]
+    return SPLITS[in_test(prompt.picture, test_share)]
+
+  chosen = [split_of(prompt) for prompt in annotations.prompts]
+  splits = {
+    split: [p for p, its in zip(annotations.prompts, chosen, strict=True) if its == split]
+    for split in SPLITS
+  }
+  if not splits["train"]:
+    raise ValueError(
+      f"none of {len(chosen)} prompts is for training, {len(splits['test'])} are for testing: "
+      "list some in train.txt, annotate more, or lower test_share"
+    )
+  return {split: prompts for split, prompts in splits.items() if prompts}
+
+
+def describe(
+  annotations: Annotations,
+  splits: Mapping[str, Sequence[ScoredPrompt]],
+  weights: Mapping[str, float],
+) -> dict[str, Any]:
+  """The metadata of a data set.
+
+  mean, std      of the combined scores of the training split, by which all are normalised
+  weights        of the criteria in the combined score
+  alpha          Krippendorff's, of each criterion and of the combined score; None: not known
+  annotators     how many people; 0: not known
+  num_candidates the most of any prompt
+  counts         {split: {"prompts": {kind: number}, "candidates": number, "ratings": number}}
+  left_out       candidates and prompts without scores, prompts in no list
+  """
+  scores = np.array([c.score for prompt in splits["train"] for c in prompt.candidates])
+  if np.ptp(scores) < 1e-6:
+    raise ValueError(
+      f"all {len(scores)} scores for training are {scores[0]:g}: they prefer nothing; "
+      "annotate more candidates"
+    )
+  counts = {}
+  for split, prompts in splits.items():
+    kinds = Counter(masks.KINDS[prompt.kind] for prompt in prompts)
+    candidates = [candidate for prompt in prompts for candidate in prompt.candidates]
+    counts[split] = {
+      "prompts": {kind: kinds[kind] for kind in masks.KINDS},
+      "candidates": len(candidates),
+      "ratings": sum(candidate.annotators for candidate in candidates),
+    }
+  alphas = annotations.agreement.items()
+  kept = [prompt for prompts in splits.values() for prompt in prompts]
+  return {
+    "mean": float(scores.mean()),
+    "std": float(scores.std()),
+    "weights": {name: float(weights[name]) for name in CRITERIA},
+    "alpha": {name: None if math.isnan(alpha) else alpha for name, alpha in alphas},
+    "annotators": annotations.annotators,
+    "num_candidates": max(len(prompt.candidates) for prompt in kept),
+    "counts": counts,
+    "left_out": annotations.left_out | {"unlisted": len(annotations.prompts) - len(kept)},
+  }
+
+
+def ranks(scores: Sequence[float]) -> np.ndarray:
+  """int [C]: 1 for the best; ties share the best rank of theirs, and the next ranks stay empty.
+
+  Means that differ by less than 1e-6 are a tie: those of equal scores differ by rounding.
+  """
+  scores = np.asarray(scores, np.float64)
+  return 1 + np.sum(scores[None, :] > scores[:, None] + 1e-6, axis=1)
+
+
+def _features() -> dict[str, Any]:
+  text, image = tfds.features.Text, tfds.features.Image
+  return {
+    "id": text(),
+    "source": text(),
+    "kind": tfds.features.ClassLabel(names=list(masks.KINDS)),
+    "image": image(shape=(None, None, 3), encoding_format="png"),
+    "mask": image(shape=(None, None, 1), encoding_format="png"),
+    "masked_image": image(shape=(None, None, 3), encoding_format="png"),
+    "candidates": tfds.features.Sequence(
+      {
+        "name": text(),
+        "policy": text(),
+        "image": image(shape=(None, None, 3), encoding_format="png"),
+        **dict.fromkeys(CRITERIA, np.float32),
+        "score": np.float32,
+        "normalised_score": np.float32,
+        "rank": np.int32,
+        "annotators": np.int32,
+      }
+    ),
+  }
+
+
+def _record(metadata: Mapping[str, Any], prompt: ScoredPrompt) -> dict[str, Any]:
+  mask = images.load_mask(prompt.mask)
+  order = ranks([candidate.score for candidate in prompt.candidates])
+
+  def record(candidate: Candidate, rank: int) -> dict[str, Any]:
+    said = candidate._asdict()
+    return {
+      "image": _stored(said.pop("file")),
+      "normalised_score": (candidate.score - metadata["mean"]) / metadata["std"],
+      "rank": rank,
+      **said,
+    }
+
+  return {
+    "id": prompt.image_id,
+    "source": prompt.source,
+    "kind": prompt.kind,
+    "image": _stored(prompt.image),
+    "mask": encode_png(mask[..., 0]),
+    "masked_image": encode_png(images.load_image(prompt.image) * (1 - mask)),
+    "candidates": [record(*pair) for pair in zip(prompt.candidates, map(int, order), strict=True)],
+  }
+
+
+def _stored(file: Path) -> io.BytesIO:
+  """A picture file as it is where that is a plain RGB PNG, else its picture as one."""
+  with Image.open(file) as picture:
+    plain = picture.format == "PNG" and picture.mode == "RGB"
+    plain = plain and not {"transparency", "exif"} & set(picture.info)
+  return io.BytesIO(file.read_bytes()) if plain else encode_png(images.load_image(file))
+
+
+# --------------------------------------------------------------------------------------------- main
+def summary(metadata: Mapping[str, Any]) -> str:
+  """The metadata in a few lines."""
+  kinds = masks.KINDS
+  table = [("", *kinds, "prompts", "candidates", "ratings")]
+  for split, counts in metadata["counts"].items():
+    numbers = [counts["prompts"][kind] for kind in kinds]
+    row = (split, *numbers, sum(numbers), counts["candidates"], counts["ratings"])
+    table.append(tuple(map(str, row)))
+  lines = align_columns(table, right=True)
+  alphas = ", ".join(
+    f"{name} {'not known' if alpha is None else format(alpha, '.3f')}"
+    for name, alpha in metadata["alpha"].items()
+  )
+  left_out = metadata["left_out"]
+  weights = ", ".join(f"{name} {weight:g}" for name, weight in metadata["weights"].items())
+  lines += [
+    f"combined score ({weights}): mean {metadata['mean']:.3f}, standard deviation "
+    f"{metadata['std']:.3f} over the training split",
+    f"agreement of {metadata['annotators'] or 'an unknown number of'} annotators "
+    f"(Krippendorff's alpha, interval): {alphas}",
+    f"left out: {left_out['candidates']} candidates without a score, {left_out['prompts']} prompts "
+    f"without a scored candidate, {left_out['unlisted']} prompts in no list",
+  ]
+  return "\n".join(lines)

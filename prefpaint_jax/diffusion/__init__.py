@@ -1,0 +1,1 @@
+"""Noise schedules and the DDIM sampler; no network here."""

@@ -1,0 +1,1 @@
+"""Image extension and new views, on top of an inpainter."""

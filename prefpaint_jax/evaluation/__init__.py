@@ -1,0 +1,1 @@
+"""Comparisons of a policy with its base: WinRate, drift, report, curves."""

@@ -1,0 +1,1 @@
+"""Operations that are not plain XLA, chosen per platform."""

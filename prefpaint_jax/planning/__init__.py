@@ -1,0 +1,1 @@
+"""What an iteration costs on chips that need not be present."""

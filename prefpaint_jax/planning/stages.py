@@ -1,0 +1,178 @@
+"""Compiles the stages of an iteration for devices that need not be present, and measures them."""
+
+import math
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from prefpaint_jax.align.run import image_shapes, outline
+from prefpaint_jax.align.settings import compares_with_base
+from prefpaint_jax.align.state import Experience, behaviour_params
+from prefpaint_jax.planning import cost
+from prefpaint_jax.planning.chips import GIB, Chip, find_chip
+from prefpaint_jax.runtime import sharding
+from prefpaint_jax.runtime.text import first_line
+
+
+def _bytes_per_chip(tree: Any) -> int:
+  part = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  return sum(map(part, jax.tree.leaves(tree)))
+
+
+### A plan.
+class DoesNotFitError(Exception):
+  """A compiler found no room for a program; says how much it needs of how much."""
+
+
+def compile_and_print(lowered: Any, device: jax.Device) -> tuple[Any, str]:
+  """A program compiled for a kind of device, and its text.
+
+  `as_text` cannot print a v6e's loops where they overlap ("Async done requires its operand to be an
+  asynchronous op"), but the compiler for TPUs can. Where a GPU is not there to time them on, tiles
+  of XLA's own products are a guess that not every product can follow: all are cuBLAS's then.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    options = None
+    if device.platform == "tpu":
+      options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    elif device.platform == "gpu" and device not in jax.devices():
+      options = {"xla_gpu_enable_triton_gemm": False}
+    compiled = lowered.compile(options)
+    try:
+      return compiled, compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+      written = list(Path(folder).glob("*.after_codegen.txt"))
+      if not written:
+        raise
+      return compiled, written[0].read_text()
+
+
+def _measure(program: Any, arguments: tuple, live: Any, mesh: Mesh) -> tuple[dict[str, Any], Any]:
+  """What a stage takes of each chip, and the shapes and shardings of its outputs.
+
+  `live` is all that a run has in memory meanwhile, arguments or not.
+  """
+  began = time.perf_counter()
+  traced = program.trace(*arguments)
+  try:
+    compiled, text = compile_and_print(traced.lower(), mesh.devices.flat[0])
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    sizes = re.findall(r"\(([\d.]+[KMGT])\)", str(error))
+    raise DoesNotFitError(" of ".join(sizes) or first_line(error)) from error
+  seconds = time.perf_counter() - began
+  memory = compiled.memory_analysis()
+  parts = {
+    "arguments": memory.argument_size_in_bytes,
+    "temporaries": memory.temp_size_in_bytes,
+    "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    "program": memory.generated_code_size_in_bytes,
+    "others": max(0, _bytes_per_chip(live) - memory.argument_size_in_bytes),
+  }
+  stage = {
+    "memory": parts | {"total": sum(parts.values())},
+    "flops": cost.flops(traced.jaxpr) / mesh.size,
+    "traffic": cost.memory_traffic(text),
+    "collectives": cost.collectives(text),
+    "compile_seconds": seconds,
+  }
+  return stage, sharding.with_shardings(traced.out_info, compiled.output_shardings)
+
+
+def estimate(stage: Mapping[str, Any], chip: Chip) -> dict[str, float]:
+  """Seconds of a stage at the chip's peaks: the longer of work and memory, then the links."""
+  seconds = {
+    "work": stage["flops"] / chip.flops,
+    "memory": stage["traffic"] / chip.bandwidth,
+    "links": sum(sent for _, sent in stage["collectives"].values()) / chip.links,
+  }
+  return seconds | {"total": max(seconds["work"], seconds["memory"]) + seconds["links"]}
+
+
+def plan(
+  config: ConfigDict,
+  devices: Sequence[jax.Device],
+  after_stage: Callable[[dict[str, Any]], None] = lambda report: None,
+) -> dict[str, Any]:
+  """Compiles the stages of an iteration for `devices`: a report that json can hold.
+
+  `report["stages"]` has, of rollout, score and update, per chip: memory in bytes, flops, traffic,
+  collectives, estimated seconds; and times, how often an iteration runs the stage. A stage that
+  does not compile for want of memory ends the plan; `report["does_not_fit"]` says so.
+  `after_stage` is called with the report as far as it is: a large program compiles for long.
+  """
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+  sharding.check_batch(config.batch_size, mesh)
+  run, _, source = outline(config, mesh)
+  kind = devices[0].device_kind
+  chip = find_chip(kind)
+  chosen = ("batch_size", "samples_per_prompt", "size", "num_steps", "dtype", "remat")
+  report = {
+    "policy": config.policy,
+    "architecture": source,
+    "parameters": run.parameters,
+    "chip": kind,
+    "chips": mesh.size,
+    "mesh": dict(mesh.shape),
+    "config": {name: config[name] for name in chosen},
+    "stages": {},
+  }
+
+  stages, state, frozen = run.stages, run.state_shapes, run.frozen
+  images, masks = image_shapes(config, mesh)
+  replicated = sharding.replicated(mesh)
+  key = sharding.with_shardings(jax.eval_shape(jax.random.key, 0), replicated)
+  indices = jax.eval_shape(stages.draw_timesteps, key)[0]
+  live = [state, frozen, images, masks]
+  # A run that compares with the base keeps it; with a KL term that is the same arrays.
+  if compares_with_base(config) and frozen.base is not run.begin:
+    live.append(run.begin)
+
+  def measure(name: str, program: Any, *arguments: Any, times: int = 1) -> Any:
+    measured, outputs = _measure(program, arguments, live, mesh)
+    report["stages"][name] = measured | {"times": times}
+    after_stage(report)
+    live.append(outputs)
+    return outputs
+
+  try:
+    prompts, trajectory, samples = measure(
+      "rollout", stages.rollout, behaviour_params(state), frozen, images, masks, key
+    )
+    scores, _ = measure("score", stages.score, frozen, prompts, samples)
+    arguments = (
+      state,
+      frozen,
+      Experience(prompts, trajectory, scores),
+      sharding.with_shardings(indices, replicated),
+    )
+    measure("update", stages.update, *arguments, times=run.settings.updates_per_iteration)
+  except DoesNotFitError as error:
+    report["does_not_fit"] = f"{('rollout', 'score', 'update')[len(report['stages'])]}: {error}"
+  return report | (judge(report, chip) if chip else {})
+
+
+def judge(report: Mapping[str, Any], chip: Chip) -> dict[str, Any]:
+  """What a chip makes of a report: its memory, the stages with estimates, and what does not fit."""
+  stages = {
+    name: stage | {"seconds": estimate(stage, chip)} for name, stage in report["stages"].items()
+  }
+  found = {"available": chip.memory, "stages": stages}
+  if "does_not_fit" in report:
+    return found
+  seconds = sum(stage["seconds"]["total"] * stage["times"] for stage in stages.values())
+  images = report["config"]["batch_size"] * report["config"]["samples_per_prompt"]
+  found |= {"seconds": seconds, "images_per_s": images / seconds}
+  largest = max(stages, key=lambda name: stages[name]["memory"]["total"])
+  most = stages[largest]["memory"]["total"]
+  if most > chip.memory:
+    found["does_not_fit"] = f"{largest}: {most / GIB:.2f} of {chip.memory / GIB:.2f} GiB"
+  return found

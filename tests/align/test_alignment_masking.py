@@ -1,0 +1,191 @@
+"""Alignment of a part: samples without a reward, chunks, and shares of eight devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from alignment_world import (
+  PROMPTS,
+  SAMPLES,
+  TOY,
+  B,
+  assert_trees_close,
+  made_up_scores,
+  make_settings,
+  painted,
+  quick_jit,
+  sampler_of,
+  toy_loss,
+  toy_prompts,
+  toy_rollout,
+  world,
+)
+
+from prefpaint_jax import testing
+from prefpaint_jax.align import rollout as rollout_lib
+from prefpaint_jax.align import score as score_lib
+from prefpaint_jax.align import update as update_lib
+from prefpaint_jax.align.rollout import in_chunks
+from prefpaint_jax.align.settings import Trust
+from prefpaint_jax.align.state import Experience, Scores, init_state
+from prefpaint_jax.diffusion.ddim import Trajectory
+from prefpaint_jax.models.pipeline import Prompts
+from prefpaint_jax.runtime import sharding
+
+
+# -------------------------------------------------------------------------------- NaN rewards
+def test_sample_without_a_reward_changes_no_gradient_even_if_it_is_nan_throughout():
+  settings = make_settings(kl_weight=0.5, updates_per_iteration=1)
+  prompts = toy_prompts()
+  trajectory = toy_rollout(settings, TOY, prompts, 0)
+  indices, lost = np.array([1, 3]), 5
+  moved = TOY | {"a": TOY["a"] + 0.001}
+
+  valid = np.arange(B) != lost
+  poison = lambda x, axis: jnp.where(
+    jnp.expand_dims(valid, [i for i in range(x.ndim) if i != axis]), x, jnp.nan
+  )
+  scores = made_up_scores(valid)
+  scores = scores._replace(reward=poison(scores.reward, 0), trust=poison(scores.trust, 0))
+  (loss, metrics), gradients = toy_loss(
+    settings,
+    moved,
+    prompts._replace(
+      masked_latents=poison(prompts.masked_latents, 0),
+      masked_image=poison(prompts.masked_image, 0),
+    ),
+    Trajectory(
+      poison(trajectory.latents, 1), poison(trajectory.log_probs, 1), trajectory.timesteps
+    ),
+    scores,
+    indices,
+  )
+
+  # The same without that sample at all.
+  without = lambda x: np.delete(np.asarray(x), lost, axis=0)
+  kept = Prompts(*(without(x) for x in prompts[:-1]), prompts.context)
+  shorter = Trajectory(
+    np.delete(trajectory.latents, lost, axis=1),
+    np.delete(trajectory.log_probs, lost, axis=1),
+    trajectory.timesteps,
+  )
+  (expected, expected_metrics), expected_gradients = toy_loss(
+    settings, moved, kept, shorter, Scores(*map(without, made_up_scores(valid))), indices
+  )
+  assert loss == pytest.approx(float(expected), rel=1e-6)
+  for name in expected_metrics:
+    assert metrics[name] == pytest.approx(float(expected_metrics[name]), rel=1e-5, abs=1e-9), name
+  assert_trees_close(gradients, expected_gradients, 1e-6)
+
+
+def test_sample_without_a_reward_enters_no_statistic():
+  settings = make_settings(Trust("mahalanobis", k=0.3))
+  _, _, network, frozen = world()
+  prompts, _, images = painted()
+  lost = 5
+  images = images.at[lost, 0, 0, 0].set(jnp.nan)
+  score = jax.jit(functools.partial(score_lib.score, network, settings))
+  scores, metrics = score(frozen, prompts, images)
+
+  kept = np.arange(B) != lost
+  rewards, features = testing.tiny_reward().score(images, prompts.masked_image)
+  np.testing.assert_array_equal(np.isfinite(rewards), kept)
+  np.testing.assert_array_equal(scores.valid, kept)
+  np.testing.assert_allclose(scores.reward[kept], rewards[kept], atol=1e-5)
+  v_inverse = np.linalg.inv(testing.tiny_reward().bound.matrix)
+  norm = np.sqrt(np.einsum("bi,ij,bj->b", features, v_inverse, features))
+  trust = np.exp(0.7 - 0.3 * norm)
+  np.testing.assert_allclose(scores.trust[kept], trust[kept], rtol=1e-4)
+  assert np.isfinite(scores.trust).all()
+
+  groups = [group[np.isfinite(group)] for group in rewards.reshape(PROMPTS, SAMPLES)]
+  centred = np.concatenate([group - group.mean() for group in groups])
+  advantages = centred / np.sqrt((centred**2).sum() / (len(centred) - 1))
+  np.testing.assert_allclose(scores.advantages[kept], advantages, atol=1e-3)
+  assert scores.advantages[lost] == 0.0
+
+  finite = rewards[kept].astype(np.float64)
+  within = np.mean([group.std(ddof=1) for group in groups if len(group) > 1])
+  expected = {
+    "reward/mean": finite.mean(),
+    "reward/std": finite.std(),
+    "reward/min": finite.min(),
+    "reward/max": finite.max(),
+    "reward/nan_fraction": 1 / B,
+    "reward/within_prompt_std": within,
+    "trust/mean": trust[kept].mean(),
+    "trust/std": trust[kept].std(),
+    "trust/min": trust[kept].min(),
+    "trust/max": trust[kept].max(),
+  }
+  assert metrics.keys() == expected.keys()
+  for name, value in expected.items():
+    assert float(metrics[name]) == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+# ------------------------------------------------------------------------------------ chunks
+@pytest.mark.parametrize("size", [0, 1, 2, 4, 5, 8, 100])
+def test_chunks_give_what_the_whole_gives(size):
+  rng = np.random.default_rng(0)
+  x, y = rng.normal(size=(2, 8, 3)).astype(np.float32)
+  seen = []
+
+  def function(scale, x, y):
+    seen.append(x.shape[0])
+    return {"sum": jnp.tanh(scale * x) + y, "square": (x**2).sum(-1)}
+
+  whole, chunked = function(2.0, x, y), in_chunks(function, size, None, 2.0, x, y)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), chunked, whole)
+  assert max(seen[1:]) <= (size or 8)
+
+
+def test_scores_and_pictures_do_not_depend_on_the_chunk():
+  modules, _, network, frozen = world()
+  prompts, trajectory, images = painted()
+  score = lambda chunk: jax.jit(
+    functools.partial(score_lib.score, network, make_settings(decode_batch=chunk))
+  )(frozen, prompts, images)[0]
+  for ours, expected in zip(score(4), score(0), strict=True):
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+  decode = jax.jit(functools.partial(rollout_lib.decode, modules), static_argnames="chunk")
+  ours = decode(frozen.vae, trajectory.latents[-1], prompts, chunk=2)
+  np.testing.assert_allclose(ours, images, atol=1e-5)
+  known = np.broadcast_to(prompts.mask == 0, images.shape)
+  np.testing.assert_array_equal(np.asarray(images)[known], np.asarray(prompts.masked_image)[known])
+
+
+# ------------------------------------------------------------------------------------- devices
+@pytest.mark.slow
+def test_eight_devices_equal_one():
+  modules, params, network, frozen = world()
+  settings = make_settings(updates_per_iteration=1, timesteps_per_pass=0, decode_batch=8)
+  sampler, optimizer = sampler_of(modules, settings), optax.sgd(1.0)
+  pictures, masks = testing.tiny_prompts(8)
+
+  def iterate(devices):
+    mesh = sharding.make_mesh(data=len(devices), devices=devices)
+    images, holes = sharding.to_global(mesh, (pictures, masks))
+    everywhere = functools.partial(jax.device_put, device=sharding.replicated(mesh))
+    policy, rest = everywhere(params), everywhere(frozen)
+    rollout = quick_jit(functools.partial(rollout_lib.rollout, sampler))
+    prompts, trajectory, painted = rollout(policy, rest, images, holes, jax.random.key(0))
+    score = quick_jit(functools.partial(score_lib.score, network, settings))
+    scores, score_metrics = score(rest, prompts, painted)
+    assert len(scores.reward.sharding.device_set) == len(devices)
+    state = init_state(settings, optimizer, policy)
+    update = quick_jit(functools.partial(update_lib.update, sampler, optimizer))
+    after, metrics = update(state, rest, Experience(prompts, trajectory, scores), jnp.array([1, 2]))
+    gradients = jax.tree.map(jnp.subtract, policy, after.params)
+    return jax.device_get((painted, scores, score_metrics | metrics, gradients))
+
+  images, scores, metrics, gradients = iterate(jax.devices())
+  one_images, one_scores, one_metrics, one_gradients = iterate(jax.devices()[:1])
+  np.testing.assert_allclose(images, one_images, atol=1e-4)
+  for name, ours in scores._asdict().items():
+    np.testing.assert_allclose(ours, one_scores._asdict()[name], atol=1e-3, err_msg=name)
+  for name, value in metrics.items():
+    assert value == pytest.approx(one_metrics[name], rel=1e-3, abs=1e-4), name
+  assert_trees_close(gradients, one_gradients, 2e-3)

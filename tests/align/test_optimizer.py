@@ -1,0 +1,92 @@
+"""The optimiser against optax's own and closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from prefpaint_jax.align.optimizer import make_optimizer, stochastic_round
+
+PARAMS = {"kernel": jnp.linspace(-1.0, 1.0, 64).reshape(8, 8), "bias": jnp.ones(8)}
+
+
+def follow(optimizer, gradients_of, updates: int):
+  """Parameters and state after some updates of a function of their number."""
+
+  @jax.jit
+  def run(params):
+    def one(carry, index):
+      params, state = carry
+      changes, state = optimizer.update(gradients_of(index), state, params)
+      return (optax.apply_updates(params, changes), state), None
+
+    return jax.lax.scan(one, (params, optimizer.init(params)), jnp.arange(updates))[0]
+
+  return run(PARAMS)
+
+
+def noisy(index):
+  keys = jax.random.split(jax.random.key(index), 2)
+  return {
+    name: 0.1 + jax.random.normal(key, PARAMS[name].shape)
+    for name, key in zip(PARAMS, keys, strict=True)
+  }
+
+
+def test_sgd_steps_by_the_gradient_and_feels_a_constant_factor():
+  params, _ = follow(make_optimizer("sgd", 0.5), lambda _: PARAMS, 1)
+  jax.tree.map(lambda p, q: np.testing.assert_allclose(p, 0.5 * q, rtol=1e-6), params, PARAMS)
+
+
+def test_adamw_is_blind_to_a_constant_factor():
+  optimizer = make_optimizer("adamw", 1e-3)
+  ours, _ = follow(optimizer, noisy, 5)
+  scaled, _ = follow(optimizer, lambda i: jax.tree.map(lambda g: 1.4 * g, noisy(i)), 5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, scaled)
+
+
+def test_rate_rises_evenly_until_warm():
+  optimizer = make_optimizer("sgd", 1.0, warmup_updates=4)
+  constant = lambda _: jax.tree.map(jnp.ones_like, PARAMS)
+  params, _ = follow(optimizer, constant, 6)
+  walked = 0.25 + 0.5 + 0.75 + 1 + 1 + 1
+  np.testing.assert_allclose(params["bias"], 1 - walked, rtol=1e-6)
+
+
+def test_stochastic_rounding_is_to_a_neighbour_and_right_on_average():
+  x = jnp.array([1.001, -3.14159, 2e-20, 0.0, 5.0, jnp.inf], jnp.float32)
+  draw = jax.vmap(lambda key: stochastic_round(x, key).astype(jnp.float32))
+  drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)), np.float64)
+  nearest = np.asarray(x.astype(jnp.bfloat16), np.float64)
+  finite = np.isfinite(x)
+  spacing = np.abs(nearest[finite]) * 2**-7
+  assert (np.abs(drawn - np.asarray(x, np.float64))[:, finite] <= spacing).all()
+  error = drawn.mean(0)[finite] - np.asarray(x, np.float64)[finite]
+  assert (np.abs(error) <= 4 * spacing / 2 / np.sqrt(4000)).all()
+  assert (drawn[:, 3] == 0).all() and (drawn[:, 4] == 5).all() and np.isinf(drawn[:, 5]).all()
+
+
+def test_moments_in_bfloat16_follow_those_in_float32():
+  """Rounded to the nearest, the second moment would stop at the first that 0.1 % cannot move."""
+  whole, whole_state = follow(make_optimizer("adamw", 1e-3), noisy, 1500)
+  half, half_state = follow(make_optimizer("adamw", 1e-3, moments_dtype="bfloat16"), noisy, 1500)
+  moments, exact = (
+    [x for x in jax.tree.leaves(state) if x.ndim] for state in (half_state, whole_state)
+  )
+  assert {x.dtype for x in moments} == {jnp.dtype(jnp.bfloat16)}
+  for ours, theirs in zip(
+    moments, (x for x in jax.tree.leaves(whole_state) if x.ndim), strict=True
+  ):
+    scale = np.abs(theirs).mean()
+    np.testing.assert_allclose(ours.astype(jnp.float32).mean(), theirs.mean(), atol=0.02 * scale)
+  travelled = np.abs(whole["kernel"] - PARAMS["kernel"]).mean()
+  assert np.abs(half["kernel"] - whole["kernel"]).mean() < 0.02 * travelled
+
+
+@pytest.mark.parametrize(
+  "arguments", [{"name": "adam"}, {"name": "sgd", "moments_dtype": "float16"}], ids=str
+)
+def test_what_there_is_not_is_refused(arguments):
+  with pytest.raises(ValueError, match="give '"):
+    make_optimizer(learning_rate=1.0, **arguments)

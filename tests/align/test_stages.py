@@ -1,0 +1,175 @@
+"""The programs of an iteration on meshes of every kind: same numbers, nothing sent needlessly."""
+
+import collections
+import functools
+import math
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+from alignment_world import make_settings, sampler_of, world
+
+from prefpaint_jax import testing
+from prefpaint_jax.align.stages import make_stages
+from prefpaint_jax.align.state import Experience
+from prefpaint_jax.models import lora
+from prefpaint_jax.runtime import sharding
+
+pytestmark = pytest.mark.usefixtures("quick_compilation", "small_arrays_are_split")
+PROMPTS = 8
+KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+
+
+@pytest.fixture(scope="module")
+def small_arrays_are_split():
+  """So that the tiny models have something to split."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, "SMALL", 64)
+    yield
+
+
+def collectives(compiled) -> dict[str, collections.Counter]:
+  """{kind: {elements of the result: how often}}, scalars apart from arrays."""
+  found = collections.defaultdict(collections.Counter)
+  for shapes, kind in re.findall(rf"= (.*?) ({KINDS})(?:-start)?\(", compiled.as_text()):
+    for dimensions in re.findall(r"\w+\[([\d,]*)\]", shapes):
+      found[kind][math.prod(int(size) for size in dimensions.split(",") if size)] += 1
+  return found
+
+
+def elements(counter: collections.Counter) -> int:
+  return sum(size * times for size, times in counter.items())
+
+
+class Iteration:
+  """One iteration on a mesh: what it computes and what its programs send."""
+
+  def __init__(self, data: int, fsdp: int, rank: int = 0):
+    # Four timesteps in four passes of one update, and a plain SGD whose steps are the gradients.
+    settings = make_settings(
+      train_timesteps=4, updates_per_iteration=1, timesteps_per_pass=1, lora=rank > 0
+    )
+    modules, base, network, frozen = world()
+    self.mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
+    trained = lora.init(jax.random.key(1), base, rank, "attn") if rank else base
+    self.stages = stages = make_stages(
+      sampler_of(modules, settings), network, optax.sgd(1.0), self.mesh, trained
+    )
+    frozen = sharding.place(sharding.replicated(self.mesh), frozen)
+    place = lambda tree: sharding.place(
+      sharding.specs(tree, sharding.DEFAULT_RULES, self.mesh), tree
+    )
+    state = stages.init(place(trained))
+    images, masks = sharding.to_global(self.mesh, testing.tiny_prompts(PROMPTS))
+    key = jax.random.key(0)
+    self.sent = {}
+
+    def run(name: str, *arguments):
+      compiled = getattr(stages, name).trace(*arguments).lower().compile()
+      self.sent[name] = collectives(compiled)
+      return compiled(*arguments)
+
+    before = jax.device_get(state.params)
+    prompts, trajectory, painted = run("rollout", state.params, frozen, images, masks, key)
+    scores, metrics = run("score", frozen, prompts, painted)
+    (indices,) = stages.draw_timesteps(key)
+    state, update_metrics = run(
+      "update", state, frozen, Experience(prompts, trajectory, scores), indices
+    )
+    after = jax.device_get(state.params)
+    self.gradients = jax.tree.map(np.subtract, before, after)
+    self.scores, self.painted = jax.device_get((scores, painted))
+    self.metrics = {k: float(v) for k, v in (metrics | update_metrics).items()}
+    self.layout = stages.layout.params
+
+
+make = functools.cache(Iteration)
+MESHES = [(8, 1), (1, 8), (4, 2)]
+on_every_mesh = pytest.mark.parametrize(
+  "sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes))
+)
+
+
+def split_elements(iteration: Iteration) -> int:
+  """Of the parameters that are spread over "fsdp"."""
+  leaves = zip(jax.tree.leaves(iteration.gradients), jax.tree.leaves(iteration.layout), strict=True)
+  return sum(leaf.size for leaf, place in leaves if "fsdp" in place.spec)
+
+
+@pytest.mark.slow
+@on_every_mesh
+def test_every_mesh_gives_the_losses_gradients_and_rewards_of_one_device(sizes):
+  """In float32; sums over samples are taken in another order."""
+  one, many = make(1, 1), make(*sizes)
+  np.testing.assert_allclose(many.painted, one.painted, atol=2e-5)
+  np.testing.assert_allclose(many.scores.reward, one.scores.reward, atol=2e-5)
+  np.testing.assert_allclose(many.scores.trust, one.scores.trust, atol=2e-5)
+  assert many.metrics.keys() == one.metrics.keys()
+  for name, value in one.metrics.items():
+    assert many.metrics[name] == pytest.approx(value, rel=1e-4, abs=2e-6), name
+  largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(one.gradients))
+  assert largest > 1e-3
+  jax.tree.map(
+    lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1, largest)),
+    many.gradients,
+    one.gradients,
+  )
+
+
+@pytest.mark.slow
+def test_one_device_sends_nothing():
+  assert not any(make(1, 1).sent.values())
+
+
+@pytest.mark.slow
+@on_every_mesh
+def test_rollout_sends_only_the_policy_and_once(sizes):
+  many = make(*sizes)
+  sent = many.sent["rollout"]
+  assert set(sent) <= {"all-gather"}
+  assert elements(sent["all-gather"]) == split_elements(many)
+
+
+@pytest.mark.slow
+@on_every_mesh
+def test_score_sends_only_scalars(sizes):
+  sent = make(*sizes).sent["score"]
+  assert set(sent) == {"all-reduce"}
+  assert elements(sent["all-reduce"]) < 40
+
+
+@pytest.mark.slow
+@on_every_mesh
+def test_update_gathers_parameters_and_reduces_gradients_once_for_all_passes(sizes):
+  many = make(*sizes)
+  data, fsdp = sizes
+  sent, split = many.sent["update"], split_elements(many)
+  total = sum(leaf.size for leaf in jax.tree.leaves(many.gradients))
+  assert set(sent) <= {"all-gather", "all-reduce", "reduce-scatter"}
+  assert elements(sent["all-gather"]) == split
+  assert elements(sent["reduce-scatter"]) == split // fsdp if fsdp > 1 else not split
+  # What is whole, and the shares of what is split. Besides, scalars: metrics, and for the norm of
+  # the gradients at most one of each.
+  shares = split // fsdp if data > 1 else 0
+  scalars = sent["all-reduce"][1]
+  assert elements(sent["all-reduce"]) - scalars <= total - split + shares
+  assert scalars <= 40 + len(jax.tree.leaves(many.gradients))
+
+
+@pytest.mark.slow
+def test_adapters_are_all_that_is_reduced_and_stay_as_good_on_many_devices():
+  one, many = make(1, 1, 2), make(8, 1, 2)
+  total = sum(leaf.size for leaf in jax.tree.leaves(one.gradients))
+  assert 0 < elements(many.sent["update"]["all-reduce"]) <= total + 40
+  jax.tree.map(
+    lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5),
+    many.gradients,
+    one.gradients,
+  )
+
+
+@pytest.mark.slow
+def test_untrained_adapters_paint_as_the_base():
+  np.testing.assert_allclose(make(1, 1, 2).painted, make(1, 1).painted, atol=1e-6)

@@ -1,0 +1,272 @@
+"""Annotations: agreement as published, scores joined as given, every fault told at once."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prefpaint_jax.data import agreement, annotations, masks
+
+CRITERIA = ("structure", "texture", "overall")
+
+
+def write_pictures(folder, names, size=8, whole=True):
+  """Masks, pictures (whole, or with the hole black) and candidates {image id: how many}."""
+  for kind in ("masks", "images" if whole else "masks_color", "inpaint"):
+    (folder / kind).mkdir(parents=True, exist_ok=True)
+  rng = np.random.default_rng(len(names))
+  for index, (image_id, number) in enumerate(names.items()):
+    draw = (masks.outpainting_mask, masks.warping_mask)[index % 2]
+    hole = draw(index, size, size)[..., 0] == 1
+    Image.fromarray(255 * hole.astype(np.uint8)).save(folder / f"masks/{image_id}_mask.png")
+    for k in range(number):
+      image = rng.integers(1, 256, (size, size, 3), np.uint8)
+      Image.fromarray(image).save(folder / f"inpaint/{image_id}_{k}.png")
+    name = f"images/{image_id}" if whole else f"masks_color/{image_id}_mask_color"
+    image = image if whole else image * ~hole[..., None]
+    Image.fromarray(image).save(folder / f"{name}.png")
+
+
+def write_lines(file, rows):
+  file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rating(image_id, k, annotator, *scores):
+  row = {"image_id": image_id, "candidate": f"{image_id}_{k}", "annotator": annotator}
+  return row | dict(zip(CRITERIA, scores, strict=True))
+
+
+def write_candidates_folder(folder, names, ratings):
+  """A candidates folder of two policies that take turns."""
+  write_pictures(folder, names)
+  write_lines(
+    folder / "prompts.jsonl",
+    [
+      {"image_id": image_id, "source": "photos", "kind": masks.KINDS[index % 2]}
+      for index, image_id in enumerate(names)
+    ],
+  )
+  write_lines(
+    folder / "candidates.jsonl",
+    [
+      {"image_id": image_id, "candidate": f"{image_id}_{k}", "policy": ("base", "ours")[k % 2]}
+      for image_id, number in names.items()
+      for k in range(number)
+    ],
+  )
+  write_lines(folder / "annotations.jsonl", ratings)
+  return folder
+
+
+def faults_of(folder):
+  """The lines of the report without the first, which counts them."""
+  with pytest.raises(annotations.BadAnnotations) as error:
+    annotations.read_annotations(folder)
+  first, *faults = str(error.value).splitlines()
+  assert first.startswith(f"{folder}: ")
+  return faults
+
+
+def test_alpha_is_the_published_one():
+  nan = math.nan
+  observers = [
+    [1, 2, 3, 3, 2, 1, 4, 1, 2, nan, nan, nan],
+    [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, nan, 3],
+    [nan, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, nan],
+    [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, nan],
+  ]  # Krippendorff's four observers of twelve units; alpha 0.849 for interval data
+  alpha = agreement.krippendorff_alpha(np.transpose(observers))
+  assert round(alpha, 3) == 0.849
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_alpha_equals_the_sum_over_all_pairs(seed):
+  rng = np.random.default_rng(seed)
+  ratings = np.round(rng.normal(3, 1, (7, 1)) + rng.normal(0, seed / 2 + 0.1, (7, 4)), 1)
+  ratings[rng.random(ratings.shape) < 0.3] = np.nan
+  units = [unit[~np.isnan(unit)] for unit in ratings]
+  units = [unit for unit in units if len(unit) > 1]
+  values = np.concatenate(units)
+  pairs = lambda x: sum((a - b) ** 2 for a, b in itertools.permutations(x, 2))
+  observed = sum(pairs(unit) / (len(unit) - 1) for unit in units) / len(values)
+  expected = pairs(values) / (len(values) * (len(values) - 1))
+  alpha = agreement.krippendorff_alpha(rng.permuted(ratings, axis=1))
+  np.testing.assert_allclose(alpha, 1 - observed / expected, rtol=1e-12)
+
+
+def test_alpha_of_full_agreement_is_one_and_of_nothing_is_unknown():
+  assert agreement.krippendorff_alpha([[1, 1], [4, 4], [7, math.nan]]) == 1
+  for nothing in ([[1, math.nan], [math.nan, 2]], [[3, 3], [3, 3]], np.zeros((0, 2))):
+    assert math.isnan(agreement.krippendorff_alpha(nothing))
+
+
+def test_annotators_are_averaged_and_criteria_weighted(tmp_path):
+  ratings = [
+    rating("a", 1, "mia", 7, 0, 3),
+    rating("a", 0, "mia", 1, 2, 3),
+    rating("a", 0, "leo", 2, 4, 6.5),
+    rating("b", 0, "leo", 0, 7, 7),
+  ]
+  folder = write_candidates_folder(tmp_path, {"a": 2, "b": 1}, ratings)
+  read = annotations.read_annotations(folder, {"structure": 1, "texture": 1, "overall": 2})
+  first, second = read.prompts
+  assert (first.image_id, first.source, first.kind, second.kind) == ("a", "photos", 0, 1)
+  assert [c.name for c in first.candidates] == ["a_0", "a_1"]
+  assert [c.policy for c in first.candidates] == ["base", "ours"]
+  assert [c.annotators for c in first.candidates] == [2, 1]
+  assert first.candidates[0][3:6] == (1.5, 3, 4.75)
+  assert [c.score for c in first.candidates] == [3.5, 3.25]
+  assert second.candidates[0].score == 5.25
+  assert read.annotators == 2 and read.lists == {}
+  pair = np.array([[1, 2], [7, math.nan], [0, math.nan]])
+  assert read.agreement["structure"] == agreement.krippendorff_alpha(pair)
+  pair = np.array([[2.25, 4.75], [3.25, math.nan], [5.25, math.nan]])
+  np.testing.assert_allclose(read.agreement["combined"], agreement.krippendorff_alpha(pair))
+
+
+def test_released_layout_is_read_flat_and_grouped(tmp_path):
+  write_pictures(tmp_path, {"x_1": 11, "x_2": 2, "x_3": 1}, whole=False)
+  flat = {"x_1_10": [-0.5, 3], "x_1_2.png": [1.25, 1], "x_2_0": [0.5, 1]}
+  grouped = {"x_2": {"x_2_1": [7.5, 2], "x_2_0.png": [0.5, 1]}}
+  (tmp_path / "flat.json").write_text(json.dumps(flat, indent=1))
+  (tmp_path / "grouped.json").write_text(json.dumps(grouped))
+  read = annotations.read_annotations(tmp_path)
+  scores = {c.name: c.score for prompt in read.prompts for c in prompt.candidates}
+  assert scores == {"x_1_2": 1.25, "x_1_10": -0.5, "x_2_0": 0.5, "x_2_1": 7.5}
+  assert list(scores) == ["x_1_2", "x_1_10", "x_2_0", "x_2_1"]  # by number
+  assert [prompt.kind for prompt in read.prompts] == [0, 1]  # seen from the masks
+  assert read.prompts[0].image == tmp_path / "masks_color" / "x_1_mask_color.png"
+  assert all(math.isnan(x) for x in read.prompts[0].candidates[0][3:6])
+  assert all(math.isnan(alpha) for alpha in read.agreement.values())
+  assert read.left_out == {"candidates": 10, "prompts": 1} and read.annotators == 0
+
+
+def test_unscored_candidates_and_prompts_are_left_out_and_counted(tmp_path):
+  ratings = [rating("b", 1, "mia", 1, 2, 3)]
+  folder = write_candidates_folder(tmp_path, {"a": 2, "b": 3}, ratings)
+  (folder / "inpaint" / "a_0.png").unlink()  # what is left out need not be there
+  read = annotations.read_annotations(folder)
+  assert [[c.name for c in prompt.candidates] for prompt in read.prompts] == [["b_1"]]
+  assert read.left_out == {"candidates": 4, "prompts": 1}
+  (folder / "annotations.jsonl").write_text("\n")
+  with pytest.raises(ValueError, match="none of 5 candidates has a score"):
+    annotations.read_annotations(folder)
+
+
+def test_every_fault_of_a_candidates_folder_is_in_one_report(tmp_path):
+  names = dict.fromkeys("abcdef", 2)
+  ratings = [rating(name, k, "mia", 1, 2, 3) for name in names for k in range(2)]
+  folder = write_candidates_folder(tmp_path, names, ratings)
+  (folder / "train.txt").write_text("a\nb\n\nnobody\n")
+  (folder / "test.txt").write_text("c\na\n")
+  bad = [
+    "{",
+    "[1]",
+    {"image_id": "a", "candidate": "a_0", "annotator": "leo", "structure": 1, "texture": 1},
+    rating("z", 0, "leo", 1, 2, 3),
+    rating("a", 9, "leo", 1, 2, 3),
+    rating("a", 0, "leo", 1, 2, 3) | {"candidate": "b_0"},
+    rating("a", 0, "leo", 8, -1, math.nan),
+    rating("a", 0, "leo", "5", True, None),
+    rating("a", 0, "mia", 1, 2, 3),
+    rating("a", 0, "", 1, 2, 3),
+  ]
+  with (folder / "annotations.jsonl").open("a") as file:
+    file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in bad)
+  with (folder / "annotations.jsonl").open("ab") as file:
+    file.write(b'{"image_id": "\xff"}\n')
+  with (folder / "prompts.jsonl").open("a") as file:
+    file.write('{"image_id": "g", "source": "photos", "kind": "odd"}\n')
+    file.write('{"image_id": "a", "source": "photos", "kind": 0}\n')
+  with (folder / "candidates.jsonl").open("a") as file:
+    file.write('{"image_id": "a", "candidate": "a_1", "policy": "base"}\n')
+  (folder / "inpaint" / "a_1.png").unlink()
+  picture = folder / "inpaint" / "b_0.png"
+  picture.write_bytes(picture.read_bytes()[:80])
+  (folder / "images" / "c.png").write_text("no picture")
+  Image.new("L", (8, 9), 255).save(folder / "masks" / "d_mask.png")
+  Image.new("L", (8, 8)).save(folder / "masks" / "e_mask.png")
+  Image.new("RGB", (9, 8)).save(folder / "inpaint" / "f_1.png")
+  at = "annotations.jsonl"
+  expected = [
+    "prompts.jsonl:7: kind is 'odd'",
+    "prompts.jsonl:8: image id 'a' is in prompts.jsonl:1 too",
+    "candidates.jsonl:13: candidate 'a_1' is in candidates.jsonl:2 too",
+    f"{at}:13: not JSON",
+    f"{at}:14: not a JSON object",
+    f"{at}:15: missing overall",
+    f"{at}:16: unknown image id 'z'",
+    f"{at}:17: unknown candidate 'a_9'",
+    f"{at}:18: candidate 'b_0' is not one of image id 'a'",
+    f"{at}:19: structure is 8: give a number from 0 to 7",
+    f"{at}:19: texture is -1: give a number from 0 to 7",
+    f"{at}:19: overall is NaN: give a number from 0 to 7",
+    f'{at}:20: structure is "5": give a number from 0 to 7',
+    f"{at}:20: texture is true: give a number from 0 to 7",
+    f"{at}:20: overall is null: give a number from 0 to 7",
+    f"{at}:21: 'mia' scored 'a_0' in {at}:1 already",
+    f"{at}:22: annotator: give a string",
+    f"{at}:23: not JSON",
+    "train.txt:4: unknown image id 'nobody'",
+    "test.txt:2: 'a' is in train.txt:1 too",
+    "candidates.jsonl:13: inpaint/a_1.png: no such file",
+    "candidates.jsonl:3: inpaint/b_0.png: the picture is truncated",
+    "prompts.jsonl:3: images/c.png: not a picture",
+    "prompts.jsonl:4: masks/d_mask.png: the mask is 9x8, its image 8x8",
+    "prompts.jsonl:5: masks/e_mask.png: the mask is empty",
+    "candidates.jsonl:12: inpaint/f_1.png is 8x9, its prompt 8x8",
+  ]
+  found = faults_of(folder)
+  for fault in expected:
+    assert sum(line.startswith(fault) for line in found) == 1, (fault, found)
+  assert len(found) == len(expected), found
+
+
+def test_faults_of_the_released_layout_name_the_line_of_their_key(tmp_path):
+  write_pictures(tmp_path, {"a": 2, "b": 1}, whole=False)
+  (tmp_path / "masks_color" / "b_mask_color.png").unlink()
+  (tmp_path / "flat.json").write_text(
+    '{"a_0": [1.0, 1],\n"a_1": [NaN, 2],\n"c_0": [1, 1],\n"a_7": [1, 1],\n"b_0": [2, 1],\n'
+    '"a_1": "a_0",\n"a_0": [3, 1]}'
+  )
+  (tmp_path / "grouped.json").write_text('{"a":\n{"b_0": [2, 1],\n"a_0": [9, 1]}}')
+  (tmp_path / "torn.json").write_text('{"a_0":\n[1,')
+  found = faults_of(tmp_path)
+  expected = [
+    "flat.json:2: 'a_1' is not [score, rank]",
+    "flat.json:3: unknown image id 'c'",
+    "flat.json:4: unknown candidate 'a_7'",
+    "flat.json:6: 'a_1' is not [score, rank]",
+    "flat.json:7: 'a_0' has another score in flat.json:1",
+    "grouped.json:2: candidate 'b_0' is not one of image id 'a'",
+    "grouped.json:3: 'a_0' has another score in flat.json:1",
+    "torn.json:2: not JSON",
+    "flat.json:5: masks_color/b_mask_color.png: no such file",
+  ]
+  assert len(found) == len(expected), found
+  for line, fault in zip(found, expected, strict=True):
+    assert line.startswith(fault)
+
+
+def test_a_long_report_is_cut_and_says_by_how_much(tmp_path):
+  ratings = [rating("a", 0, f"rater {i}", 9, 2, 3) for i in range(60)]
+  found = faults_of(write_candidates_folder(tmp_path, {"a": 1}, ratings))
+  assert len(found) == 51 and found[-1] == "and 10 more"
+
+
+def test_mistakes_about_the_folder_end_in_one_line(tmp_path):
+  def expect(pattern, *arguments):
+    with pytest.raises(ValueError, match=pattern) as error:
+      annotations.read_annotations(*arguments)
+    assert "\n" not in str(error.value)
+
+  expect("no such folder", tmp_path / "gone")
+  expect("neither annotations.jsonl nor JSON files", tmp_path)
+  for weights in ({"structure": 1}, dict.fromkeys(CRITERIA, 0), dict.fromkeys(CRITERIA, -1)):
+    expect("weights are", tmp_path, weights)
+  folder = write_candidates_folder(tmp_path, {"a": 1}, [])
+  (folder / "annotations.jsonl").unlink()
+  expect(r"annotations\.jsonl: no such file", folder)

@@ -1,0 +1,240 @@
+"""The page of an evaluation: well-formed, self-contained, complete, and safe to open."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prefpaint_jax.data.masks import OUTPAINTING, WARPING
+from prefpaint_jax.evaluation import drift, histogram, report, tables, winrate
+from prefpaint_jax.evaluation.winrate import Scores
+
+VOID = {"meta", "img"}
+
+
+class Page(HTMLParser):
+  """Elements as (tag, attributes), all text, and that tags close in the order they were opened."""
+
+  def __init__(self, source: str):
+    super().__init__()
+    self.elements, self.texts, self._open = [], [], []
+    self.feed(source)
+    self.close()
+    assert not self._open
+
+  def handle_starttag(self, tag, attributes):
+    self.elements.append((tag, dict(attributes)))
+    if tag not in VOID:
+      self._open.append(tag)
+
+  def handle_startendtag(self, tag, attributes):
+    self.elements.append((tag, dict(attributes)))
+
+  def handle_endtag(self, tag):
+    assert self._open.pop() == tag
+
+  def handle_data(self, data):
+    if self._open[-1:] != ["style"]:
+      self.texts.append(data)
+
+  def having(self, tag):
+    return [attributes for name, attributes in self.elements if name == tag]
+
+
+def example(size=(8, 8), seed=0, name="prompt 7, warping"):
+  pictures = np.random.default_rng(seed).random((3, *size, 3)).astype(np.float32)
+  return report.Example(name, *pictures, {"learned": (1.25, -0.5)})
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+  """Arguments of `write_report` for two judges and two kinds."""
+  rng = np.random.default_rng(0)
+  baseline = rng.standard_normal((30, 10))
+  scores = {
+    "learned": Scores(baseline + 0.3 + 0.5 * rng.standard_normal((30, 10)), baseline),
+    "true <b>preference</b>": Scores(baseline - 0.1, baseline),
+  }
+  measures = {
+    name: {"brightness": draw + 0.5, "seam": draw}
+    | ({"contrast": 3 + draw} if shift else {"contrast": draw})
+    for name, shift, draw in (("policy", 1, baseline), ("baseline", 0, baseline))
+  }
+  return {
+    "title": "policy <i>A</i> & baseline",
+    "about": {"policy": "<script>alert('x')</script>", "command": 'run --a="<b>"', "prompts": "30"},
+    "summary": winrate.summarise(scores, np.repeat([OUTPAINTING, WARPING], [10, 20])),
+    "scores": scores,
+    "drift": drift.drift(measures["policy"], measures["baseline"], {"seam": np.full(30, 0.125)}),
+    "gallery": {"Largest <gains>": [example()], "About the median": [example(seed=1)] * 2},
+  }
+
+
+@pytest.fixture(scope="module")
+def page(evaluation, tmp_path_factory):
+  path = tmp_path_factory.mktemp("report") / "new" / "report.html"
+  report.write_report(path, **evaluation)
+  assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+  return Page(path.read_text(encoding="utf-8"))
+
+
+def test_page_is_self_contained(page):
+  for tag, attributes in page.elements:
+    assert tag not in ("script", "link", "iframe", "base")
+    for name in ("src", "href", "srcset", "action"):
+      assert attributes.get(name, "data:").startswith("data:")
+    assert not any(name.startswith("on") for name in attributes)
+  assert "http" not in report._STYLE.read_text() and "url(" not in report._STYLE.read_text()
+  assert "@import" not in report._STYLE.read_text()
+
+
+def test_page_holds_every_value_of_the_tables(page, evaluation):
+  texts = {text.strip() for text in page.texts}
+  shown = lambda statistic, number: tables.show(statistic, number).replace("-", "−")
+  for judge, groups in evaluation["summary"].items():
+    assert judge in texts
+    for kind, group in groups.items():
+      assert kind in texts and str(group["prompts"]) in texts
+      for statistic, found in group.items():
+        if statistic in ("prompts", "left_out"):
+          continue
+        value, low, high = (shown(statistic, found[key]) for key in ("value", "low", "high"))
+        assert tables.LABELS[statistic] in texts
+        assert value in texts and f"[{low}, {high}]" in texts
+  for name, found in evaluation["drift"]["measures"].items():
+    assert name in texts and drift.MEASURES[name] in texts
+    for key in ("baseline", "policy", "seed_variation", "spread"):
+      assert f"{found[key]:.4f}".replace("-", "−") in texts
+    assert f"{found['change']:+.4f}".replace("-", "−") in texts
+  assert "0.1250" in texts and evaluation["drift"]["rule"] in texts
+  assert page.texts.count("flagged") == 1  # contrast
+
+
+def test_headline_says_who_is_preferred(page):
+  text = "".join(page.texts)
+  assert text.index("The policy is preferred.") < text.index("The baseline is preferred.")
+  assert "WinRate over 30 prompts" in text
+
+
+def test_text_of_users_is_escaped(page):
+  text = "".join(page.texts)
+  for given in (
+    "policy <i>A</i> & baseline",
+    "<script>alert('x')</script>",
+    'run --a="<b>"',
+    "Largest <gains>",
+    "true <b>preference</b>",
+  ):
+    assert given in text
+  assert not page.having("script")
+
+
+def test_gallery_shows_prompt_baseline_and_policy_with_their_scores(page, evaluation):
+  images = page.having("img")
+  assert len(images) == 9 and all(image["class"] == "small" for image in images)
+  assert [image["alt"].split(": ")[1] for image in images[:3]] == ["prompt", "baseline", "policy"]
+  shown = [pixels(image) / 255 for image in images[:3]]
+  for picture, given in zip(shown, evaluation["gallery"]["Largest <gains>"][0][1:4], strict=True):
+    np.testing.assert_allclose(picture, given, atol=0.51 / 255)
+  assert page.texts.count("−0.500") == page.texts.count("1.250") == 3
+
+
+def pixels(attributes):
+  kind, data = re.fullmatch(r"data:image/(png|jpeg);base64,(.*)", attributes["src"]).groups()
+  with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+    assert image.format.lower() == kind
+    return np.asarray(image, np.float32)
+
+
+def test_large_pictures_are_reduced_and_the_page_stays_small(evaluation, tmp_path):
+  examples = [example((512, 768), seed) for seed in range(18)]  # noise: no picture is larger
+  arguments = evaluation | {"gallery": {"all": examples}}
+  report.write_report(tmp_path / "report.html", **arguments)
+  assert (tmp_path / "report.html").stat().st_size < 10_000_000
+  images = Page((tmp_path / "report.html").read_text(encoding="utf-8")).having("img")
+  assert len(images) == 54
+  for image in images[:3]:
+    assert pixels(image).shape == (213, 320, 3) and "class" not in image
+
+
+@pytest.mark.parametrize("case", ["one prompt", "one sample", "constant", "not finite", "negative"])
+def test_smallest_evaluations_have_a_page(case, tmp_path):
+  rng = np.random.default_rng(0)
+  number, samples = (1 if case == "one prompt" else 5), (1 if case == "one sample" else 3)
+  policy, baseline = rng.standard_normal((2, number, samples))
+  if case == "constant":
+    policy, baseline = np.full((2, 5, 3), 0.25)
+  if case == "not finite":
+    policy[2, 1], baseline[0, 0] = np.inf, np.nan
+  if case == "negative":
+    policy, baseline = policy - 100, baseline - 100
+  scores = {"judge": Scores(policy, baseline)}
+  summary = winrate.summarise(scores, np.zeros(number, int))
+  report.write_report(tmp_path / "report.html", "title", {}, summary, scores)
+  page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+  drawings = [d for a in page.having("path") for d in re.findall(r"-?\d+\.?\d*|nan|inf", a["d"])]
+  assert drawings and all(0 <= float(number) <= 480 for number in drawings)
+  assert ("2 left out" in page.texts) == (case == "not finite")
+
+
+def test_histogram_draws_the_share_of_each_bin():
+  rng = np.random.default_rng(0)
+  series = {"baseline": rng.standard_normal(500), "policy": rng.standard_normal(400) + 1}
+  paths = re.findall(r'<path class="(\w+)" d="M0 164(V.*?)V164Z"/>', histogram._histogram(series))
+  assert [name for name, _ in paths] == ["baseline", "policy"]
+  tops, ends = [], None
+  for name, path in paths:
+    steps = np.array(re.findall(r"V([\d.]+)H([\d.]+)", path), float)
+    heights, ends = 164 - steps[:, 0], steps[:, 1]
+    np.testing.assert_allclose(np.diff(ends), ends[0], atol=0.11)
+    tops.append(heights / heights.sum())
+    assert 14 <= len(ends) <= 16  # Rice's rule: 2 · 400^(1/3)
+    low, high = min(map(np.min, series.values())), max(map(np.max, series.values()))
+    width = (high - low) / 14
+    edges = width * np.arange(np.floor(low / width), np.floor(low / width) + len(ends) + 1)
+    expected = [np.mean((series[name] >= a) & (series[name] < a + width)) for a in edges[:-1]]
+    np.testing.assert_allclose(tops[-1], expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 5, 18, 100])
+def test_choice_shows_both_ends_and_the_middle_each_prompt_once(number):
+  gains = np.random.default_rng(number).standard_normal(number + 2)
+  gains[[0, -1]] = np.nan, -np.inf
+  sections = report.choose(gains, each=6)
+  chosen = np.concatenate([*sections.values(), np.zeros(0, int)]).astype(int)
+  assert report.choose(gains, each=0) == {}
+  assert len(set(chosen)) == len(chosen) == min(number, 3 * min(6, max(1, number // 3)))
+  assert np.isfinite(gains[chosen]).all() and (np.diff(gains[chosen]) <= 0).all()
+  if number >= 3:
+    largest, middle, smallest = sections.values()
+    finite = np.sort(gains[1:-1])
+    assert gains[largest[0]] == finite[-1] and gains[smallest[-1]] == finite[0]
+    below, above = (np.sum(finite < g) for g in gains[middle[[-1, 0]]])
+    assert abs((below + above) / 2 - (number - 1) / 2) <= 0.5
+
+
+def test_gallery_is_sorted_by_the_first_judge_and_shows_what_its_scores_belong_to():
+  rng = np.random.default_rng(0)
+  scores = {name: Scores(*rng.standard_normal((2, 40, 3))) for name in ("learned", "true")}
+  prompts, baseline, policy = rng.integers(0, 256, (3, 40, 4, 4, 3), dtype=np.uint8)
+  names = [f"prompt {i}" for i in range(40)]
+  sections = report.make_gallery(names, prompts, baseline, policy, scores, each=2)
+  gains = scores["learned"].policy[:, 0] - scores["learned"].baseline[:, 0]
+  order = np.argsort(-gains)
+  shown = [example for examples in sections.values() for example in examples]
+  for one, index in zip(shown, order[[0, 1, 19, 20, 38, 39]], strict=True):
+    assert one.name == f"prompt {index}"
+    for given, picture in zip((prompts, baseline, policy), one[1:4], strict=True):
+      np.testing.assert_array_equal(picture, given[index])
+    expected = {judge: (s.policy[index, 0], s.baseline[index, 0]) for judge, s in scores.items()}
+    assert one.scores == expected
+
+
+def test_whole_numbers_and_floats_give_the_same_picture():
+  levels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+  attributes = [re.findall('src="(.*)"', report._picture(x, "")) for x in (levels, levels / 255)]
+  assert attributes[0] == attributes[1]

@@ -1,0 +1,375 @@
+"""Statistics against loops and SciPy; drift on pictures made by hand."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from prefpaint_jax.data.images import luma
+from prefpaint_jax.data.masks import BRUSH, OUTPAINTING, WARPING
+from prefpaint_jax.evaluation import drift, tables, winrate
+from prefpaint_jax.evaluation.winrate import Scores
+from prefpaint_jax.preference import simulation
+
+
+def draw_scores(number=40, samples=10, shift=0.4, seed=0):
+  """Scores with whole numbers among them, so that some tie."""
+  rng = np.random.default_rng(seed)
+  prompt = rng.standard_normal((number, 1))
+  draw = lambda: np.round(prompt + 0.5 * rng.standard_normal((number, samples)), 1)
+  return Scores((draw() + shift).astype(np.float32), draw().astype(np.float32))
+
+
+def brute_force_win_rate(ours, theirs, best_of, paired):
+  rates = []
+  for mine, other in zip(ours.tolist(), theirs.tolist(), strict=True):
+    won = []
+    for start in range(0, len(mine) - best_of + 1, best_of):
+      best = max(mine[start : start + best_of])
+      rival = max(other[start : start + best_of]) if paired else other[start]
+      won.append(1.0 if best > rival else 0.5 if best == rival else 0.0)
+    rates.append(sum(won) / len(won))
+  return rates
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 7, 10, 11])
+def test_every_statistic_equals_a_loop_over_prompts(samples):
+  scores = draw_scores(samples=samples)
+  found = winrate.per_prompt(scores)
+  policy, baseline = (side.astype(np.float64) for side in scores)
+  expected = {
+    "reward/gain": [np.mean(p) - np.mean(b) for p, b in zip(policy, baseline, strict=True)]
+  }
+  for best_of in (n for n in (1, 3, 10) if n <= samples):
+    rate = lambda ours, paired, n=best_of: brute_force_win_rate(ours, baseline, n, paired)
+    expected[f"winrate/s{best_of}"] = rate(policy, False)
+    if best_of > 1:
+      expected[f"winrate_paired/s{best_of}"] = rate(policy, True)
+      expected[f"baseline/winrate/s{best_of}"] = rate(baseline, False)
+  for prefix, side in (("", policy), ("baseline/", baseline)):
+    expected[f"{prefix}reward/mean"] = [sum(row) / samples for row in side]
+    if samples > 1:
+      expected[f"{prefix}reward/var"] = np.diag(np.cov(side))
+  assert set(found) == set(expected) and set(found) <= set(tables.LABELS)
+  for name, values in expected.items():
+    np.testing.assert_allclose(found[name], values, rtol=1e-12, atol=1e-15, err_msg=name)
+
+
+def test_policy_against_itself_is_exactly_one_half_one_to_one_and_paired():
+  policy, _ = draw_scores()
+  found = winrate.summarise({"judge": Scores(policy, policy)}, np.zeros(len(policy), int))
+  half = {"value": 0.5, "low": 0.5, "high": 0.5}
+  zero = {"value": 0.0, "low": 0.0, "high": 0.0}
+  for group in found["judge"].values():
+    for statistic in ("winrate/s1", "winrate_paired/s3", "winrate_paired/s10"):
+      assert group[statistic] == half, statistic
+    assert group["reward/gain"] == zero
+    for best_of in (3, 10):
+      assert group[f"winrate/s{best_of}"] == group[f"baseline/winrate/s{best_of}"]
+
+
+def test_best_of_several_against_one_of_them_is_what_its_docstring_says():
+  scores = np.random.default_rng(0).standard_normal((20_000, 10))  # no ties but with itself
+  for best_of in (1, 3, 10):
+    rate = winrate.best_of_wins(scores, scores, best_of).mean()
+    assert rate == pytest.approx(1 - 1 / (2 * best_of), abs=0.01)
+
+
+def test_best_of_several_against_an_independent_one_is_unbiased():
+  # The best of S beats one more of the same distribution with probability S / (S + 1).
+  rng = np.random.default_rng(1)
+  policy, baseline = rng.standard_normal((2, 20_000, 10))
+  for best_of in (1, 3, 10):
+    rate = winrate.best_of_wins(policy, baseline, best_of).mean()
+    assert rate == pytest.approx(best_of / (best_of + 1), abs=0.01)
+
+
+def test_ties_count_half():
+  np.testing.assert_array_equal(winrate.wins([1, 2, 3], [2, 2, 2]), [0, 0.5, 1])
+  policy, baseline = np.array([[1.0, 5, 2]]), np.array([[5.0, 0, 5]])
+  assert winrate.best_of_wins(policy, baseline, 3) == 0.5
+  assert winrate.best_of_wins(policy, baseline, 3, paired=True) == 0.5
+  np.testing.assert_allclose(winrate.best_of_wins(policy, baseline, 1), 1 / 3)
+
+
+def test_each_kind_is_summarised_as_if_alone():
+  scores = {"learned": draw_scores(seed=1), "true": draw_scores(seed=2, shift=-1)}
+  kinds = np.random.default_rng(0).choice([OUTPAINTING, WARPING, BRUSH], 40)
+  summary = winrate.summarise(scores, kinds)
+  assert list(summary) == ["learned", "true"]
+  for judge, groups in summary.items():
+    assert list(groups) == ["all", "outpainting", "warping", "brush"]
+    assert groups["all"]["prompts"] == 40 == sum(g["prompts"] for g in groups.values()) - 40
+    for kind, name in ((OUTPAINTING, "outpainting"), (WARPING, "warping"), (BRUSH, "brush")):
+      own = kinds == kind
+      alone = Scores(*(side[own] for side in scores[judge]))
+      assert winrate.summarise({judge: alone}, kinds[own])[judge]["all"] == groups[name]
+  assert summary["true"]["all"]["winrate/s1"]["high"] < 0.5
+
+
+def test_interval_agrees_with_the_statistics_own_and_survives_json():
+  scores = draw_scores()
+  summary = winrate.summarise({"judge": scores}, np.zeros(40, int))
+  for statistic, values in winrate.per_prompt(scores).items():
+    found = summary["judge"]["all"][statistic]
+    np.testing.assert_allclose(found["value"], values.mean(), rtol=1e-12)
+    expected = winrate.bootstrap_interval(values)
+    np.testing.assert_allclose([found["low"], found["high"]], expected, rtol=1e-9, atol=1e-12)
+  assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+
+
+@pytest.mark.parametrize("level", [0.95, 0.8])
+def test_bootstrap_interval_agrees_with_scipy(level):
+  values = np.random.default_rng(0).gamma(2.0, size=60)
+  found = winrate.bootstrap_interval(values, level)
+  oracle = stats.bootstrap(
+    (values,), np.mean, confidence_level=level, method="percentile", n_resamples=10_000, rng=1
+  ).confidence_interval
+  np.testing.assert_allclose(found, oracle, atol=0.03 * np.ptp(oracle))
+
+
+def test_bootstrap_means_are_those_of_drawn_prompts_however_they_are_cut(monkeypatch):
+  values = np.random.default_rng(0).standard_normal((17, 3))
+  rng = np.random.default_rng(5)
+  expected = [values[rng.integers(17, size=17)].mean(0) for _ in range(200)]
+  for draws in (1, 100, 2**20):
+    monkeypatch.setattr(winrate, "_DRAWS", draws)
+    np.testing.assert_allclose(winrate.bootstrap_means(values, 200, seed=5), expected)
+  np.testing.assert_allclose(
+    winrate.bootstrap_means(values[:, 1], 200, seed=5), np.array(expected)[:, 1]
+  )
+
+
+def test_ten_thousand_resamples_of_a_thousand_prompts_take_less_than_a_second():
+  columns = np.random.default_rng(0).standard_normal((1000, 12))
+  start = time.process_time()
+  assert winrate.bootstrap_means(columns).shape == (10_000, 12)
+  assert time.process_time() - start < 1
+
+
+def test_prompts_without_finite_scores_are_left_out_and_counted():
+  policy, baseline = draw_scores()
+  kinds = np.repeat([OUTPAINTING, WARPING], 20)
+  policy[3, 2], baseline[25, 0] = np.nan, np.inf
+  kept = np.setdiff1d(np.arange(40), [3, 25])
+  found = winrate.summarise({"judge": Scores(policy, baseline)}, kinds)["judge"]
+  alone = winrate.summarise({"judge": Scores(policy[kept], baseline[kept])}, kinds[kept])
+  for name, left_out in (("all", 2), ("outpainting", 1), ("warping", 1)):
+    assert found[name] == alone["judge"][name] | {"left_out": left_out}
+  policy[:20] = np.nan
+  found = winrate.summarise({"judge": Scores(policy, baseline)}, kinds)["judge"]
+  assert found["outpainting"] == {"prompts": 0, "left_out": 20}
+  assert "–" in tables.describe_table("judge", found)
+
+
+@pytest.mark.parametrize(
+  ("policy", "baseline", "message"),
+  [
+    (np.ones((4, 2)), np.ones((4, 3)), r"reward: scores \(4, 2\) .* \(4, 3\)"),
+    (np.ones(4), np.ones(4), "give \\[N, S\\] on both sides"),
+    (np.ones((5, 2)), np.ones((5, 2)), "for 4 prompts"),
+    (np.full((4, 2), np.nan), np.ones((4, 2)), "none of 4 prompts has finite scores"),
+  ],
+)
+def test_what_does_not_fit_is_named(policy, baseline, message):
+  with pytest.raises(ValueError, match=message) as caught:
+    winrate.summarise({"reward": Scores(policy, baseline)}, np.zeros(4, int))
+  assert "\n" not in str(caught.value)
+
+
+def test_table_for_a_terminal_holds_every_statistic():
+  summary = winrate.summarise({"judge": draw_scores()}, np.repeat([OUTPAINTING, WARPING], 20))
+  lines = tables.describe_table("judge", summary["judge"]).splitlines()
+  assert len(lines) == 2 + len(tables.LABELS) and max(map(len, lines)) <= 120
+  for statistic, line in zip(tables.LABELS, lines[2:], strict=True):
+    assert line.startswith(tables.LABELS[statistic])
+    for group in summary["judge"].values():
+      assert tables.show(statistic, group[statistic]["high"]) in line
+
+
+# ------------------------------------------------------------------------------------------- drift
+@pytest.fixture(scope="module")
+def pictures():
+  """Random textures and masks [6, 16, 16, ...]: boxes, and one hole at the border."""
+  rng = np.random.default_rng(0)
+  images = rng.uniform(0.2, 0.7, (6, 16, 16, 3)).astype(np.float32)
+  masks = np.zeros((6, 16, 16, 1), np.float32)
+  for i in range(5):
+    masks[i, 3 : 9 + i, 4 : 12 - i] = 1
+  masks[5, :, 10:] = 1
+  return images, masks
+
+
+def moved(images, changed, masks, tolerance=1e-5):
+  """Names of the measures that differ, when only the hole is `changed`."""
+  before = drift.measure(images, masks, images)
+  after = drift.measure(images + masks * (changed - images), masks, images)
+  return {name for name in before if np.abs(after[name] - before[name]).max() > tolerance}
+
+
+def test_each_measure_sees_its_own_change_alone(pictures):
+  images, masks = pictures
+  grey = luma(images)[..., None]
+  hole_mean = (grey * masks).sum((1, 2), keepdims=True) / masks.sum((1, 2), keepdims=True)
+  # A step across the border of the hole is a change of its colours too.
+  assert moved(images, images + 0.1, masks) == {"brightness", "seam"}
+  assert moved(images, grey + 0.5 * (images - grey), masks) == {"saturation", "seam"}
+  fuller = hole_mean + 1.3 * (grey - hole_mean) + (images - grey)
+  assert moved(images, fuller, masks) == {"contrast", "sharpness", "seam"}
+  mirrored = images.copy()  # the same pixels in another place, those at the border the same
+  mirrored[:5, 5:7, 6:8] = images[:5, 6:4:-1, 6:8]
+  mirrored[4], mirrored[5] = images[4], images[5]
+  assert moved(images, mirrored, masks) == {"sharpness"}
+  assert moved(images, images, masks) == set()
+
+
+def test_measures_equal_loops_over_pixels(pictures):
+  images, masks = pictures
+  images = images.astype(np.float64)
+  originals = images + 0.01 * np.random.default_rng(1).standard_normal(images.shape)
+  found = drift.measure(images, masks, originals)
+  reach = 1  # 0.08 of 16 pixels
+  for i, (image, hole, original) in enumerate(zip(images, masks[..., 0], originals, strict=True)):
+    grey = image @ [0.299, 0.587, 0.114]
+    places = [(r, c) for r in range(16) for c in range(16)]
+    filled = [p for p in places if hole[p]]
+    known = [p for p in places if not hole[p]]
+    near = {
+      (r, c) for r, c in places if any(max(abs(r - a), abs(c - b)) <= reach for a, b in filled)
+    }
+    pairs = [((r, c), (r, c + 1)) for r in range(16) for c in range(15)]
+    pairs += [((r, c), (r + 1, c)) for r in range(15) for c in range(16)]
+    step = lambda p, q, image=image: np.abs(image[p] - image[q]).mean()
+    across = np.mean([step(p, q) for p, q in pairs if hole[p] + hole[q] == 1])
+    beside = [step(p, q) for p, q in pairs if hole[p] + hole[q] == 0 and {p, q} <= near]
+    expected = {
+      "brightness": np.mean([grey[p] for p in filled]),
+      "contrast": np.std([grey[p] for p in filled]),
+      "saturation": np.mean([np.ptp(image[p]) for p in filled]),
+      "sharpness": np.mean([abs(grey[p] - grey[q]) for p, q in pairs if hole[p] + hole[q] == 2]),
+      "seam": np.log((across + 0.015) / (np.mean(beside) + 0.015)),
+      "known_pixels": max(np.abs(image[p] - original[p]).max() for p in known),
+    }
+    assert set(found) == set(expected) == set(drift.MEASURES) - {"diversity"}
+    for name, value in expected.items():
+      np.testing.assert_allclose(found[name][i], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_measures_are_finite_for_thin_holes_and_flat_pictures():
+  masks = np.zeros((3, 16, 16, 1), np.float32)
+  masks[0, 3, 4] = 1
+  masks[1] = 1
+  masks[1, 0, 0] = 0
+  masks[2, :, ::2] = 1
+  flat = np.full((3, 16, 16, 3), 0.5, np.float32)
+  for name, values in drift.measure(flat, masks, flat).items():
+    np.testing.assert_allclose(values, 0.5 if name == "brightness" else 0, atol=1e-6, err_msg=name)
+
+
+def test_diversity_is_the_mean_cosine_distance_of_pairs():
+  features = np.random.default_rng(0).standard_normal((5, 4, 7))
+  expected = [
+    np.mean(
+      [1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b) for i, a in enumerate(f) for b in f[:i]]
+    )
+    for f in features
+  ]
+  np.testing.assert_allclose(drift.diversity(features), expected, rtol=1e-12)
+  same = np.repeat(features[:, :1], 4, axis=1) * np.arange(1, 5)[:, None]
+  np.testing.assert_allclose(drift.diversity(same), 0, atol=1e-12)
+
+
+def test_seed_variation_is_that_of_the_mean_over_prompts():
+  rng = np.random.default_rng(0)
+  for samples in (2, 5, 50):
+    values = rng.standard_normal((400, 1)) + 0.3 * rng.standard_normal((400, samples))
+    assert drift.seed_variation(values) == pytest.approx(0.3 / 20, rel=0.35)
+    shared = values + 0.5 * np.linspace(-1, 1, samples)  # of a seed, for all prompts
+    assert drift.seed_variation(shared) == pytest.approx(
+      np.hypot(0.015, 0.5 * np.linspace(-1, 1, samples).std(ddof=1)), rel=0.1
+    )
+  values = rng.standard_normal((400, 1))
+  draws = winrate.bootstrap_means(values[:, 0]).std()
+  assert drift.seed_variation(values) == pytest.approx(draws, rel=0.03)
+
+
+@pytest.fixture(scope="module")
+def painted():
+  """`paint` draws [48, 3] fillings of the same prompts from one distribution, by a seed."""
+  rng = np.random.default_rng(0)
+  prompts = rng.uniform(0.3, 0.7, (48, 1, 1, 1, 3))
+  known = np.clip(prompts + 0.1 * rng.standard_normal((48, 1, 16, 16, 3)), 0, 1)
+  masks = np.zeros((48, 3, 16, 16, 1), np.float32)
+  masks[:, :, 4:13, 5:14] = 1
+
+  def paint(seed):
+    rng = np.random.default_rng(seed)
+    tone = 0.05 * rng.standard_normal((48, 3, 1, 1, 3))
+    filling = prompts + tone + 0.1 * rng.standard_normal((48, 3, 16, 16, 3))
+    return np.where(masks > 0, np.clip(filling, 0, 1), known).astype(np.float32)
+
+  return paint, np.broadcast_to(known, (48, 3, 16, 16, 3)).astype(np.float32), masks
+
+
+def measured(images, masks, originals):
+  flat = (x.reshape(-1, *x.shape[2:]) for x in (images, masks, originals))
+  found = {name: values.reshape(48, 3) for name, values in drift.measure(*flat).items()}
+  return found | {"diversity": drift.diversity(images.reshape(48, 3, -1) - 0.5)}
+
+
+def flagged(table):
+  return {name for name, found in table["measures"].items() if found["flagged"]}
+
+
+def test_two_seeds_of_one_distribution_are_not_flagged(painted):
+  paint, known, masks = painted
+  for seed in range(5):
+    sides = [measured(paint(seed), masks, known), measured(paint(100 + seed), masks, known)]
+    assert flagged(drift.drift(*sides)) == set()
+
+
+@pytest.mark.parametrize(("samples", "most"), [(1, 0.05), (2, 0.006), (3, 0.003), (10, 0.0)])
+def test_false_flags_are_rare(samples, most):
+  # The hardest case: prompts do not differ, so that the spread between pictures is that of seeds.
+  draws = np.random.default_rng(0).standard_normal((2, 2000, 50, samples))
+  names = [str(i) for i in range(2000)]
+  policy, baseline = (dict(zip(names, side, strict=True)) for side in draws)
+  assert len(flagged(drift.drift(policy, baseline))) <= most * 2000
+
+
+def test_faded_and_unpasted_copies_are_flagged(painted):
+  paint, known, masks = painted
+  before, after = paint(1), paint(2)
+  flat = after.reshape(-1, *after.shape[2:])
+  faded = simulation.fade(flat, masks.reshape(-1, *masks.shape[2:])).reshape(after.shape)
+  baseline = measured(before, masks, known)
+  table = drift.drift(measured(faded, masks, known), baseline)
+  assert {"contrast", "saturation", "sharpness"} <= flagged(table)
+  assert not flagged(table) & {"brightness", "known_pixels"}
+  unpasted = measured(np.clip(after + 0.004, 0, 1), masks, known)
+  assert flagged(drift.drift(unpasted, baseline)) == {"known_pixels"}
+  alike = np.repeat(after[:, :1], 3, axis=1) + 0.01 * (after - after[:, :1])
+  assert "diversity" in flagged(drift.drift(measured(alike, masks, known), baseline))
+
+
+def test_drift_is_the_difference_of_means_in_json_with_its_rule(painted):
+  paint, known, masks = painted
+  policy, baseline = (measured(paint(seed), masks, known) for seed in (1, 2))
+  originals = {
+    name: values[:, 0] for name, values in measured(known, masks, known).items() if values.ndim == 2
+  }
+  policy["seam"][7, 1] = np.nan
+  table = drift.drift(policy, baseline, originals)
+  assert json.loads(json.dumps(table, allow_nan=False)) == table
+  assert "3 times" in table["rule"] and "0.2 times" in table["rule"]
+  for name, found in table["measures"].items():
+    kept = np.arange(48) != (7 if name == "seam" else -1)
+    means = [side[name][kept].astype(np.float64).mean() for side in (policy, baseline)]
+    np.testing.assert_allclose([found["policy"], found["baseline"]], means, rtol=1e-12)
+    np.testing.assert_allclose(found["change"], means[0] - means[1], rtol=1e-9)
+    assert ("original" in found) == (name != "diversity")
+    assert name in tables.describe_drift(table)
+  with pytest.raises(ValueError, match="seam: none of 48 prompts has finite measures"):
+    drift.drift(policy | {"seam": np.full((48, 3), np.nan)}, baseline)

@@ -1,0 +1,239 @@
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import textwrap
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from prefpaint_jax.data.images import image_grid, save_png
+from prefpaint_jax.runtime.metrics import MetricsWriter, progress
+
+
+def read_lines(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_events(workdir):
+  """The records of TensorBoard's files: length, its checksum, an Event, its checksum."""
+  for path in sorted((workdir / "tensorboard").iterdir()):
+    data = path.read_bytes()
+    while data:
+      (length,) = struct.unpack("<Q", data[:8])
+      yield Event.FromString(data[12 : 12 + length])
+      data = data[16 + length :]
+
+
+def scalars(events):
+  return [
+    (event.step, value.tag, value.simple_value)
+    for event in events
+    for value in event.summary.value
+    if value.HasField("simple_value")
+  ]
+
+
+def test_every_iteration_is_one_line_at_once_with_iteration_first(tmp_path):
+  writer = MetricsWriter(tmp_path / "run")
+  writer.write(1, {"reward/mean": jnp.float32(0.5), "count": 3, "images_per_s": np.float64(2)})
+  text = (tmp_path / "run" / "metrics.jsonl").read_text()
+  assert text == '{"iteration": 1, "reward/mean": 0.5, "count": 3, "images_per_s": 2.0}\n'
+  writer.write(2, {"reward/mean": 0.25})
+  writer.close()
+  assert [line["iteration"] for line in read_lines(tmp_path / "run")] == [1, 2]
+  assert scalars(read_events(tmp_path / "run")) == [
+    (1, "reward/mean", 0.5),
+    (1, "count", 3.0),
+    (1, "images_per_s", 2.0),
+    (2, "reward/mean", 0.25),
+  ]
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path):
+  writer = MetricsWriter(tmp_path)
+  writer.write(1, {"a": float("nan"), "b": jnp.inf, "c": -np.inf, "d": 1.5})
+  writer.close()
+  assert read_lines(tmp_path) == [{"iteration": 1, "a": None, "b": None, "c": None, "d": 1.5}]
+  assert scalars(read_events(tmp_path)) == [(1, "d", 1.5)]
+
+
+@pytest.mark.parametrize("tail", ["", '{"iteration": 5, "a"', '{"iteration": 5, "a": 5.0}'])
+def test_resumed_run_has_every_line_once(tmp_path, tail):
+  writer = MetricsWriter(tmp_path)
+  for iteration in range(1, 5):
+    writer.write(iteration, {"a": iteration})
+  writer.close()
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write(tail)  # killed while writing
+  writer = MetricsWriter(tmp_path)
+  writer.truncate(2)
+  for iteration in range(3, 7):
+    writer.write(iteration, {"a": 10 * iteration})
+  writer.close()
+  assert [(line["iteration"], line["a"]) for line in read_lines(tmp_path)] == [
+    (1, 1), (2, 2), (3, 30), (4, 40), (5, 50), (6, 60),
+  ]  # fmt: skip
+  # TensorBoard drops what came before this mark at this step and later.
+  starts = [
+    event.step
+    for event in read_events(tmp_path)
+    if event.HasField("session_log") and event.session_log.status == SessionLog.START
+  ]
+  assert starts == [3]
+
+
+def test_truncating_nothing_leaves_a_fresh_run_fresh(tmp_path):
+  writer = MetricsWriter(tmp_path)
+  writer.truncate(0)
+  writer.write(1, {"a": 1})
+  writer.close()
+  assert read_lines(tmp_path) == [{"iteration": 1, "a": 1}]
+
+
+def test_other_processes_write_nothing(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"iteration": 9}\n')
+  writer = MetricsWriter(tmp_path, is_writer=False)
+  writer.truncate(0)
+  writer.write(1, {"a": 1})
+  writer.image(1, "samples", np.zeros((2, 2, 3), np.uint8))
+  writer.close()
+  assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+  assert read_lines(tmp_path) == [{"iteration": 9}]
+
+
+def test_tensorboard_image_holds_the_pixels(tmp_path):
+  image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+  writer = MetricsWriter(tmp_path)
+  writer.image(4, "samples", image)
+  writer.close()
+  (event,) = [event for event in read_events(tmp_path) if event.summary.value]
+  (value,) = event.summary.value
+  stored = Image.open(io.BytesIO(value.image.encoded_image_string))
+  assert (event.step, value.tag) == (4, "samples")
+  np.testing.assert_array_equal(np.asarray(stored), image)
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def run_progress(stream, **options):
+  bar = progress(20, 5, stream=stream, **options)
+  for iteration in range(15):
+    bar.set_postfix_str(f"reward {iteration}, 3.0 images/s")
+    bar.update()
+  bar.close()
+  return stream.getvalue()
+
+
+def test_progress_on_a_terminal_shows_iterations_and_figures():
+  shown = run_progress(Terminal())
+  assert " 5/20 " in shown and "20/20" in shown and "reward 14, 3.0 images/s" in shown
+  assert shown.count("\n") == 1
+
+
+def test_progress_in_a_log_is_a_line_now_and_then():
+  assert run_progress(io.StringIO()) == "iteration 20/20, reward 14, 3.0 images/s\n"
+  assert run_progress(io.StringIO(), interval=0).splitlines() == [
+    f"iteration {6 + i}/20, reward {i}, 3.0 images/s" for i in range(15)
+  ]
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_progress_of_other_processes_is_silent(stream):
+  assert run_progress(stream(), visible=False) == ""
+
+
+def brute_force_grid(images, columns, scale, padding):
+  count, height, width, _ = images.shape
+  tile = np.array([height, width]) * scale + 2 * padding
+  grid = np.full((-(-count // columns) * tile[0], columns * tile[1], 3), 255, np.uint8)
+  for n in range(count):
+    top, left = tile * divmod(n, columns) + padding
+    for y in range(height * scale):
+      for x in range(width * scale):
+        for channel in range(3):
+          value = min(max(images[n, y // scale, x // scale, channel], 0.0), 1.0)
+          grid[top + y, left + x, channel] = round(255 * float(value))
+  return grid
+
+
+@pytest.mark.parametrize(
+  ("count", "columns", "scale", "padding"), [(5, 3, 2, 1), (4, 2, 1, 0), (1, 4, 3, 2), (3, 1, 1, 2)]
+)
+def test_image_grid_equals_brute_force(count, columns, scale, padding):
+  images = np.random.default_rng(0).uniform(-0.2, 1.2, (count, 4, 3, 3)).astype(np.float32)
+  np.testing.assert_array_equal(
+    image_grid(images, columns, scale, padding), brute_force_grid(images, columns, scale, padding)
+  )
+
+
+def test_labels_stand_under_their_pictures_and_leave_them_alone():
+  images = np.random.default_rng(0).uniform(size=(3, 8, 24, 3))
+  plain = image_grid(images, columns=2, scale=2, padding=1)
+  labelled = image_grid(images, columns=2, scale=2, padding=1, labels=["", "0.25", "a long label"])
+  assert labelled.dtype == np.uint8 and labelled.shape[1] == plain.shape[1]
+  rows = lambda grid: np.split(grid, 2)
+  for with_text, without in zip(rows(labelled), rows(plain), strict=True):
+    np.testing.assert_array_equal(with_text[:17], without[:17])
+  first, second = np.split(rows(labelled)[0][17:], 2, axis=1)
+  assert (first == 255).all() and (second < 128).any()
+  with pytest.raises(ValueError, match="1 labels for 3 images"):
+    image_grid(images, columns=2, labels=["one"])
+
+
+def test_saved_png_holds_pixels_and_text(tmp_path):
+  image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+  text = {"seed": "3", "prompt": "γ and ‖z‖"}
+  save_png(tmp_path / "samples" / "1.png", image, text)
+  stored = Image.open(tmp_path / "samples" / "1.png")
+  np.testing.assert_array_equal(np.asarray(stored), image)
+  assert stored.text == text
+  assert [path.name for path in (tmp_path / "samples").iterdir()] == ["1.png"]
+
+
+def test_interrupted_save_leaves_the_earlier_picture(tmp_path, monkeypatch):
+  image = np.zeros((2, 2, 3), np.uint8)
+  save_png(tmp_path / "1.png", image)
+
+  def interrupted(self, file, **options):
+    file.write_bytes(b"\x89PNG half")
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(Image.Image, "save", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    save_png(tmp_path / "1.png", image + 1)
+  np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "1.png")), image)
+
+
+def test_tensorflow_and_torch_are_never_imported(tmp_path):
+  # Stand-ins that could be imported, so that the test means something where there are none.
+  for name in ("tensorflow", "torch"):
+    (tmp_path / "modules" / name).mkdir(parents=True)
+    (tmp_path / "modules" / name / "__init__.py").write_text("")
+  script = """
+    import sys
+    import jax.numpy as jnp, numpy as np
+    from prefpaint_jax.runtime import checkpoint, metrics, sharding
+    writer = metrics.MetricsWriter(sys.argv[1])
+    writer.write(1, {"a": 1.0})
+    writer.image(1, "b", np.zeros((4, 4, 3), np.uint8))
+    writer.close()
+    checkpoints = checkpoint.Checkpoints(sys.argv[1] + "/checkpoints")
+    checkpoints.save(1, {"a": jnp.zeros(3)}, None, {})
+    checkpoints.close()
+    assert not {"tensorflow", "torch"} & sys.modules.keys()
+  """
+  paths = [str(tmp_path / "modules"), *filter(None, sys.path)]
+  subprocess.run(
+    [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "run")],
+    check=True,
+    env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+  )
