@@ -1,7 +1,7 @@
 """Candidates to score: `python -m prefpaint_jax.collect --config=configs/collect.py --workdir=DIR`.
 
-No preset: three inpaintings by Stable Diffusion for each picture of a folder or a data set. `mini`:
-the embedded policy on crops of the embedded photographs.
+Presets: none = three samples of Stable Diffusion for each prompt from a folder or a dataset of
+images; `mini` = the embedded policy on crops of the embedded photographs.
 """
 
 from ml_collections import ConfigDict
@@ -10,31 +10,31 @@ from ml_collections import ConfigDict
 def get_config(preset: str = "") -> ConfigDict:
   config = ConfigDict()
   config.seed = 0
-  config.dtype = "bfloat16"  # what the networks compute in
+  config.dtype = "bfloat16"  # of the activations; parameters are float32
 
-  # Pictures, and the prompts that are cut from them.
+  # Images, and the prompts drawn from them.
   config.pictures = ""  # a folder, tfds:NAME, or a mixture "2*FOLDER,1*tfds:NAME"
-  config.num_prompts = 1000  # to train the reward on
+  config.num_prompts = 1000  # to train the reward model on
   config.num_test_prompts = 100  # held out
   config.size = 512  # pixels along each side
   config.fit = "crop"  # crop (centre), pad (the border is missing too), random (square crops)
   config.crop = (512, 4096)  # sides of random crops
-  config.test_share = 0.1  # of the pictures, held out; of each one's width where crops are random
-  config.kinds = ConfigDict(  # how often each kind of mask is drawn
+  config.test_share = 0.1  # held-out share of the images; with fit="random", of each image's width
+  config.kinds = ConfigDict(  # weight of each kind of mask
     {"outpainting": 1.0, "warping": 1.0, "holes": 0.0, "box": 0.0, "brush": 0.0}
   )
 
-  # Candidates. Policies take turns: folders, hub names, workdirs of runs, or "mini".
+  # Candidates. The samples take the policies in turn: folders, hub names, workdirs, or "mini".
   config.policies = ("stable-diffusion-v1-5/stable-diffusion-inpainting",)
   config.samples_per_prompt = 3
   config.num_steps = 50
   config.eta = 1.0
-  config.batch_size = 16  # prompts painted at a time
-  config.perturbed = 0  # more candidates, with the hole spoilt at random (for simulations)
+  config.batch_size = 16  # prompts sampled at a time
+  config.perturbed = 0  # additional candidates with random defects in the hole, for simulations
 
   if preset == "mini":
     config.update(
-      seed=1,  # other crops than those of the embedded prompts, which a policy is aligned on
+      seed=1,  # crops that differ from the embedded prompts, which the policy is aligned on
       pictures="mini",
       dtype="float32",
       num_prompts=4000,
@@ -49,5 +49,5 @@ def get_config(preset: str = "") -> ConfigDict:
     )
     config.kinds.update(warping=0.0, holes=1.0)
   elif preset:
-    raise ValueError(f"configs/collect.py has no preset {preset!r}; it has mini")
+    raise ValueError(f"configs/collect.py has no preset {preset!r}; expected mini")
   return config

@@ -1,38 +1,40 @@
 """Evaluation: `python -m prefpaint_jax.evaluate --config=configs/eval.py[:mini] --workdir=DIR
 --config.policy=A --config.baseline=B`.
 
-`mini`: the embedded prompts, base and reward, and the simulated preference as a second judge.
+`mini`: prompts, base policy and reward model of the mini world, with the simulated annotators as a
+second judge.
 """
 
 from ml_collections import ConfigDict, config_dict
 
 
 def get_config(preset: str = "") -> ConfigDict:
+  """Returns the config of a preset; "" is Stable Diffusion with the released reward model."""
   config = ConfigDict()
   config.seed = 0
-  config.dtype = "bfloat16"  # what the networks compute in
+  config.dtype = "bfloat16"  # of the computation
 
-  # Who is compared: folders, hub names, workdirs of runs, or "mini".
+  # Policy and baseline: folders, hub names, workdirs of runs, or "mini".
   config.policy = ""
-  # Checkpoints of a workdir: an iteration, or best, which keep_best kept; None: the latest.
+  # Checkpoints of a workdir: an iteration, or best (kept by keep_best); None: the latest.
   config.policy_step = config_dict.placeholder(str)
   config.baseline = "stable-diffusion-v1-5/stable-diffusion-inpainting"
   config.baseline_step = config_dict.placeholder(int)
   config.judges = ("kd5678/prefpaintReward",)  # reward models: folders, hub names, or "mini"
-  config.simulated_preference = False  # the simulated annotators judge too (mini world only)
+  config.simulated_preference = False  # judge by the simulated annotators too (mini world)
 
-  # On what.
-  config.prompts = ""  # folder of prompts, or pictures to draw them from
+  # Prompts and samples.
+  config.prompts = ""  # folder of prompts, or of images to draw prompts from
   config.split = "test"
-  config.kind = ""  # only prompts of this kind: outpainting, warping, box, brush; "": all
-  config.num_prompts = 0  # the first ones; 0: all
-  config.size = 512  # pixels along each side
+  config.kind = ""  # outpainting, warping, box or brush; "": all kinds
+  config.num_prompts = 0  # number of prompts, from the first on; 0: all
+  config.size = 512  # side of the images, in pixels
   config.samples_per_prompt = 10  # S
   config.num_steps = 50
   config.eta = 1.0
-  config.batch_size = 4  # prompts painted at a time, each S times
+  config.batch_size = 4  # prompts that are sampled at a time, S times each
 
-  config.gallery = 18  # prompts that the report shows: wins, losses, and between
+  config.gallery = 18  # prompts in the report: largest, median and smallest gains
 
   if preset == "mini":
     config.update(
@@ -47,5 +49,5 @@ def get_config(preset: str = "") -> ConfigDict:
       batch_size=32,
     )
   elif preset:
-    raise ValueError(f"configs/eval.py has no preset {preset!r}; it has mini")
+    raise ValueError(f"configs/eval.py has no preset {preset!r}; give mini")
   return config

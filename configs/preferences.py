@@ -1,4 +1,4 @@
-"""Preference data: `python -m prefpaint_jax.data.preferences --config=configs/preferences.py
+"""Preference dataset: `python -m prefpaint_jax.data.preferences --config=configs/preferences.py
 --workdir=DIR --config.source=FOLDER`.
 """
 
@@ -7,10 +7,10 @@ from ml_collections import ConfigDict
 
 def get_config(preset: str = "") -> ConfigDict:
   if preset:
-    raise ValueError(f"configs/preferences.py has no preset {preset!r}")
+    raise ValueError(f"configs/preferences.py has no preset {preset!r}; give none")
   config = ConfigDict()
-  config.source = ""  # folder of pictures and human scores
-  # What the criteria count for in the combined score, relative to their sum.
+  config.source = ""  # folder of images and human scores
+  # Weights of the criteria in the combined score, relative to their sum.
   config.weights = ConfigDict({"structure": 0.3, "texture": 0.3, "overall": 0.4})
-  config.test_share = 0.1  # of the pictures, held out where neither train.txt nor test.txt is there
+  config.test_share = 0.1  # held-out share of the images, without train.txt and test.txt
   return config

@@ -1,7 +1,7 @@
 """Denoising training: `python -m prefpaint_jax.pretrain --config=configs/pretrain.py[:mini]`.
 
-No preset: adapts an inpainting model to a folder of pictures. `mini`: makes the embedded model from
-nothing, the VAE first.
+Without a preset it adapts an inpainting model to a folder of images. `mini` trains the model inside
+the package from random parameters, the VAE first.
 """
 
 from ml_collections import ConfigDict
@@ -10,25 +10,25 @@ from ml_collections import ConfigDict
 def get_config(preset: str = "") -> ConfigDict:
   config = ConfigDict()
   config.seed = 0
-  config.dtype = "bfloat16"  # what the networks compute in; parameters stay float32
-  config.policy = "stable-diffusion-v1-5/stable-diffusion-inpainting"  # "": a new architecture
-  config.pictures = ""  # folder of pictures, any size
-  config.test_share = 0.0  # right share of each picture's width that is not learned from
-  config.size = 512  # pixels along each side
-  config.crop = (512, 4096)  # sides of the square crops that are resized to it
-  config.faded_share = 0.0  # share of the examples whose hole is faded, for a base of mixed quality
+  config.dtype = "bfloat16"  # compute dtype of the networks; parameters stay float32
+  config.policy = "stable-diffusion-v1-5/stable-diffusion-inpainting"  # "": architecture
+  config.pictures = ""  # folder of images of any size
+  config.test_share = 0.0  # right share of the width of each image, held out for tests
+  config.size = 512  # pixels along each side of a crop after resizing
+  config.crop = (512, 4096)  # least and greatest side of the square crops, pixels of the image
+  config.faded_share = 0.0  # share of the targets with a faded hole, for a base of mixed quality
 
   config.vae = ConfigDict()
   config.vae.iterations = 0  # 0 keeps the VAE
   config.vae.batch_size = 8
   config.vae.learning_rate = 1e-4
-  config.vae.kl_weight = 1e-4  # of the posterior, per latent
+  config.vae.kl_weight = 1e-4  # weight of the posterior's KL per latent
   config.unet = ConfigDict()
   config.unet.iterations = 5000
   config.unet.batch_size = 32
   config.unet.learning_rate = 1e-5
   config.warmup_iterations = 200
-  config.ema_decay = 0.999  # moving average of the parameters; what is written
+  config.ema_decay = 0.999  # moving average of the parameters, which is written
   config.remat = True
 
   config.mesh = ConfigDict()

@@ -1,30 +1,31 @@
 """Reward model: `python -m prefpaint_jax.train_reward --config=configs/reward.py[:mini]
 --workdir=DIR --config.preferences=DIR`.
 
-No preset: the released PrefPaint architecture on CLIP ViT-B/32. `mini`: the small one of the mini
-world, minutes on two CPU cores.
+Without a preset: the released PrefPaint architecture on CLIP ViT-B/32. `mini`: a small network for
+the mini world; it trains in minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict, config_dict
 
 
 def get_config(preset: str = "") -> ConfigDict:
+  """Returns the config of a preset; "" is the released architecture."""
   config = ConfigDict()
   config.seed = 0
-  config.dtype = "bfloat16"  # what the network computes in; parameters stay float32
+  config.dtype = "bfloat16"  # of the computation; parameters are float32
 
-  config.preferences = ""  # what prefpaint_jax.data.preferences wrote
-  config.size = 0  # pixels along each side that pictures are resized to when read; 0: as stored
-  config.augmentation = "mirror"  # none, mirror, dihedral (all symmetries of the square)
-  config.simulated_preference = False  # judge by the simulated annotators too (mini world only)
+  config.preferences = ""  # folder that prefpaint_jax.data.preferences wrote
+  config.size = 0  # side in pixels that images are resized to; 0: the stored size
+  config.augmentation = "mirror"  # none, mirror or dihedral (all symmetries of the square)
+  config.simulated_preference = False  # also compare with the simulated annotators (mini world)
 
-  # Network. What is left out of `network` is as released.
-  config.clip = "openai/clip-vit-base-patch32"  # its tower to begin with; "": a fresh one
-  config.frozen_share = 0.7  # of the tower's blocks, the first ones; 1: the whole tower
+  # Network. Fields missing from `network` have the released values.
+  config.clip = "openai/clip-vit-base-patch32"  # initial tower; "": a random one
+  config.frozen_share = 0.7  # share of the tower's blocks, from the input on; 1: all of it
   config.network = ConfigDict()
-  config.network.fusion = "late"  # late (released): each picture by itself; early: in one tower
-  config.network.num_tokens = 1  # 1: both embeddings in one token (released); 2: one each
-  config.network.activation = "identity"  # between the last layers; released: none. Or gelu
+  config.network.fusion = "late"  # late (released): embeds each image; early: both at once
+  config.network.num_tokens = 1  # 1: one token for both embeddings (released); 2: two tokens
+  config.network.activation = "identity"  # between the last layers: identity (released) or gelu
   config.network.num_heads = 16
   config.network.feedforward_dim = 1024
   config.network.hidden_dim = 512
@@ -46,38 +47,40 @@ def get_config(preset: str = "") -> ConfigDict:
 
   # Fit.
   config.iterations = 5000
-  config.batch_size = 64  # prompts, each with all its candidates
+  config.batch_size = 64  # prompts, each with all of its candidates
   config.learning_rate = 1e-5
   config.warmup_iterations = 200
   config.weight_decay = 0.01
-  config.score_weight = 1.0  # of the squared error
-  config.pair_weight = 1.0  # of Bradley-Terry's loss over the pairs of one prompt
-  config.ema_decay = 0.0  # moving average of the parameters; 0: none
+  config.score_weight = 1.0  # weight of the squared error
+  config.pair_weight = 1.0  # weight of the Bradley-Terry loss over the pairs of one prompt
+  config.ema_decay = 0.0  # decay of the parameters' moving average; 0: no average
 
   # Bound.
-  config.ridge = 1.0  # λ of the closed-form last layer and of V
-  # R and S of the bound's constant; None: from held-out residuals, and the norm of the last layer.
+  config.ridge = 1.0  # λ of the last layer's ridge regression and of V
+  # R and S of the bound's constant; None: estimated from the residuals on held-out preferences, and
+  # the norm of the last layer.
   config.noise_scale = config_dict.placeholder(float)
   config.norm_bound = config_dict.placeholder(float)
   config.trust = ConfigDict()
-  config.trust.k = 0.05  # the trust weight exp(b - k ‖z‖) that the report shows
+  config.trust.k = 0.05  # of the trust weight exp(b - k ‖z‖) in the report
   config.trust.b = 0.7
 
   config.mesh = ConfigDict()
-  config.mesh.data = -1  # devices that split the batch; -1: what is left
-  config.mesh.fsdp = 1  # devices that also split the parameters
+  config.mesh.data = -1  # devices over which the batch is split; -1: all / mesh.fsdp
+  config.mesh.fsdp = 1  # devices over which parameters and batch are split
   config.checkpoint_every = 500  # iterations
-  config.judge_every = 500  # iterations between looks at held-out preferences; the best is kept
-  config.log_every = 50
+  config.judge_every = 500  # iterations between scores on held-out preferences; keeps the best
+  config.log_every = 50  # iterations
 
   if preset == "mini":
     _mini(config)
   elif preset:
-    raise ValueError(f"configs/reward.py has no preset {preset!r}; it has mini")
+    raise ValueError(f"configs/reward.py has no preset {preset!r}; give mini")
   return config
 
 
 def _mini(config: ConfigDict) -> None:
+  """Changes the config to the preset `mini`."""
   config.update(
     dtype="float32",
     augmentation="dihedral",

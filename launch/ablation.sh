@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Does the trust weight help? Aligns the mini model without a weight, with a constant one, and with the
-# trust weight γ of the same mean, with AdamW (blind to a constant factor) and with plain SGD, from three
-# seeds each; then draws the curves and prints what each needed. Interrupted, it goes on where it stopped.
+# Measures whether the trust weight helps. Aligns the mini model without a weight, with a constant
+# weight, and with the trust weight γ of equal mean; each with AdamW, which is invariant to a
+# constant weight, and with SGD, from three seeds. Then draws the curves and prints the iterations
+# that each variant needed. The same command resumes an interrupted ablation.
 #
 #   launch/ablation.sh [WORKDIR]      # default runs/ablation
 set -euo pipefail
@@ -10,10 +11,11 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$workdir/compiled}
 
 align() {  # OPTIMIZER, NORM, SEED
   local run=$workdir/$1/$2/seed$3 rate=1e-4
-  # Five times as much destroys the policy, without any weight.
+  # With SGD a rate of 0.1 destroys the policy, even without a weight.
   if [[ $1 == sgd ]]; then rate=0.02; fi
   runs+=(--workdir="$run")
-  # k and b spread γ by half of its mean, which is 1.4 over what the base paints: so is the constant.
+  # With these k and b, γ of the base policy's samples has mean 1.4, the constant weight, and a
+  # standard deviation of half of that.
   python -m prefpaint_jax.train --config=configs/rl.py:mini --workdir="$run" --config.seed="$3" \
     --config.optimizer="$1" --config.learning_rate=$rate \
     --config.trust.norm="$2" --config.trust.k=150 --config.trust.b=2.99 --config.trust.constant=1.4 \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Rebuilds the embedded mini world from its photographs: VAE and UNet, prompts, reward and bound.
-# Run from the repository's root. Interrupted, it goes on where it stopped.
+# Rebuilds the embedded mini world from its photos: VAE and UNet, prompts, reward model and bound.
+# Run it in the repository's root. The same command resumes an interrupted build.
 #
 #   launch/make_mini.sh [WORKDIR]      # default runs/make_mini
 set -euo pipefail
@@ -18,7 +18,7 @@ from prefpaint_jax.inpainter import Inpainter
 Inpainter.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], dtype="float16")
 PYTHON
 
-echo "== prompts: crops of the photographs with masks, train and test from different parts"
+echo "== prompts: crops of the photos with masks, train and test from different parts"
 rm -rf "$mini/prompts" "$workdir/prompts"
 python - "$workdir" "$mini" <<'PYTHON'
 import shutil, sys
@@ -29,7 +29,7 @@ folder = build_prompts(workdir, f"{mini}/photos", num_train=1200, num_test=512)
 shutil.copytree(folder, f"{mini}/prompts/{folder.name}")
 PYTHON
 
-# Candidates, simulated scores, the data set of both, and a reward: in $workdir/NAME.
+# Makes candidates, simulated scores, a preference dataset and a reward model, in $workdir/NAME.
 reward() {  # NAME, COLLECT_FLAG..., --, FIT_FLAG...
   local folder=$workdir/$1 collect=()
   shift
@@ -44,12 +44,13 @@ reward() {  # NAME, COLLECT_FLAG..., --, FIT_FLAG...
     --config.preferences="$folder/preferences" "$@"
 }
 
-echo "== first reward, of what the base paints"
+echo "== first reward model, from samples of the base policy"
 reward first --config.num_prompts=1200 --config.num_test_prompts=64 --config.samples_per_prompt=2 \
   --config.perturbed=3 -- --config.iterations=800
 
-# A policy that is aligned with it paints what it is too fond of: candidates for the second one.
-echo "== second reward, of what the base and an aligned policy paint"
+# A policy aligned with the first reward model makes samples that this model overrates. They are
+# candidates for the second reward model.
+echo "== second reward model, from samples of the base policy and of an aligned policy"
 python -m prefpaint_jax.train --config=configs/rl.py:mini --workdir="$workdir/aligned" \
   --config.reward="$workdir/first/reward" --config.num_iterations=30 --config.sample_every=0 --config.final_prompts=0
 reward second --config.policies="('mini','$workdir/aligned')" --config.num_prompts=5000 --config.perturbed=3 --

@@ -1,8 +1,8 @@
-"""Lets the simulated annotators score collected candidates, where there are no people to ask.
+"""Scores collected candidates with simulated annotators, to test the pipeline without people.
 
   python -m prefpaint_jax.annotate --candidates=runs/candidates
 
-Writes annotations.jsonl into the folder, as people's scores would be written.
+Writes annotations.jsonl to the folder, in the format of human scores.
 """
 
 import json
@@ -16,11 +16,21 @@ from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import cli
 from prefpaint_jax.runtime.files import atomic_path
 
-_CHUNK = 512  # pictures judged at a time
+_CHUNK = 512  # candidates scored at a time
 
 
 def annotate(folder: Path, annotators: int, noise: float, seed: int) -> int:
-  """Writes the scores of all candidates of a folder; returns how many candidates there are."""
+  """Writes annotations.jsonl, the simulated scores of all candidates in a folder.
+
+  Args:
+    folder: the workdir of `prefpaint_jax.collect`.
+    annotators: number of scores for each candidate.
+    noise: standard deviation of an annotator's error, for scores from 0 to 7.
+    seed: of the errors.
+
+  Returns:
+    The number of candidates.
+  """
   file = folder / "candidates.jsonl"
   if not file.is_file():
     raise ValueError(f"{file}: no such file; give the --workdir of prefpaint_jax.collect")
@@ -28,24 +38,24 @@ def annotate(folder: Path, annotators: int, noise: float, seed: int) -> int:
   with atomic_path(folder / "annotations.jsonl") as partial, partial.open("w") as output:
     for first in range(0, len(lines), _CHUNK):
       chunk = lines[first : first + _CHUNK]
-      pictures = [image_io.load_image(folder / "inpaint" / f"{x['candidate']}.png") for x in chunk]
+      images = [image_io.load_image(folder / "inpaint" / f"{x['candidate']}.png") for x in chunk]
       masks = [image_io.load_mask(folder / "masks" / f"{x['image_id']}_mask.png") for x in chunk]
-      truth = simulation.true_preference(np.stack(pictures), np.stack(masks))
+      truth = simulation.true_preference(np.stack(images), np.stack(masks))
       rng = np.random.default_rng([seed, first])
       scores = simulation.annotate(rng, truth, annotators, noise)
       for i, line in enumerate(chunk):
         names = {"image_id": line["image_id"], "candidate": line["candidate"]}
         for a in range(annotators):
-          said = {name: int(values[i, a]) for name, values in scores.items()}
-          print(json.dumps(names | {"annotator": f"simulated_{a}"} | said), file=output)
+          ratings = {name: int(values[i, a]) for name, values in scores.items()}
+          print(json.dumps(names | {"annotator": f"simulated_{a}"} | ratings), file=output)
   return len(lines)
 
 
 if __name__ == "__main__":
-  _CANDIDATES = flags.DEFINE_string("candidates", None, "Folder of prefpaint_jax.collect.")
-  _ANNOTATORS = flags.DEFINE_integer("annotators", 3, "How many score each.", lower_bound=1)
-  _NOISE = flags.DEFINE_float("noise", 0.7, "Each one's error, of scores 0 to 7.", lower_bound=0.0)
-  _SEED = flags.DEFINE_integer("seed", 0, "Of the errors.")
+  _CANDIDATES = flags.DEFINE_string("candidates", None, "Workdir of prefpaint_jax.collect.")
+  _ANNOTATORS = flags.DEFINE_integer("annotators", 3, "Scores per candidate.", lower_bound=1)
+  _NOISE = flags.DEFINE_float("noise", 0.7, "Standard deviation of a score.", lower_bound=0.0)
+  _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
   flags.mark_flag_as_required("candidates")
 
   def main() -> None:

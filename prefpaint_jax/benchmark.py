@@ -1,13 +1,12 @@
-"""Times an iteration of alignment on the devices at hand, stage by stage.
+"""Times an iteration of alignment on the devices of this machine, stage by stage.
 
   python -m prefpaint_jax.benchmark --config=configs/rl.py:mini
 
-Nothing is read but the architectures: parameters and pictures are random, which takes as long.
-Operations are those of products and convolutions, counted in the program before it is compiled;
-what rematerialisation computes again is counted again. The share of the peak is that of dense
-bfloat16, whatever the config's dtype.
+Parameters and images are random, because the time does not depend on their values; only the
+architectures are read. TFLOP counts the operations of matrix products and convolutions in the
+program before it is compiled, with the operations that rematerialisation repeats. The share of the
+peak is relative to the dense bfloat16 rate, whatever the config's dtype.
 """
-# Shapes: P prompts of an iteration, H W pixels.
 
 import functools
 import json
@@ -24,7 +23,8 @@ from ml_collections import ConfigDict, config_flags
 
 from prefpaint_jax.align.rollout import decode, encode_prompts
 from prefpaint_jax.align.run import outline
-from prefpaint_jax.align.state import Experience, Frozen, behaviour_params
+from prefpaint_jax.align.stages import Stages
+from prefpaint_jax.align.state import Experience, Frozen, TrainState, behaviour_params
 from prefpaint_jax.models import architectures
 from prefpaint_jax.planning import cost
 from prefpaint_jax.planning.chips import find_chip
@@ -36,12 +36,13 @@ MIB = 2**20
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:
+  """Computes the quartiles of some values."""
   low, median, high = np.percentile(values, [25, 50, 75])
   return {"q1": float(low), "median": float(median), "q3": float(high)}
 
 
 def materialise(shapes: Any) -> Any:
-  """Arrays for a tree of shapes with shardings: random parameters, as `testing` draws them."""
+  """Makes random parameters for a tree of shapes with shardings."""
   layout = jax.tree.map(lambda x: x.sharding, shapes)
   return sharding.place(layout, architectures.random_params(shapes))
 
@@ -61,46 +62,41 @@ def _materialise_frozen(frozen: Frozen) -> Frozen:
   )
 
 
-def benchmark(
-  config: ConfigDict, mesh: Mesh, repeats: int = 5, say: Callable[[str], None] = lambda _: None
-) -> dict[str, Any]:
-  """Times `repeats` runs of every stage: a report that json can hold.
+class _Timer:
+  """Compiles programs, times their runs and holds the measurements."""
 
-  `report["stages"]` has rollout, score, update and the whole iteration, and of the rollout the
-  VAE's encode and decode: seconds (quartiles) of one run, times an iteration runs it, seconds to
-  trace and compile it, flops of all devices, bytes of each device. Each run is waited for, the
-  whole iteration once at its end.
-  """
-  sharding.check_batch(config.batch_size, mesh)
-  run, modules, source = outline(config, mesh)
-  settings, stages, frozen = run.settings, run.stages, _materialise_frozen(run.frozen)
-  state = stages.init(materialise(run.state_shapes.params))
-  shape = (config.batch_size, config.size, config.size)
-  rng = np.random.default_rng(config.seed)
-  made_up = rng.uniform(size=(*shape, 3)), rng.uniform(size=(*shape, 1)) < 0.5
-  images, masks = sharding.place(
-    sharding.batch_sharding(mesh), tuple(x.astype(np.float32) for x in made_up)
-  )
-  key = jax.random.key(config.seed)
-  measured: dict[str, dict[str, Any]] = {}
-  compiled: dict[str, Callable] = {}
+  def __init__(self, mesh: Mesh, repeats: int, say: Callable[[str], None]):
+    self._mesh, self._repeats, self._say = mesh, repeats, say
+    self.measured: dict[str, dict[str, Any]] = {}
+    self.compiled: dict[str, Callable] = {}
 
-  def stage(name: str, program: Any, *arguments: Any, times: int = 1, donates_state=False) -> Any:
-    """Compiles and times a program; its last outputs. It may give away a state, its first one."""
+  def stage(
+    self, name: str, program: Any, *arguments: Any, times: int = 1, donates_state: bool = False
+  ) -> Any:
+    """Compiles and times a program.
+
+    Args:
+      times: the runs of the program in an iteration.
+      donates_state: the program donates its first argument, a state, and its first output is the
+        next state.
+
+    Returns:
+      The outputs of the last run.
+    """
     began = time.perf_counter()
     traced = program.trace(*arguments)
-    compiled[name] = traced.lower().compile()
+    compiled = self.compiled[name] = traced.lower().compile()
     compile_seconds = time.perf_counter() - began
     seconds = []
-    for _ in range(1 + repeats):
+    for _ in range(1 + self._repeats):
       began = time.perf_counter()
-      outputs = jax.block_until_ready(compiled[name](*arguments))
+      outputs = jax.block_until_ready(compiled(*arguments))
       seconds.append(time.perf_counter() - began)
       arguments = (outputs[0], *arguments[1:]) if donates_state else arguments
-    memory = compiled[name].memory_analysis()
-    measured[name] = {
+    memory = compiled.memory_analysis()
+    self.measured[name] = {
       "times": times,
-      "seconds": quartiles(seconds[1:]),  # the first one warms up
+      "seconds": quartiles(seconds[1:]),  # the first run is a warm-up
       "compile_seconds": compile_seconds,
       "flops": cost.flops(traced.jaxpr),
       "memory": {
@@ -108,46 +104,88 @@ def benchmark(
         "temporaries": memory.temp_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
       }
-      | _peak(mesh),
+      | _peak(self._mesh),
     }
-    say(f"{name}: {measured[name]['seconds']['median']:.4g} s, compiled in {compile_seconds:.3g} s")
+    median = self.measured[name]["seconds"]["median"]
+    self._say(f"{name}: {median:.4g} s, compiled in {compile_seconds:.3g} s")
     return outputs
 
-  ### Stage by stage; each one's outputs are the next one's arguments.
-  prompts, trajectory, samples = stage(
+  def iterations(
+    self, stages: Stages, state: TrainState, frozen: Frozen, images, masks, key
+  ) -> None:
+    """Times whole iterations, in the order of `train`. `stage` must have compiled the programs."""
+    seconds = []
+    compiled = self.compiled
+    for _ in range(1 + self._repeats):
+      began = time.perf_counter()
+      behaviour = behaviour_params(state)
+      prompts, trajectory, samples = compiled["rollout"](behaviour, frozen, images, masks, key)
+      scores, _ = compiled["score"](frozen, prompts, samples)
+      experience = Experience(prompts, trajectory, scores)
+      for indices in stages.draw_timesteps(key):
+        state, _ = compiled["update"](state, frozen, experience, indices)
+      state = jax.block_until_ready(stages.end_iteration(state))
+      seconds.append(time.perf_counter() - began)
+    parts = [self.measured[name] for name in ("rollout", "score", "update")]
+    self.measured["iteration"] = {
+      "times": 1,
+      "seconds": quartiles(seconds[1:]),
+      "compile_seconds": sum(part["compile_seconds"] for part in parts),
+      "flops": sum(part["flops"] * part["times"] for part in parts),
+      "memory": _peak(self._mesh),
+    }
+
+
+def _random_prompts(config: ConfigDict, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+  """Makes random images and masks of an iteration, split over the mesh."""
+  shape = (config.batch_size, config.size, config.size)
+  rng = np.random.default_rng(config.seed)
+  prompts = rng.uniform(size=(*shape, 3)), rng.uniform(size=(*shape, 1)) < 0.5
+  batch = sharding.batch_sharding(mesh)
+  return sharding.place(batch, tuple(x.astype(np.float32) for x in prompts))
+
+
+def benchmark(
+  config: ConfigDict, mesh: Mesh, repeats: int = 5, say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+  """Times `repeats` runs of every stage of an iteration, after a warm-up.
+
+  Each run of a stage ends when its outputs are ready; an iteration waits once, at its end.
+
+  Args:
+    config: of `configs/rl.py`.
+    say: called with a line after every stage.
+
+  Returns:
+    A report that can be written as JSON. `report["stages"]` has rollout, score, update and the
+    whole iteration, and two parts of the rollout: encode and decode. Each stage has `seconds`
+    (quartiles of one run), `times` (its runs in an iteration), `compile_seconds` (trace and
+    compilation), `flops` (of all devices) and `memory` (bytes per device).
+  """
+  sharding.check_batch(config.batch_size, mesh)
+  run, modules, source = outline(config, mesh)
+  settings, stages, frozen = run.settings, run.stages, _materialise_frozen(run.frozen)
+  state = stages.init(materialise(run.state_shapes.params))
+  images, masks = _random_prompts(config, mesh)
+  key = jax.random.key(config.seed)
+  timer = _Timer(mesh, repeats, say)
+
+  # The outputs of a stage are arguments of the next.
+  prompts, trajectory, samples = timer.stage(
     "rollout", stages.rollout, behaviour_params(state), frozen, images, masks, key
   )
   encode = functools.partial(encode_prompts, modules, settings, mesh=mesh)
   jit = fast_jit(mesh)
-  stage("encode", jit(encode), frozen, images, masks)
+  timer.stage("encode", jit(encode), frozen, images, masks)
   decode_all = functools.partial(decode, modules, chunk=settings.decode_batch, mesh=mesh)
-  stage("decode", jit(decode_all), frozen.vae, trajectory.latents[-1], prompts)
-  scores, _ = stage("score", stages.score, frozen, prompts, samples)
+  timer.stage("decode", jit(decode_all), frozen.vae, trajectory.latents[-1], prompts)
+  scores, _ = timer.stage("score", stages.score, frozen, prompts, samples)
   indices, experience = stages.draw_timesteps(key)[0], Experience(prompts, trajectory, scores)
   updates = settings.updates_per_iteration
   arguments = state, frozen, experience, indices
-  state, _ = stage("update", stages.update, *arguments, times=updates, donates_state=True)
-
-  ### The whole iteration, as `train` runs it.
-  seconds = []
-  for _ in range(1 + repeats):
-    began = time.perf_counter()
-    behaviour = behaviour_params(state)
-    prompts, trajectory, samples = compiled["rollout"](behaviour, frozen, images, masks, key)
-    scores, _ = compiled["score"](frozen, prompts, samples)
-    experience = Experience(prompts, trajectory, scores)
-    for indices in stages.draw_timesteps(key):
-      state, _ = compiled["update"](state, frozen, experience, indices)
-    state = jax.block_until_ready(stages.end_iteration(state))
-    seconds.append(time.perf_counter() - began)
-  parts = [measured[name] for name in ("rollout", "score", "update")]
-  measured["iteration"] = {
-    "times": 1,
-    "seconds": quartiles(seconds[1:]),
-    "compile_seconds": sum(part["compile_seconds"] for part in parts),
-    "flops": sum(part["flops"] * part["times"] for part in parts),
-    "memory": _peak(mesh),
-  }
+  state, _ = timer.stage("update", stages.update, *arguments, times=updates, donates_state=True)
+  del prompts, trajectory, samples, scores, experience, arguments
+  timer.iterations(stages, state, frozen, images, masks, key)
   return {
     "policy": config.policy,
     "architecture": source,
@@ -156,22 +194,26 @@ def benchmark(
     "devices": mesh.size,
     "images": config.batch_size * settings.samples_per_prompt,
     "config": {name: config[name] for name in ("size", "num_steps", "dtype", "remat")},
-    "stages": measured,
+    "stages": timer.measured,
   }
 
 
 def _peak(mesh: Mesh) -> dict[str, int]:
-  """Bytes that a device had in use at most until now, where it says so."""
+  """Returns the peak bytes in use on a device so far, if the device reports them."""
   statistics = mesh.local_devices[0].memory_stats() or {}
   return {"peak": statistics["peak_bytes_in_use"]} if "peak_bytes_in_use" in statistics else {}
 
 
 def describe(report: Mapping[str, Any], peak_flops: float | None = None) -> str:
-  """A report as a table, a row for each stage; `peak_flops` is that of one device."""
+  """Formats a report as a table with one row per stage.
+
+  Args:
+    peak_flops: peak operations per second of one device; None: leave out the share of the peak.
+  """
   settings, devices, images = report["config"], report["devices"], report["images"]
   counts = ", ".join(f"{name} {count:,}" for name, count in report["parameters"].items())
   lines = [
-    f"{report['policy']}, its architecture {report['architecture']}; parameters random",
+    f"{report['policy']}, architecture {report['architecture']}; random parameters",
     f"parameters: {counts}",
     f"{devices} x {report['device']}: {images} images an iteration; {settings['size']} pixels, "
     f"{settings['num_steps']} steps, {settings['dtype']}, remat "
@@ -206,14 +248,15 @@ def describe(report: Mapping[str, Any], peak_flops: float | None = None) -> str:
 
 if __name__ == "__main__":
   _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file[:preset].")
-  _REPEATS = flags.DEFINE_integer("repeats", 5, "Runs of each stage.", lower_bound=1)
-  _PEAK = flags.DEFINE_float("peak_tflops", None, "Of a device; default: known by its name.")
-  _OUTPUT = flags.DEFINE_string("output", None, "json to write the report to.")
+  _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each stage.", lower_bound=1)
+  _PEAK = flags.DEFINE_float("peak_tflops", None, "Of one device; default: by the device's name.")
+  _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the report.")
   flags.mark_flag_as_required("config")
 
   def main() -> None:
     config = _CONFIG.value
-    jax.config.update("jax_enable_compilation_cache", False)  # loading would pass for compiling
+    # With the cache, the time to load a program would be reported as compilation time.
+    jax.config.update("jax_enable_compilation_cache", False)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     say = print if jax.process_index() == 0 else lambda *lines, **how: None
     report = benchmark(config, mesh, _REPEATS.value, lambda line: say(line, flush=True))

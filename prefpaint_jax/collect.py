@@ -1,15 +1,16 @@
-"""Paints candidates for people to score.
+"""Samples candidate inpaintings for people to score.
 
   python -m prefpaint_jax.collect --config=configs/collect.py --workdir=runs/candidates \
     --config.pictures=FOLDER
 
-Draws prompts from pictures and lets one or several policies paint candidates for each. Writes what
-annotators and `prefpaint_jax.data.preferences` need to the workdir: images/, masks/, masks_color/,
-inpaint/ID_<k>.png, prompts.jsonl, candidates.jsonl, train.txt and test.txt. The same command goes
-on where an interrupted one stopped; with more prompts it adds to what is there.
+Draws prompts from images and samples candidates for each with one or several policies. Writes the
+files that annotators and `prefpaint_jax.data.preferences` read to the workdir: images/, masks/,
+masks_color/, inpaint/ID_<k>.png, prompts.jsonl, candidates.jsonl, train.txt and test.txt. The same
+command resumes an interrupted run. With a larger number of prompts it adds prompts to the workdir.
 """
-# Shapes: B prompts of a batch, H W pixels.
+# Shapes: B prompts in a batch, H W pixels.
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -34,11 +35,19 @@ from prefpaint_jax.runtime.workdir import open_workdir
 
 
 def recover(folder: Path, per_prompt: int) -> set[str]:
-  """The prompts that are finished; lines of others, which a killed run may leave, are removed."""
+  """Removes the lines of unfinished prompts, which a killed run may leave.
+
+  Args:
+    folder: the workdir.
+    per_prompt: number of candidates of a finished prompt.
+
+  Returns:
+    The IDs of the finished prompts.
+  """
   files = {name: folder / f"{name}.jsonl" for name in ("candidates", "prompts")}
   lines = {}
   for name, file in files.items():
-    # What follows the last newline is half a line.
+    # The text after the last newline is an incomplete line.
     complete = file.read_text().split("\n")[:-1] if file.is_file() else []
     lines[name] = [(json.loads(line)["image_id"], line) for line in complete]
   counts = Counter(image_id for image_id, _ in lines["candidates"])
@@ -49,7 +58,7 @@ def recover(folder: Path, per_prompt: int) -> set[str]:
   return finished
 
 
-def paint(
+def sample_candidates(
   policies: list[tuple[str, Inpainter]],
   images: np.ndarray,
   masks: np.ndarray,
@@ -57,11 +66,22 @@ def paint(
   key: jax.Array,
   config: ConfigDict,
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """(who, candidates [B, H, W, 3]) for every candidate of the prompts [B, H, W, 3]."""
-  painted = []
+  """Samples the candidates of a batch of prompts.
+
+  Args:
+    policies: (name, policy); the samples take them in turn.
+    images: [B, H, W, 3] in [0, 1].
+    masks: [B, H, W, 1].
+    turn: offset into the policies; the number of the batch.
+    key: PRNG key of the batch.
+
+  Yields:
+    (name of the policy, or "perturbed", and candidates [B, H, W, 3] in [0, 1]).
+  """
+  samples = []
   for sample in range(config.samples_per_prompt):
     name, policy = policies[(turn + sample) % len(policies)]
-    painted.append(
+    samples.append(
       policy(
         images,
         masks,
@@ -70,15 +90,15 @@ def paint(
         eta=config.eta,
       )
     )
-    yield name, painted[-1]
+    yield name, samples[-1]
   rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-  sources = [*painted, images]  # the picture itself is a candidate to spoil, too
+  sources = [*samples, images]  # the true image is perturbed as well
   for i in range(config.perturbed):
     yield "perturbed", simulation.perturb(rng, sources[(turn + i) % len(sources)], masks)
 
 
 def write_prompt(folder: Path, prompt: Prompt, candidates: list[np.ndarray]) -> None:
-  """The pictures of one prompt; candidates are [H, W, 3] in [0, 1]."""
+  """Writes the images of one prompt and of its candidates, [H, W, 3] in [0, 1]."""
   name, mask = prompt["id"], prompt["mask"]
   if prompt["complete"]:
     save_png(folder / "images" / f"{name}.png", to_bytes(prompt["image"]))
@@ -89,15 +109,10 @@ def write_prompt(folder: Path, prompt: Prompt, candidates: list[np.ndarray]) -> 
     save_png(folder / "inpaint" / f"{name}_{k}.png", to_bytes(candidate))
 
 
-def collect(config: ConfigDict, workdir: Path) -> None:
-  if not config.pictures:
-    raise ValueError("config.pictures is empty: give --config.pictures=FOLDER")
-  if not config.policies or config.samples_per_prompt < 1:
-    raise ValueError("config.policies or config.samples_per_prompt is empty: give one or more")
-  mesh = sharding.make_mesh(devices=jax.local_devices())
-  sharding.check_batch(config.batch_size, mesh)
+def _draw_prompts(config: ConfigDict) -> dict[str, DrawnPrompts]:
+  """Returns {split: its prompts}, without empty splits."""
   numbers = dict(zip(SPLITS, (config.num_prompts, config.num_test_prompts), strict=True))
-  drawn = {
+  return {
     split: DrawnPrompts(
       config.pictures,
       split,
@@ -112,6 +127,17 @@ def collect(config: ConfigDict, workdir: Path) -> None:
     for split, number in numbers.items()
     if number
   }
+
+
+def collect(config: ConfigDict, workdir: Path) -> None:
+  """Samples the candidates of all prompts that the workdir does not have yet."""
+  if not config.pictures:
+    raise ValueError("config.pictures is empty; give --config.pictures=FOLDER")
+  if not config.policies or config.samples_per_prompt < 1:
+    raise ValueError("config.policies or config.samples_per_prompt is empty; give at least one")
+  mesh = sharding.make_mesh(devices=jax.local_devices())
+  sharding.check_batch(config.batch_size, mesh)
+  drawn = _draw_prompts(config)
   open_workdir(
     config, workdir, free=("num_prompts", "num_test_prompts"), progress="candidates.jsonl"
   )
@@ -131,7 +157,7 @@ def collect(config: ConfigDict, workdir: Path) -> None:
     for split, prompts in drawn.items():
       split_key = jax.random.fold_in(key, SPLITS.index(split))
       for first in range(0, len(prompts), B):
-        # A last batch that is not full is filled up, so that nothing is compiled for it.
+        # Repeats the last prompt to fill the last batch, because XLA compiles for one batch size.
         batch = [prompts[min(i, len(prompts) - 1)] for i in range(first, first + B)]
         missing = [i for i in range(min(B, len(prompts) - first)) if batch[i]["id"] not in finished]
         if not missing:
@@ -139,17 +165,19 @@ def collect(config: ConfigDict, workdir: Path) -> None:
         stacked = stack(batch)
         images, masks = stacked["image"], stacked["mask"]
         batch_key = jax.random.fold_in(split_key, first)
-        painted = list(paint(policies, images, masks, first // B, batch_key, config))
-        # Pictures first, then the lines that say they are there, then the split that names them.
-        write = lambda i: write_prompt(workdir, batch[i], [filling[i] for _, filling in painted])  # noqa: B023
-        list(pool.map(write, missing))
+        candidates = list(sample_candidates(policies, images, masks, first // B, batch_key, config))
+        # Images are written before the lines that list them, so that a listed prompt is complete.
+        samples_by_prompt = [[samples[i] for _, samples in candidates] for i in missing]
+        write = functools.partial(write_prompt, workdir)
+        list(pool.map(write, [batch[i] for i in missing], samples_by_prompt))
         for i in missing:
           name, kind = batch[i]["id"], mask_io.KINDS[batch[i]["kind"]]
           about = {"source": batch[i]["source"], "picture": batch[i]["picture"]}
           print(json.dumps({"image_id": name, "kind": kind} | about), file=prompt_lines)
         for i in missing:
-          for k, (who, _) in enumerate(painted):
-            line = {"image_id": batch[i]["id"], "candidate": f"{batch[i]['id']}_{k}", "policy": who}
+          name = batch[i]["id"]
+          for k, (policy, _) in enumerate(candidates):
+            line = {"image_id": name, "candidate": f"{name}_{k}", "policy": policy}
             print(json.dumps(line), file=candidate_lines)
         prompt_lines.flush()
         candidate_lines.flush()
@@ -160,7 +188,7 @@ def collect(config: ConfigDict, workdir: Path) -> None:
   bar.close()
   print(
     f"{workdir}: {sum(map(len, drawn.values()))} prompts with "
-    f"{per_prompt} candidates each; write the scores to annotations.jsonl there"
+    f"{per_prompt} candidates each; write their scores to annotations.jsonl in this folder"
   )
 
 

@@ -3,11 +3,11 @@
   python -m prefpaint_jax.evaluate --config=configs/eval.py:mini --workdir=runs/eval \
     --config.policy=runs/mini
 
-Both paint S samples of every prompt from the same seeds; every judge scores them. The workdir
-receives eval.json (`comparison` says what its keys are) and report.html; the same command goes on
-where an interrupted one stopped.
+Policy and baseline draw S samples of every prompt from the same seeds, and every judge scores them.
+Writes eval.json (see `evaluation.winrate` for its keys) and report.html to the workdir. The same
+command resumes an interrupted evaluation.
 """
-# Shapes: N prompts, b of them in a batch, S samples of each, H W pixels, D features.
+# Shapes: N prompts, b prompts of a batch, S samples of each, H W pixels, h w of a thumbnail.
 
 import itertools
 import sys
@@ -27,7 +27,6 @@ from prefpaint_jax.data import prompts as prompt_io
 from prefpaint_jax.data.images import resize_image, to_bytes
 from prefpaint_jax.evaluation import drift as drift_lib
 from prefpaint_jax.evaluation import report, tables, winrate
-from prefpaint_jax.evaluation.drift import diversity, measure
 from prefpaint_jax.evaluation.winrate import Scores
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.preference import simulation
@@ -39,22 +38,33 @@ from prefpaint_jax.runtime.workdir import open_workdir
 
 SIDES = ("policy", "baseline")
 SIMULATED = "true preference"
-THUMBNAIL = 256  # pixels along the longer side of what the report shows
+THUMBNAIL = 256  # largest side of the images in the report, in pixels
+
+
+def check(config: ConfigDict) -> None:
+  """Raises ValueError for a config that cannot work."""
+  for field in ("policy", "baseline", "prompts"):
+    if not config[field]:
+      raise ValueError(f"config.{field} is empty; give --config.{field}=...")
+  if not config.judges and not config.simulated_preference:
+    raise ValueError("config.judges is empty; give at least one reward model")
+  if config.samples_per_prompt < 1:
+    raise ValueError(f"samples_per_prompt is {config.samples_per_prompt}; give 1 or more")
 
 
 def open_judges(names: tuple[str, ...], dtype: str) -> dict[str, RewardModel]:
-  """{label: reward model}; the label is the end of the name that tells it from the others."""
+  """Opens reward models by label: the last part of the name, or the name if labels are equal."""
   judges = {}
   for name in names:
     label = Path(name).name
-    if label == "reward":  # of a workdir of train_reward
+    if label == "reward":  # the folder that train_reward writes in its workdir
       label = "/".join(Path(name).parts[-2:])
     judges[label if label not in judges else name] = RewardModel.from_pretrained(name, dtype=dtype)
   return judges
 
 
 def choose_prompts(config: ConfigDict) -> tuple[Sequence[examples.Prompt], list[int]]:
-  """The prompts of a split, and the indices of those that are asked for."""
+  """Returns the prompts of the config's split, and the indices of the prompts to evaluate."""
   prompts = prompt_io.open_prompts(config.prompts, config.split, config.size)
   if config.kind and config.kind not in mask_io.KINDS:
     raise ValueError(f"config.kind is {config.kind!r}; give one of {', '.join(mask_io.KINDS)}")
@@ -73,7 +83,7 @@ def choose_prompts(config: ConfigDict) -> tuple[Sequence[examples.Prompt], list[
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
-  """[H, W, 3] in [0, 1] -> uint8, no side longer than THUMBNAIL."""
+  """Reduces an image [H, W, 3] in [0, 1] to uint8 with no side longer than THUMBNAIL."""
   scale = min(1.0, THUMBNAIL / max(image.shape[:2]))
   size = tuple(max(1, round(scale * side)) for side in image.shape[:2])
   return to_bytes(resize_image(image, size))
@@ -86,50 +96,60 @@ def examine(
   key: jax.Array,
   config: ConfigDict,
 ) -> dict[str, np.ndarray]:
-  """Everything that is kept of a batch of prompts, by "side/..." names.
+  """Samples and scores one batch of prompts.
 
-  side/score/JUDGE [b, S], side/measure/NAME [b, S], side/measure/diversity [b],
-  side/picture [b, h, w, 3] (the first samples, small), and id, kind, prompt [b, h, w, 3].
+  Args:
+    policies: inpainters by side, "policy" and "baseline".
+    judges: reward models by label.
+    batch: b prompts (see `examples.stack`).
+    key: PRNG key, the same for both sides.
+
+  Returns:
+    SIDE/score/JUDGE [b, S], SIDE/measure/NAME [b, S], SIDE/measure/diversity [b], SIDE/picture
+    [b, h, w, 3] (thumbnails of the first samples), id [b], kind [b] and prompt [b, h, w, 3].
   """
   S = config.samples_per_prompt
   images, masks = batch["image"], batch["mask"]
   repeated_images, repeated_masks = (np.repeat(x, S, axis=0) for x in (images, masks))
-  shown = np.where(masks > 0, 0.5, images)  # the hole grey, apart from black
-  kept = {
+  shown = np.where(masks > 0, 0.5, images)  # grey distinguishes the hole from black pixels
+  results = {
     "id": batch["id"],
     "kind": batch["kind"],
     "prompt": np.stack([thumbnail(image) for image in shown]),
   }
   by_prompt = lambda x: np.asarray(x).reshape(-1, S, *np.shape(x)[1:])
   for side, policy in policies.items():
-    painted = policy(
+    samples = policy(
       images, masks, key=key, num_steps=config.num_steps, eta=config.eta, num_samples=S
     )
     features = None
     for label, judge in judges.items():
-      rewards, z = judge.score(painted, images * (1.0 - masks))
+      rewards, z = judge.score(samples, images * (1.0 - masks))
       features = by_prompt(z) if features is None else features
-      kept[f"{side}/score/{label}"] = by_prompt(rewards)
+      results[f"{side}/score/{label}"] = by_prompt(rewards)
     if config.simulated_preference:
-      truth = simulation.true_preference(painted, repeated_masks)["combined"]
-      kept[f"{side}/score/{SIMULATED}"] = by_prompt(truth)
-    measures = measure(painted, repeated_masks, repeated_images)
-    kept |= {f"{side}/measure/{name}": by_prompt(values) for name, values in measures.items()}
+      truth = simulation.true_preference(samples, repeated_masks)["combined"]
+      results[f"{side}/score/{SIMULATED}"] = by_prompt(truth)
+    measures = drift_lib.measure(samples, repeated_masks, repeated_images)
+    results |= {f"{side}/measure/{name}": by_prompt(values) for name, values in measures.items()}
     if S > 1 and features is not None:
-      kept[f"{side}/measure/diversity"] = diversity(features)
-    kept[f"{side}/picture"] = np.stack([thumbnail(image) for image in painted[::S]])
-  return kept
+      results[f"{side}/measure/diversity"] = drift_lib.diversity(features)
+    results[f"{side}/picture"] = np.stack([thumbnail(image) for image in samples[::S]])
+  return results
 
 
 def batches(chosen: list[int], size: int) -> Iterator[tuple[int, list[int], int]]:
-  """(number, indices, how many of them are new): the last batch is filled up to `size`."""
+  """Yields (number, indices, new) for each batch of `size` prompts.
+
+  The last batch repeats its last prompt up to `size`; `new` is the number of different prompts.
+  """
   for number, first in enumerate(range(0, len(chosen), size)):
     part = chosen[first : first + size]
     yield number, part + [part[-1]] * (size - len(part)), len(part)
 
 
 def collect_results(folder: Path, count: int) -> dict[str, np.ndarray]:
-  """All batches together."""
+  """Reads and concatenates the results of all `count` batches."""
   parts = []
   for number in range(count):
     with np.load(folder / f"{number:05d}.npz") as file:
@@ -137,20 +157,20 @@ def collect_results(folder: Path, count: int) -> dict[str, np.ndarray]:
   return examples.concatenate(parts)
 
 
-def of_side(results: Mapping[str, np.ndarray], side: str, what: str) -> dict[str, np.ndarray]:
-  prefix = f"{side}/{what}/"
+def of_side(results: Mapping[str, np.ndarray], side: str, part: str) -> dict[str, np.ndarray]:
+  """Returns the results named SIDE/PART/NAME, by NAME."""
+  prefix = f"{side}/{part}/"
   return {n.removeprefix(prefix): x for n, x in results.items() if n.startswith(prefix)}
 
 
-def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-  ### Settings: refuse what cannot work before anything is painted.
-  for field in ("policy", "baseline", "prompts"):
-    if not config[field]:
-      raise ValueError(f"config.{field} is empty: give --config.{field}=...")
-  if not config.judges and not config.simulated_preference:
-    raise ValueError("config.judges is empty: name one reward model or more")
-  if config.samples_per_prompt < 1:
-    raise ValueError(f"samples_per_prompt is {config.samples_per_prompt}: give 1 or more")
+def run_batches(config: ConfigDict, workdir: Path) -> tuple[dict[str, np.ndarray], int]:
+  """Samples and scores all batches that the workdir does not have yet.
+
+  Each process computes its share of the batches, and returns the results of all processes.
+
+  Returns:
+    The results [N, ...] by name (see `examine`), and N.
+  """
   process, processes = jax.process_index(), jax.process_count()
   mesh = sharding.make_mesh(devices=jax.local_devices())
   sharding.check_batch(config.batch_size, mesh)
@@ -162,7 +182,6 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   }
   open_workdir(config, workdir, free=("gallery",), progress="batches/*.npz", is_writer=process == 0)
 
-  ### Paint and score, batch by batch; what is on disk is done.
   folder, key = workdir / "batches", jax.random.key(config.seed)
   folder.mkdir(parents=True, exist_ok=True)
   work = list(batches(chosen, config.batch_size))
@@ -173,48 +192,76 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if file.is_file():
       continue
     batch = examples.stack([prompts[i] for i in indices])
-    kept = examine(policies, judges, batch, jax.random.fold_in(key, number), config)
+    results = examine(policies, judges, batch, jax.random.fold_in(key, number), config)
     with atomic_path(file) as partial, partial.open("wb") as output:
-      np.savez_compressed(output, **{name: values[:new] for name, values in kept.items()})
+      np.savez_compressed(output, **{name: values[:new] for name, values in results.items()})
     bar.update()
   bar.close()
   multihost_utils.sync_global_devices("evaluated")
+  return collect_results(folder, len(work)), len(chosen)
 
-  ### What it says.
-  results = collect_results(folder, len(work))
+
+def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+  """Evaluates as `config` says; resumes the evaluation in `workdir` if there is one.
+
+  Returns:
+    "judges": the summary of `winrate.summarise`; "drift": the result of `drift.drift`.
+  """
+  check(config)
+  results, number = run_batches(config, workdir)
   sides = {side: of_side(results, side, "score") for side in SIDES}
   scores = {
     label: Scores(sides["policy"][label], sides["baseline"][label]) for label in sides["policy"]
   }
   summary = winrate.summarise(scores, results["kind"])
   drift = drift_lib.drift(*(of_side(results, side, "measure") for side in SIDES))
-  if process == 0:
-    about = {
-      "policy": config.policy,
-      "baseline": config.baseline,
-      "prompts": f"{len(chosen)} of {config.prompts}, {config.split}",
-      "samples_per_prompt": config.samples_per_prompt,
-      "sampler": f"DDIM, {config.num_steps} steps, eta {config.eta:g}",
-      "seed": config.seed,
-      "command": " ".join(["python -m prefpaint_jax.evaluate", *sys.argv[1:]]),
-    }
-    content = {"about": about, "judges": summary, "drift": drift}
-    write_json(workdir / "eval.json", content)
-    gallery = report.make_gallery(
-      results["id"].tolist(),
-      results["prompt"],
-      results["baseline/picture"],
-      results["policy/picture"],
-      scores,
-      each=config.gallery // 3,
-    )
-    title = f"{config.policy} beside {config.baseline}"
-    report.write_report(workdir / "report.html", title, about, summary, scores, drift, gallery)
-    for label, groups in summary.items():
-      print(tables.describe_table(label, groups), end="\n\n")
-    print(tables.describe_drift(drift), end="\n\n")
-    print(f"{workdir / 'report.html'}: the same with pictures; numbers in eval.json")
+  if jax.process_index() == 0:
+    write_results(config, workdir, results, number, scores, summary, drift)
   return {"judges": summary, "drift": drift}
+
+
+def write_results(
+  config: ConfigDict,
+  workdir: Path,
+  results: Mapping[str, np.ndarray],
+  number: int,
+  scores: Mapping[str, Scores],
+  summary: Mapping[str, Any],
+  drift: Mapping[str, Any],
+) -> None:
+  """Writes eval.json and report.html, and prints the tables.
+
+  Args:
+    results: results of `run_batches`, for the gallery.
+    number: N.
+    scores: scores by judge.
+    summary: result of `winrate.summarise`.
+    drift: result of `drift.drift`.
+  """
+  about = {
+    "policy": config.policy,
+    "baseline": config.baseline,
+    "prompts": f"{number} of {config.prompts}, {config.split}",
+    "samples_per_prompt": config.samples_per_prompt,
+    "sampler": f"DDIM, {config.num_steps} steps, eta {config.eta:g}",
+    "seed": config.seed,
+    "command": " ".join(["python -m prefpaint_jax.evaluate", *sys.argv[1:]]),
+  }
+  write_json(workdir / "eval.json", {"about": about, "judges": summary, "drift": drift})
+  gallery = report.make_gallery(
+    results["id"].tolist(),
+    results["prompt"],
+    results["baseline/picture"],
+    results["policy/picture"],
+    scores,
+    each=config.gallery // 3,
+  )
+  title = f"{config.policy} against {config.baseline}"
+  report.write_report(workdir / "report.html", title, about, summary, scores, drift, gallery)
+  for label, groups in summary.items():
+    print(tables.describe_table(label, groups), end="\n\n")
+  print(tables.describe_drift(drift), end="\n\n")
+  print(f"wrote {workdir / 'report.html'}, with images, and eval.json, with all numbers")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Writes the aligned model of a run as a diffusers folder.
+"""Exports the aligned policy of a run as a diffusers folder.
 
   python -m prefpaint_jax.export --workdir=runs/mini --output=aligned
 
-Takes the latest checkpoint, that of --step=40, or --step=best, which `keep_best` kept (in each the
-moving average of the parameters where the run has one), and from the base model everything that
-alignment does not change.
+The UNet is that of the latest checkpoint, of iteration 40 with --step=40, or of the checkpoint that
+`keep_best` keeps with --step=best; from each, the moving average of the parameters if the run has
+one. VAE, text encoder, tokenizer and scheduler are those of the base policy.
 """
 
 from pathlib import Path
@@ -20,10 +20,11 @@ _STEP = flags.DEFINE_string("step", None, "Iteration of the checkpoint, or best;
 
 
 def main() -> None:
+  """Exports the policy that the flags name."""
   output = Path(_OUTPUT.value)
   if output.exists() and any(output.iterdir()):
     raise ValueError(f"{output} is not empty: name a new folder")
-  workdir.read_workdir(Path(_WORKDIR.value))  # a model's folder is no run
+  workdir.read_workdir(Path(_WORKDIR.value))  # raises ValueError for a folder that is not a run
   inpainter.open_policy(_WORKDIR.value, step=_STEP.value).save_pretrained(output)
   print(f"{output}: open with diffusers' AutoPipelineForInpainting or Inpainter.from_pretrained")
 

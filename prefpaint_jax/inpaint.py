@@ -1,13 +1,13 @@
-"""Paints the missing part of a picture, what lies beyond its borders, or what a new view uncovers.
+"""Inpaints the missing part of an image, extends it, or renders new views of it.
 
   python -m prefpaint_jax.inpaint --model=MODEL --image=I --mask=M --output=O.png
   python -m prefpaint_jax.inpaint --model=MODEL --image=I --extend=left=256,right=256 --output=O.png
   python -m prefpaint_jax.inpaint --model=MODEL --image=I --depth=D.npy --move=0.3,0,0 \
     --turn=-5,0 --views=8 --output=O.gif
 
-The mask is white where the picture is missing. Several samples go to O_0.png, O_1.png, ..., or with
---best the one that the reward model likes best to O.png. Several views go to a GIF, or side by side
-to a PNG, after the picture itself.
+The mask is white where the image is missing. With --num_samples=N the samples are written to
+O_0.png, O_1.png, ...; with --best only the sample of the greatest reward is written, to O.png.
+Several views are written to a GIF, or side by side to a PNG, after the image itself.
 """
 
 import sys
@@ -35,83 +35,84 @@ from prefpaint_jax.runtime import cli
 from prefpaint_jax.runtime.files import atomic_path
 
 _MODEL = flags.DEFINE_string("model", "mini", "Folder, hub name, workdir of a run, or mini.")
-_IMAGE = flags.DEFINE_string("image", None, "Picture to start from.", required=True)
+_IMAGE = flags.DEFINE_string("image", None, "Image to start from.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "PNG to write; GIF for views.", required=True)
-_TEXT = flags.DEFINE_string("text", "", "What to paint; empty: what the picture suggests.")
+_TEXT = flags.DEFINE_string("text", "", "Description of the missing part, or empty.")
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 50, "Denoising steps.", lower_bound=1)
 _ETA = flags.DEFINE_float("eta", 0.0, "Noise in each step, 0 to 1.", 0.0, 1.0)
 _GUIDANCE = flags.DEFINE_float("guidance_scale", 7.5, "Strength of the text; 1 is none.")
-_SEED = flags.DEFINE_integer("seed", 0, "The same seed paints the same picture.")
+_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same samples.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
-_MASK = flags.DEFINE_string("mask", None, "The picture's mask, white = missing.")
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "How many.", lower_bound=1)
+_MASK = flags.DEFINE_string("mask", None, "Mask of the image, white = missing.")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Number of samples.", lower_bound=1)
 _REWARD = flags.DEFINE_string("reward", None, "Reward model that scores the samples.")
-_BEST = flags.DEFINE_bool("best", False, "Keep only the sample of the greatest reward.")
-_EXTEND = flags.DEFINE_string("extend", None, "Grow by pixels: left=256,right=256,bottom=9.")
+_BEST = flags.DEFINE_bool("best", False, "Write only the sample of the greatest reward.")
+_EXTEND = flags.DEFINE_string("extend", None, "Pixels to add: left=256,right=256,bottom=9.")
 _MOVE = flags.DEFINE_string("move", None, "New view: x,y,z, to the right, down and forward.")
 _TURN = flags.DEFINE_string("turn", None, "New view: yaw,pitch in degrees, to the right and up.")
-_DEPTH = flags.DEFINE_string("depth", None, "Its depth: .npy, 16-bit PNG, or synthetic (made up).")
+_DEPTH = flags.DEFINE_string("depth", None, "Depth of the image: .npy, 16-bit PNG, or synthetic.")
 _INTRINSICS = flags.DEFINE_string("intrinsics", None, "fx,fy,cx,cy or a file; default: 60 degrees.")
-_VIEWS = flags.DEFINE_integer("views", 1, "How many, on the way to the new one.", lower_bound=1)
+_VIEWS = flags.DEFINE_integer("views", 1, "Number of views along the way.", lower_bound=1)
 
 
 def main() -> None:
-  paint = _choose_job()
-  paint(image_io.load_image(_IMAGE.value), Path(_OUTPUT.value))
+  """Runs the task that the flags ask for."""
+  task = _choose_task()
+  task(image_io.load_image(_IMAGE.value), Path(_OUTPUT.value))
 
 
-def _choose_job() -> Callable[[np.ndarray, Path], None]:
-  """Which of the three it is, by the flags that are given; those of two do not go together."""
-  jobs = {
-    _complete: ("mask", "num_samples", "reward", "best"),
+def _choose_task() -> Callable[[np.ndarray, Path], None]:
+  """Returns the task whose flags are given; raises ValueError for none, or for two tasks."""
+  tasks = {
+    _inpaint: ("mask", "num_samples", "reward", "best"),
     _extend: ("extend",),
     _show_views: ("move", "turn", "depth", "intrinsics", "views"),
   }
-  differs = lambda name: flags.FLAGS[name].value != flags.FLAGS[name].default
-  given = {job: list(filter(differs, names)) for job, names in jobs.items()}
-  asked = [job for job in jobs if given[job]]
-  if len(asked) > 1:
-    first, second = (given[job][0] for job in asked[:2])
-    raise ValueError(f"--{first} and --{second} do not go together: leave one of them out")
+  is_given = lambda name: flags.FLAGS[name].value != flags.FLAGS[name].default
+  given = {task: list(filter(is_given, names)) for task, names in tasks.items()}
+  chosen = [task for task in tasks if given[task]]
+  if len(chosen) > 1:
+    first, second = (given[task][0] for task in chosen[:2])
+    raise ValueError(f"--{first} and --{second} do not go together; leave one of them out")
   if given[_show_views] and not (_MOVE.value or _TURN.value):
     raise ValueError(
-      f"--{given[_show_views][0]} without --move or --turn: say where the new view is from"
+      f"--{given[_show_views][0]} without --move or --turn; give the camera of the new view"
     )
-  if not asked or (given[_complete] and not _MASK.value):
+  if not chosen or (given[_inpaint] and not _MASK.value):
     raise ValueError(
-      "nothing to paint: give --mask=M.png, --extend=left=256 (and other sides), or --move=x,y,z"
+      "nothing to inpaint; give --mask=M.png, --extend=left=256 (and other sides), or --move=x,y,z"
     )
-  suffixes = (".png", ".gif") if asked == [_show_views] else (".png",)
+  suffixes = (".png", ".gif") if chosen == [_show_views] else (".png",)
   if Path(_OUTPUT.value).suffix.lower() not in suffixes:
     raise ValueError(f"--output={_OUTPUT.value}: give a name that ends in {' or '.join(suffixes)}")
-  return asked[0]
+  return chosen[0]
 
 
-# ----------------------------------------------------------------------------------------- the jobs
-def _complete(image: np.ndarray, output: Path) -> None:
-  """Paints what the mask says is missing."""
+# ------------------------------------------------------------------------------------------- tasks
+def _inpaint(image: np.ndarray, output: Path) -> None:
+  """Inpaints the pixels under the mask and writes the samples."""
   if _BEST.value and not _REWARD.value:
-    raise ValueError("--best without --reward: name the reward model that chooses, --reward=mini")
+    raise ValueError("--best without --reward; name the reward model that chooses, --reward=mini")
   mask = image_io.load_mask(_MASK.value, image.shape[:2])
   inpainter = open_policy(_MODEL.value, _DTYPE.value)
-  judge = _REWARD.value and RewardModel.from_pretrained(_REWARD.value, dtype=_DTYPE.value)
+  reward_model = _REWARD.value and RewardModel.from_pretrained(_REWARD.value, dtype=_DTYPE.value)
   with _settings() as settings:
-    painted = inpainter(image, mask, num_samples=_NUM_SAMPLES.value, **settings)
-  rewards = judge.score(painted, (image * (1.0 - mask))[None])[0] if judge else None
-  kept = [int(np.nanargmax(rewards))] if _BEST.value else range(len(painted))
+    samples = inpainter(image, mask, num_samples=_NUM_SAMPLES.value, **settings)
+  rewards = reward_model.score(samples, (image * (1.0 - mask))[None])[0] if reward_model else None
+  kept = [int(np.nanargmax(rewards))] if _BEST.value else range(len(samples))
   for i in kept:
     name = output if len(kept) == 1 else output.with_stem(f"{output.stem}_{i}")
     text = {} if rewards is None else {"reward": f"{rewards[i]:.4f}"}
-    said = [f"{field} {value}" for field, value in text.items()]
+    message = [f"{field} {value}" for field, value in text.items()]
     if _BEST.value:
       text |= {"sample": str(i), "rewards": " ".join(f"{reward:.4f}" for reward in rewards)}
-      said += [f"the best of {len(rewards)}"]
-    save_png(name, to_bytes(painted[i]), _fields(**text))
-    print(name, *said)
+      message += [f"the best of {len(rewards)}"]
+    save_png(name, to_bytes(samples[i]), _fields(**text))
+    print(name, *message)
 
 
 def _extend(image: np.ndarray, output: Path) -> None:
-  """Paints what lies beyond the picture's borders."""
+  """Extends the image beyond its borders and writes it."""
   borders = Borders.parse(_EXTEND.value)
   inpainter = open_policy(_MODEL.value, _DTYPE.value)
   plan = extension.plan_windows(inpainter, image.shape[:2], borders)
@@ -122,7 +123,7 @@ def _extend(image: np.ndarray, output: Path) -> None:
 
 
 def _show_views(image: np.ndarray, output: Path) -> None:
-  """Paints what is uncovered on the way to a new view."""
+  """Renders views along the way to a new view and writes them."""
   move = _numbers("move", _MOVE.value or "0,0,0", 3)
   turn = _numbers("turn", _TURN.value or "0,0", 2)
   intrinsics = Intrinsics.parse(_INTRINSICS.value) if _INTRINSICS.value else None
@@ -143,9 +144,9 @@ def _show_views(image: np.ndarray, output: Path) -> None:
 
 # ---------------------------------------------------------------------------------- flags and files
 @contextmanager
-def _settings(paintings: int = 1) -> Iterator[dict[str, Any]]:
-  """How to paint, by the names that `Inpainter` gives it, with a progress bar over it all."""
-  total = paintings * _NUM_STEPS.value
+def _settings(calls: int = 1) -> Iterator[dict[str, Any]]:
+  """Yields keyword arguments for `Inpainter`, with one progress bar for `calls` of its calls."""
+  total = calls * _NUM_STEPS.value
   with tqdm(total=total, unit="step", disable=not sys.stderr.isatty()) as bar:
     yield {
       "key": jax.random.key(_SEED.value),
@@ -158,19 +159,21 @@ def _settings(paintings: int = 1) -> Iterator[dict[str, Any]]:
 
 
 def _numbers(flag: str, text: str, count: int) -> tuple[float, ...]:
+  """Parses `count` finite numbers; raises ValueError that names the flag."""
   try:
     numbers = tuple(float(number) for number in text.split(","))
   except ValueError:
     numbers = ()
   if len(numbers) != count or not np.isfinite(numbers).all():
-    raise ValueError(f"--{flag}={text}: give {count} numbers with commas between them")
+    raise ValueError(f"--{flag}={text}: give {count} numbers separated by commas")
   return numbers
 
 
 def _read_depth(size: tuple[int, int]) -> np.ndarray:
+  """Loads the depth [height, width] that --depth names, or makes a synthetic one from the seed."""
   if not _DEPTH.value:
     raise ValueError(
-      "--depth is missing: give a .npy or 16-bit PNG, or --depth=synthetic for a made-up scene"
+      "--depth is missing; give a .npy or 16-bit PNG file, or --depth=synthetic for a random scene"
     )
   if _DEPTH.value == "synthetic":
     return synthetic_depth(_SEED.value, *size)
@@ -178,12 +181,13 @@ def _read_depth(size: tuple[int, int]) -> np.ndarray:
 
 
 def _fields(**others: str) -> dict[str, str]:
-  """What a PNG says of where it came from."""
+  """Returns the text fields of a PNG: model, seed and `others`."""
   return {"model": _MODEL.value, "seed": str(_SEED.value)} | others
 
 
-def _save_gif(path: Path, pictures: list[np.ndarray]) -> None:
-  first, *others = (Image.fromarray(to_bytes(picture)) for picture in pictures)
+def _save_gif(path: Path, images: list[np.ndarray]) -> None:
+  """Writes images [H, W, 3] in [0, 1] as an endless GIF of 150 ms a frame."""
+  first, *others = (Image.fromarray(to_bytes(image)) for image in images)
   with atomic_path(path) as partial:
     first.save(partial, format="GIF", save_all=True, append_images=others, duration=150, loop=0)
 

@@ -1,9 +1,8 @@
-"""Inpainter: a Stable Diffusion inpainting pipeline, its parameters and its tokenizer.
+"""Inpainter: loads, runs and saves a Stable Diffusion inpainting pipeline.
 
-`Modules` holds the pure functions (they run under any jit, on any mesh); `Inpainter` is the bundle
-a user holds: load, paint, save. A *prompt* is an incomplete image and its mask; text is optional.
-Shapes: B prompts, S samples per prompt, H W pixels, h w latents, L text tokens, D text width.
+`Inpainter` holds the parameters and the tokenizer; `Modules` holds the networks as pure functions.
 """
+# Shapes: B images, S samples of each, H W pixels, h w latents, L text tokens, D text width.
 
 import functools
 import json
@@ -23,11 +22,14 @@ from prefpaint_jax import mini
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.diffusion.ddim import Steps
-from prefpaint_jax.models.pipeline import NETWORKS, Modules, Params, make_modules
+from prefpaint_jax.models import lora
+from prefpaint_jax.models.pipeline import NETWORKS, Modules, make_modules
 from prefpaint_jax.runtime import sharding
-from prefpaint_jax.runtime.compilation import apart, fast_jit
+from prefpaint_jax.runtime.checkpoint import Checkpoints
+from prefpaint_jax.runtime.compilation import fast_jit
 from prefpaint_jax.runtime.workdir import read_workdir
 from prefpaint_jax.weights import folder as weights
+from prefpaint_jax.weights.names import Params
 
 
 @functools.partial(jax.jit, static_argnames="modules")
@@ -35,7 +37,7 @@ def _encode_text(modules: Modules, params: Params, ids: jax.Array) -> jax.Array:
   return modules.text_encoder.apply({"params": params}, ids).astype(jnp.float32)
 
 
-def _paint(
+def _inpaint(
   modules: Modules,
   params: dict[str, Params],
   images: jax.Array,
@@ -50,6 +52,7 @@ def _paint(
   guided: bool,
   report: Callable[[], None] | None,
 ) -> jax.Array:
+  """Samples S inpaintings [B S, H, W, 3] of each image: encodes, runs the DDIM chain, decodes."""
   prompts = modules.encode_prompts(params["vae"], images, masks, context).repeat(num_samples)
 
   def predict(latents: jax.Array, timestep: jax.Array) -> jax.Array:
@@ -66,18 +69,19 @@ def _paint(
 
 
 @functools.cache
-def _painter() -> Callable:
-  return fast_jit()(_paint, static_argnames=("modules", "num_samples", "guided", "report"))
+def _inpainting_program() -> Callable:
+  """Returns `_inpaint`, jitted once per process."""
+  return fast_jit()(_inpaint, static_argnames=("modules", "num_samples", "guided", "report"))
 
 
 class Inpainter:
   """An inpainting model: `Inpainter.from_pretrained(name)`, then `inpainter(image, mask, ...)`.
 
   Attributes:
-    modules: the networks and the schedule (pure functions).
-    params: {"unet", "vae", "text_encoder"} trees of float32 arrays.
-    configs: the raw json of unet, vae, text_encoder and scheduler, written back as they were.
-    tokenizer_files: file name -> content of the folder's `tokenizer/`.
+    modules: the networks and the noise schedule, as pure functions.
+    params: {"unet", "vae", "text_encoder"}, trees of float32 arrays.
+    configs: JSON of "unet", "vae", "text_encoder" and "scheduler"; `save_pretrained` writes it.
+    tokenizer_files: file name -> content, of the folder's `tokenizer/`.
   """
 
   def __init__(
@@ -92,7 +96,6 @@ class Inpainter:
     self._batch_sharding: NamedSharding | None = None
 
   @classmethod
-  @apart()
   def from_pretrained(
     cls,
     name: str | Path,
@@ -100,13 +103,17 @@ class Inpainter:
     remat: bool = False,
     variant: str | None = None,
   ) -> "Inpainter":
-    """Loads a diffusers folder, a hub name, or the embedded "mini".
+    """Loads a pipeline in the diffusers format.
 
     Args:
-      name: folder or hub name, e.g. "stable-diffusion-v1-5/stable-diffusion-inpainting".
-      dtype: what the networks compute in; parameters stay float32.
-      remat: recompute the UNet's blocks in the backward pass.
-      variant: file variant such as "fp16"; only needed when several are there.
+      name: a folder, a hub name ("stable-diffusion-v1-5/stable-diffusion-inpainting"), or "mini",
+        the model inside this package.
+      dtype: compute dtype of the networks; parameters stay float32.
+      remat: rematerialise the UNet's blocks in the backward pass.
+      variant: variant of the weight files, "fp16" for example; default: full precision, if present.
+
+    Raises:
+      ValueError: a file is missing, or the folder is not an inpainting pipeline.
     """
     path = weights.resolve_pipeline(mini.locate(name, "policy"))
     configs = {part: weights.read_config(path / part) for part in NETWORKS}
@@ -118,12 +125,12 @@ class Inpainter:
     tokenizer_files = {file.name: file.read_bytes() for file in files if file.is_file()}
     if not tokenizer_files:
       raise ValueError(
-        f"{path / 'tokenizer'}: no files; copy the tokenizer of the base model there"
+        f"{path / 'tokenizer'}: no files; copy the tokenizer of the base model into it"
       )
     return cls(modules, params, configs, tokenizer_files)
 
   def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
-    """Writes a folder that this class and stock diffusers open; `dtype` is that of the files."""
+    """Writes a diffusers folder, with parameters stored as `dtype`."""
     folder = Path(folder)
     library = {
       "unet": ["diffusers", "UNet2DConditionModel"],
@@ -149,8 +156,10 @@ class Inpainter:
 
   @functools.cached_property
   def tokenizer(self):
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not missed here
-    from transformers import CLIPTokenizer  # slow to import: only when a text is needed
+    """The tokenizer of transformers, loaded on first use."""
+    # Without it transformers warns that torch is not installed; the tokenizer does not need torch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import CLIPTokenizer  # slow to import
 
     folder = Path(tempfile.mkdtemp(prefix="tokenizer"))
     try:
@@ -160,13 +169,13 @@ class Inpainter:
       shutil.rmtree(folder)
 
   def place(self, mesh: Mesh) -> "Inpainter":
-    """Copies the parameters to every device of `mesh`; batches that divide are split over them."""
+    """Replicates the parameters on `mesh`; later calls shard batches whose size divides over it."""
     self.params = jax.device_put(self.params, sharding.replicated(mesh))
     self._batch_sharding = sharding.batch_sharding(mesh)
     return self
 
   def encode_text(self, texts: Sequence[str]) -> jax.Array:
-    """Texts -> their context [B, L, D]; longer ones are cut."""
+    """Computes the context [B, L, D] of texts; texts of more than L tokens are truncated."""
     length = self.modules.text_encoder.config.max_position_embeddings
     tokens = self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
     ids = jnp.asarray(tokens["input_ids"], jnp.int32)
@@ -174,11 +183,14 @@ class Inpainter:
 
   @functools.cached_property
   def empty_context(self) -> jax.Array:
-    """The context [1, L, D] of the empty text, computed once."""
+    """The context [1, L, D] of the empty text, computed on first use."""
     return self.encode_text([""])
 
   def working_size(self, height: int, width: int) -> tuple[int, int]:
-    """Where an image is painted: its shorter side native, both multiples of the factor."""
+    """Returns the (height, width) at which the networks process an image.
+
+    The shorter side is the model's native size, and both are multiples of the VAE's factor.
+    """
     factor, scale = self.modules.vae.config.factor, self.modules.native_size / min(height, width)
     fit = lambda side: max(factor, round(side * scale / factor) * factor)
     return fit(height), fit(width)
@@ -198,70 +210,77 @@ class Inpainter:
     paste_back: bool = True,
     report: Callable[[], None] | None = None,
   ) -> np.ndarray:
-    """Paints the missing parts of one image or of several of the same size.
+    """Inpaints one image, or several images of one size.
 
-    Images are painted with their shorter side at the model's own size and brought back to theirs.
+    Images are resized so that their shorter side is the model's native size, and samples are
+    resized back.
 
     Args:
       image: PIL image, path or array [H, W, 3] (uint8, or float in [0, 1]), or a list of B of them.
-      mask: the same, white (1) = missing; one mask serves all images.
+      mask: the same, white (1) = missing; or one mask for all images.
       key: `jax.random.key`; default `jax.random.key(0)`.
       num_steps: DDIM steps.
-      eta: 0 is deterministic given the initial noise; 1 adds the full noise of the chain.
-      text: one text for all, or B texts. The empty text needs no guidance, so none is computed.
-      guidance_scale: strength of the text; 1 is none.
-      latents: initial noise [B*S, h, w, 4] in place of the key's.
-      num_samples: S, inpaintings of each image.
-      paste_back: put the known pixels back.
+      eta: 0 is deterministic given the initial noise; 1 has the noise of DDPM.
+      text: one text for all images, or B texts.
+      guidance_scale: weight of classifier-free guidance; 1, or the empty text, disables it.
+      latents: initial noise [B S, h, w, 4]; default: drawn from `key`.
+      num_samples: S.
+      paste_back: keep the known pixels of `image`; otherwise the VAE reconstructs them.
       report: called at each step, for a progress bar.
 
     Returns:
-      float32 [B*S, H, W, 3] in [0, 1], the S samples of an image in a row.
+      float32 [B S, H, W, 3] in [0, 1], the S samples of each image in a row.
+
+    Raises:
+      ValueError: inputs cannot be read, or do not have matching sizes or numbers.
     """
     images, masks = image_io.load_pairs(image, mask)
     B, H, W, _ = images.shape
     size = self.working_size(H, W)
     small_images = np.stack([image_io.resize_image(x, size) for x in images])
     small_masks = np.stack([image_io.resize_mask(x, size) for x in masks])
-
     texts = [text] if isinstance(text, str) else list(text)
     if len(texts) not in (1, B):
-      raise ValueError(f"{len(texts)} texts for {B} images; give one, or one for each")
-    empty = self.empty_context
-    guided = guidance_scale != 1 and any(texts)
-    context = self.encode_text(texts) if any(texts) else empty
-
+      raise ValueError(f"text: {len(texts)} texts for {B} images; give one, or one for each")
+    context = self.encode_text(texts) if any(texts) else self.empty_context
     key = jax.random.key(0) if key is None else key
     noise_key, chain_key = jax.random.split(key)
-    shape = self.modules.latent_shape(B * num_samples, *size)
-    if latents is None:
-      latents = jax.random.normal(noise_key, shape)
-    elif np.shape(latents) != shape:
-      raise ValueError(f"latents are {np.shape(latents)}; these images need {shape}")
+    latents = self._initial_noise(noise_key, latents, B * num_samples, size)
     if self._batch_sharding is not None and B % self._batch_sharding.num_devices == 0:
       small_images, small_masks, latents = jax.device_put(
         (small_images, small_masks, latents), self._batch_sharding
       )
-    painted = _painter()(
+    samples = _inpainting_program()(
       self.modules,
       self.params,
       small_images,
       small_masks,
       context,
-      empty,
+      self.empty_context,
       float(guidance_scale),
       latents,
       chain_key,
       ddim.ddim_steps(self.modules.schedule, num_steps, eta),
       num_samples=num_samples,
-      guided=guided,
+      guided=guidance_scale != 1 and any(texts),
       report=report,
     )
-    painted = np.stack([image_io.resize_image(x, (H, W)) for x in np.asarray(painted)])
+    samples = np.stack([image_io.resize_image(x, (H, W)) for x in np.asarray(samples)])
     if paste_back:
       images, masks = (np.repeat(x, num_samples, axis=0) for x in (images, masks))
-      painted = image_io.paste_back(painted, images, masks)
-    return painted
+      samples = image_io.paste_back(samples, images, masks)
+    return samples
+
+  def _initial_noise(
+    self, key: jax.Array, latents: Any, batch: int, size: tuple[int, int]
+  ) -> jax.Array:
+    """Checks the shape of `latents`, or draws them if they are None."""
+    shape = self.modules.latent_shape(batch, *size)
+    if latents is None:
+      return jax.random.normal(key, shape)
+    if np.shape(latents) != shape:
+      raise ValueError(f"latents are {np.shape(latents)}; these images need {shape}")
+    return latents
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -270,15 +289,17 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def open_policy(name: str, dtype: str = "float32", step: int | str | None = None) -> "Inpainter":
-  """The policy of a run's workdir at a checkpoint (default: the latest), or of any folder or name.
+  """Loads the policy of an alignment run, or a pipeline as `Inpainter.from_pretrained` does.
 
-  A run that kept a moving average of the parameters gives that. `step` is an iteration, or "best"
-  for the checkpoint that `keep_best` kept.
+  From a run it takes the moving average of the parameters, if the run has one, and merges LoRA
+  adapters into the base policy.
+
+  Args:
+    name: workdir of a run, folder, hub name, or "mini".
+    dtype: compute dtype of the networks.
+    step: iteration of the run's checkpoint, or "best" for the one that `keep_best` keeps; default:
+      the latest.
   """
-  # They bring JAX along, which commands that paint nothing do without.
-  from prefpaint_jax.models import lora
-  from prefpaint_jax.runtime.checkpoint import Checkpoints
-
   workdir = Path(name)
   if (workdir / "model_index.json").is_file() or not (workdir / "config.json").is_file():
     return Inpainter.from_pretrained(name, dtype)

@@ -1,15 +1,14 @@
-"""Plans a run for machines that are not there: memory, work, traffic and time of an iteration.
+"""Plans a run for machines that need not be present: memory, work and time of an iteration.
 
   python -m prefpaint_jax.plan --config=configs/rl.py --topology=v5e:4x4 --config.mesh.fsdp=4
 
-Compiles the stages of `programs` for TPUs or GPUs (h100:8) that need not be there, or without
---topology for the devices at hand, from shapes alone: no weights are read or made.
+The command compiles the stages of an iteration for TPUs or GPUs (h100:8), or without --topology for
+the devices of this machine. It uses shapes only: no weights are read or made.
 
-What it says of memory is the compiler's own allotment. Operations are those of products and
-convolutions, what collectives send and the traffic with memory are counted in the compiled
-program. Time is an estimate: as if every chip ran at its peaks.
+The compiler reports the memory. Work counts the operations of matrix products and convolutions.
+Memory traffic and the bytes of collectives are counted in the compiled program. Time is an
+estimate: it assumes that every chip runs at its peak rates.
 """
-# Shapes: L text tokens, D features.
 
 import itertools
 import json
@@ -29,13 +28,13 @@ from prefpaint_jax.runtime import cli
 
 
 def describe(report: Mapping[str, Any]) -> str:
-  """A report as a table, a column for each stage."""
+  """Formats a report as a table with one column per stage."""
   config, stages, available = report["config"], report["stages"], report.get("available")
   images, chips = config["batch_size"] * config["samples_per_prompt"], report["chips"]
   mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
   counts = ", ".join(f"{name} {count:,}" for name, count in report["parameters"].items())
   head = [
-    f"{report['policy']}, its architecture {report['architecture']}",
+    f"{report['policy']}, architecture {report['architecture']}",
     f"parameters: {counts}",
     f"{chips} x {report['chip']}, mesh of {mesh}: {images} images an iteration, {images / chips:g} "
     f"per chip; {config['size']} pixels, {config['num_steps']} steps, {config['dtype']}, remat "
@@ -68,19 +67,24 @@ def describe(report: Mapping[str, Any]) -> str:
 
 
 def _verdict(report: Mapping[str, Any]) -> str:
+  """Says in one line whether a plan fits in memory, and how fast it is."""
   if "does_not_fit" in report:
     return f"DOES NOT FIT: {report['does_not_fit']}"
   most = max(stage["memory"]["total"] for stage in report["stages"].values())
   return (
-    f"fits, {most / GIB:.2f} of {report['available'] / GIB:.2f} GiB; ESTIMATE at the chips' peaks: "
+    f"fits, {most / GIB:.2f} of {report['available'] / GIB:.2f} GiB; ESTIMATE at peak rates: "
     f"{report['seconds']:.3g} s an iteration, {report['images_per_s']:.3g} images per second"
   )
 
 
 def search(config: ConfigDict, devices: Sequence[jax.Device]) -> Iterator[dict[str, Any]]:
-  """Plans with the parameters split over 1, 4 and all chips, with and without rematerialisation.
+  """Plans with parameters split over 1, 4 and all chips, with and without rematerialisation.
 
-  Of each, with 1, 2, 4, 8 and 16 prompts per chip, until it does not fit.
+  For each of these, the batch grows from 1 to 2, 4, 8 and 16 prompts per chip until it does not
+  fit.
+
+  Yields:
+    The report of each plan.
   """
   chips = len(devices)
   splits = {1, math.gcd(4, chips), chips}
@@ -89,14 +93,14 @@ def search(config: ConfigDict, devices: Sequence[jax.Device]) -> Iterator[dict[s
       tried = config.copy_and_resolve_references()
       tried.update(remat=remat, batch_size=per_chip * chips, mesh={"data": -1, "fsdp": fsdp})
       report = plan(tried, devices)
-      jax.clear_caches()  # of programs that are not made again
+      jax.clear_caches()  # the next plan needs none of these programs
       yield report
       if "does_not_fit" in report:
         break
 
 
 def _summary(report: Mapping[str, Any]) -> str:
-  """A report as one line."""
+  """Formats a report as one line."""
   config, fsdp = report["config"], report["mesh"]["fsdp"]
   tried = f"batch_size={config['batch_size']} mesh.fsdp={fsdp} remat={config['remat']}"
   return f"{tried:<44} {_verdict(report)}"
@@ -104,17 +108,18 @@ def _summary(report: Mapping[str, Any]) -> str:
 
 if __name__ == "__main__":
   _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file[:preset].")
-  _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, h100:8, ...; default: these devices.")
+  _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, h100:8, ...; default: this machine.")
   _SEARCH = flags.DEFINE_bool("search", False, "Try batch sizes, mesh.fsdp and remat.")
   _OUTPUT = flags.DEFINE_string(
-    "output", None, "json to write, after every stage: the report, or the list of them."
+    "output", None, "JSON file for the report, or of a search the list of reports."
   )
   flags.mark_flag_as_required("config")
 
   def main() -> None:
     if _TOPOLOGY.value:
-      jax.config.update("jax_platforms", "cpu")  # a chip that is here is left alone
-      jax.config.update("jax_enable_compilation_cache", False)  # only where they run are they read
+      jax.config.update("jax_platforms", "cpu")  # do not open the chips of this machine
+      # Only the devices themselves could load the compiled programs again.
+      jax.config.update("jax_enable_compilation_cache", False)
     devices = topology_devices(_TOPOLOGY.value) if _TOPOLOGY.value else jax.devices()
 
     def keep(result: Any) -> None:
@@ -129,7 +134,8 @@ if __name__ == "__main__":
     if _SEARCH.value:
       if not find_chip(devices[0].device_kind):
         raise ValueError(
-          f"--search: how fast a {devices[0].device_kind} is, is not known; give a --topology"
+          f"--search needs the peak rates of {devices[0].device_kind}, which are unknown; give "
+          "--topology=NAME"
         )
       result = []
       for report in search(_CONFIG.value, devices):

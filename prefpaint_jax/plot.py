@@ -2,12 +2,11 @@
 
   python -m prefpaint_jax.plot --workdir=runs/a --workdir=runs/b --output=curves.png [--mean]
 
-Every run is a curve, named by the config fields in which the runs differ. With --mean, runs that
-differ in their seed only are one curve: their mean, shaded from the lowest to the highest seed.
-With --reach=METRIC=LEVEL and --last=METRIC a table is printed too: what it took each of them to get
-there, and where each of them ended.
+Every run is a curve. Its label has the config fields in which the runs differ. With --mean, runs
+that differ only in their seed become one curve, their mean, with a shade from the lowest to the
+highest seed. With --reach=METRIC=LEVEL or --last=METRIC the command also prints a table of the
+iterations until a metric reaches a level, and of last values.
 """
-# Shapes: N iterations that wrote a line, R runs of a group.
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +18,14 @@ from prefpaint_jax.runtime import cli
 
 
 def _target(text: str) -> tuple[str, float]:
+  """Parses "METRIC=LEVEL"."""
   key, _, level = text.rpartition("=")
   try:
     return key, float(level)
   except ValueError:
-    raise ValueError(f"--reach={text}: give METRIC=LEVEL, such as held_out/reward=0.2") from None
+    raise ValueError(
+      f"--reach is {text}; give METRIC=LEVEL, for example held_out/reward=0.2"
+    ) from None
 
 
 def main(
@@ -35,8 +37,19 @@ def main(
   reach: Sequence[str] = (),
   last: Sequence[str] = (),
 ) -> None:
+  """Draws the curves of runs into a PNG, and prints the table of `reach` and `last`.
+
+  Args:
+    workdirs: folders of runs; an entry may be several folders separated by commas.
+    output: the PNG to write.
+    mean: average runs that differ only in their seed.
+    smooth: odd number of iterations of a centred moving average.
+    only: regular expression; draws only the metrics that it is found in.
+    reach: "METRIC=LEVEL" entries of the table.
+    last: metrics whose last value the table has.
+  """
   if output.suffix.lower() != ".png":
-    raise ValueError(f"--output={output}: give a name that ends in .png")
+    raise ValueError(f"--output is {output}; give a name that ends in .png")
   targets = [_target(text) for text in reach]
   names = [
     name for given in workdirs for name in ([given] if Path(given).is_dir() else given.split(","))
@@ -52,14 +65,23 @@ def main(
 
 if __name__ == "__main__":
   _WORKDIR = flags.DEFINE_multi_string(
-    "workdir", None, "Folder of a run; several, or separated by commas.", required=True
+    "workdir",
+    None,
+    "Folder of a run; repeat the flag or separate folders by commas.",
+    required=True,
   )
   _OUTPUT = flags.DEFINE_string("output", None, "PNG to write.", required=True)
-  _MEAN = flags.DEFINE_bool("mean", False, "Runs that differ in their seed only as their mean.")
-  _SMOOTH = flags.DEFINE_integer("smooth", 1, "Iterations of a centred moving average, odd.")
-  _ONLY = flags.DEFINE_string("only", "", "Regular expression: metrics that contain it.")
-  _REACH = flags.DEFINE_multi_string("reach", [], "METRIC=LEVEL: what it took to get there.")
-  _LAST = flags.DEFINE_multi_string("last", [], "METRIC: where it ended.")
+  _MEAN = flags.DEFINE_bool("mean", False, "Average runs that differ only in their seed.")
+  _SMOOTH = flags.DEFINE_integer(
+    "smooth", 1, "Odd number of iterations of a centred moving average."
+  )
+  _ONLY = flags.DEFINE_string(
+    "only", "", "Regular expression; draws only the metrics that it is found in."
+  )
+  _REACH = flags.DEFINE_multi_string(
+    "reach", [], "METRIC=LEVEL: print the iterations until the metric reaches the level."
+  )
+  _LAST = flags.DEFINE_multi_string("last", [], "METRIC: print its last value.")
   cli.run(
     lambda: main(
       _WORKDIR.value,

@@ -1,12 +1,13 @@
-"""Denoising training of an inpainting model on pictures: to adapt a base, or to make a small one.
+"""Denoising training of an inpainting model, to adapt a base policy or to make a small one.
 
   python -m prefpaint_jax.pretrain --config=configs/pretrain.py --workdir=runs/adapt \
     --config.pictures=FOLDER
 
-Trains the VAE (if asked), then the UNet with the masks of both kinds of prompt, and writes the
-pipeline to WORKDIR/pipeline. The same command resumes an interrupted run.
+Trains the VAE if `vae.iterations` is not 0, then the UNet, on crops of the images in FOLDER with
+outpainting masks and masks with holes. Writes the pipeline to WORKDIR/pipeline. The same command
+resumes an interrupted run.
 """
-# Shapes: B batch, H W pixels, h w latents.
+# Shapes: B batch, H W pixels, L text tokens, D text width.
 
 import functools
 import json
@@ -22,19 +23,24 @@ from ml_collections import ConfigDict
 from prefpaint_jax.data.drawn_prompts import DrawnPrompts
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.inpainter import Inpainter
-from prefpaint_jax.models.pipeline import Modules, Params, make_modules
+from prefpaint_jax.models.pipeline import Modules, make_modules
 from prefpaint_jax.models.tokenizer import byte_tokenizer
 from prefpaint_jax.models.vae import AutoencoderKL
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import cli, fitting, sharding
 from prefpaint_jax.runtime.workdir import open_workdir
+from prefpaint_jax.weights.names import Params
 
 with epy.lazy_imports():
   import grain
 
 
-def picture_loader(config: ConfigDict, batch_size: int):
-  """Endless batches of crops: image [b, H, W, 3] in [0, 1], mask and faded image likewise."""
+def image_loader(config: ConfigDict, batch_size: int) -> "grain.DatasetIterator":
+  """Makes an endless iterator over this process's share of random batches.
+
+  A batch has "image" [B, H, W, 3] in [0, 1], "mask" [B, H, W, 1] and "target" [B, H, W, 3]: the
+  image, or in `faded_share` of the examples the image with a faded hole.
+  """
   prompts = DrawnPrompts(
     config.pictures,
     "train",
@@ -50,30 +56,39 @@ def picture_loader(config: ConfigDict, batch_size: int):
   def draw(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     prompt = prompts[index % len(prompts)]
     image, mask = prompt["image"], prompt["mask"]
-    faded = rng.random() < config.faded_share
-    target = simulation.fade(image[None], mask[None])[0] if faded else image
+    is_faded = rng.random() < config.faded_share
+    target = simulation.fade(image[None], mask[None])[0] if is_faded else image
     return {"image": image, "mask": mask, "target": target}
 
   numbers = grain.MapDataset.range(2**31).seed(config.seed).random_map(draw)
-  mine = numbers.slice(slice(jax.process_index(), None, jax.process_count()))
-  batches = mine.batch(batch_size // jax.process_count())
+  share = numbers.slice(slice(jax.process_index(), None, jax.process_count()))
+  batches = share.batch(batch_size // jax.process_count())
   return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
 def vae_loss(
   modules: Modules, kl_weight: float, params: Params, batch: dict[str, jax.Array], key: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Absolute and squared error of the reconstruction, and the posterior's KL to N(0, 1)."""
-  pictures = 2.0 * batch["target"] - 1.0
+  """Computes the loss of the VAE and its metrics.
+
+  The loss is the mean absolute plus the mean squared error of the reconstruction, plus `kl_weight`
+  times KL(posterior ‖ N(0, 1)) per latent.
+
+  Args:
+    params: of the VAE.
+    batch: of `image_loader`; the VAE reconstructs "target".
+    key: of the posterior's sample.
+  """
+  images = 2.0 * batch["target"] - 1.0
   apply = functools.partial(modules.vae.apply, {"params": params})
-  mean, log_variance = apply(pictures, method=AutoencoderKL.encode)
+  mean, log_variance = apply(images, method=AutoencoderKL.encode)
   noise = jax.random.normal(key, mean.shape)
   decoded = apply(mean + jnp.exp(0.5 * log_variance) * noise, method=AutoencoderKL.decode)
-  error = decoded - pictures
+  error = decoded - images
   kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance)
   squared = jnp.mean(error**2)
   loss = jnp.mean(jnp.abs(error)) + squared + kl_weight * kl
-  psnr = -10.0 * jnp.log10(squared / 4.0)  # of values in [-1, 1]
+  psnr = -10.0 * jnp.log10(squared / 4.0)  # values are in [-1, 1]
   return loss, {"vae/loss": loss, "vae/psnr_db": psnr, "vae/kl": kl}
 
 
@@ -85,7 +100,15 @@ def unet_loss(
   batch: dict[str, jax.Array],
   key: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Squared error of the denoising target at random timesteps (Ho et al. 2020, eq. 14)."""
+  """Computes the denoising loss at random timesteps (Ho et al. 2020, eq. 14) and its metrics.
+
+  Args:
+    vae: parameters of the VAE.
+    context: of the empty text [1, L, D].
+    params: of the UNet.
+    batch: of `image_loader`. The prompt is "image" under "mask", and the UNet denoises "target".
+    key: of the timesteps and the noise.
+  """
   time_key, noise_key = jax.random.split(key)
   prompts = modules.encode_prompts(vae, batch["image"], batch["mask"], context)
   target = 2.0 * batch["target"] - 1.0
@@ -108,7 +131,15 @@ def fit(
   workdir: Path,
   mesh: jax.sharding.Mesh,
 ) -> Params:
-  """Minimises `loss(*frozen, params, batch, key)` as `config[stage]` says, in WORKDIR/STAGE."""
+  """Trains one network and returns its parameters.
+
+  Args:
+    stage: "vae" or "unet", the section of the config with the settings. Checkpoints and metrics are
+      written to the folder `stage` of `workdir`.
+    loss: function (*frozen, params, batch, key) -> (loss, metrics).
+    frozen: arguments of `loss` that are not trained.
+    params: initial parameters.
+  """
   settings = config[stage]
   sharding.check_batch(settings.batch_size, mesh)
   return fitting.fit(
@@ -118,7 +149,7 @@ def fit(
     fitting.warmup_cosine(
       settings.learning_rate, config.warmup_iterations, settings.iterations, weight_decay=1e-4
     ),
-    picture_loader(config, settings.batch_size),
+    image_loader(config, settings.batch_size),
     workdir / stage,
     mesh,
     jax.random.fold_in(jax.random.key(config.seed), stage == "unet"),
@@ -130,7 +161,7 @@ def fit(
 
 
 def new_inpainter(config: ConfigDict) -> Inpainter:
-  """An untrained pipeline of `config.architecture`."""
+  """Makes an untrained pipeline from `config.architecture`."""
   configs = json.loads(json.dumps(config.architecture.to_dict()))
   modules = make_modules(configs, config.dtype, config.remat, where="config.architecture")
   length = modules.text_encoder.config.max_position_embeddings
@@ -139,9 +170,10 @@ def new_inpainter(config: ConfigDict) -> Inpainter:
 
 
 def pretrain(config: ConfigDict, workdir: Path) -> None:
+  """Trains the VAE and the UNet as `config` asks and writes WORKDIR/pipeline."""
   open_workdir(config, workdir, progress="*/checkpoints/*")
   if not config.pictures:
-    raise ValueError("config.pictures is empty: give --config.pictures=FOLDER")
+    raise ValueError("config.pictures is empty; give --config.pictures=FOLDER")
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   if config.policy:
     inpainter = Inpainter.from_pretrained(config.policy, config.dtype, config.remat)
@@ -152,8 +184,8 @@ def pretrain(config: ConfigDict, workdir: Path) -> None:
   if config.vae.iterations:
     loss = functools.partial(vae_loss, modules, config.vae.kl_weight)
     params["vae"] = fit(config, "vae", loss, (), params["vae"], workdir, mesh)
-    # Latents of unit variance, as the noise schedule expects them.
-    images = next(picture_loader(config, 256))["image"]
+    # The noise schedule expects latents of unit variance.
+    images = next(image_loader(config, 256))["image"]
     encode = jax.jit(functools.partial(modules.vae.apply, method=AutoencoderKL.encode))
     mean, _ = encode({"params": params["vae"]}, 2.0 * images - 1.0)
     inpainter.configs["vae"]["scaling_factor"] = round(1.0 / float(jnp.std(mean)), 5)

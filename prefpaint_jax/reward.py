@@ -1,7 +1,5 @@
-"""RewardModel: the learned preference, its parameters and the bound on its error.
-
-Shapes: B inpaintings, M masked images (B = S M), H W pixels, D features.
-"""
+"""RewardModel: loads, runs and saves a reward network and the bound on its error."""
+# Shapes: M masked images, S samples of each, B = S M samples, H W pixels, D features.
 
 import dataclasses
 import functools
@@ -17,32 +15,44 @@ from prefpaint_jax import mini
 from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.models.reward import RewardNetwork, apply, network_shapes
 from prefpaint_jax.preference.bound import FILE_NAME, Bound, check_bound, load_bound, save_bound
-from prefpaint_jax.runtime.compilation import apart
 from prefpaint_jax.weights import folder as weights
+from prefpaint_jax.weights.names import Params
 
 
 @functools.partial(jax.jit, static_argnames="network")
-def _apply(network, params, images, masked_images):
+def _apply(
+  network: RewardNetwork, params: Params, images: jax.Array, masked_images: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   return apply(network, params, images, masked_images)
 
 
 class RewardModel:
-  """A reward network, its parameters (float32) and, if known, the bound on its error."""
+  """A reward model: `RewardModel.from_pretrained(name).score(images, masked_images)`.
 
-  def __init__(self, network: RewardNetwork, params: Any, bound: Bound | None = None):
+  Attributes:
+    network: the reward network.
+    params: its parameters, a tree of float32 arrays.
+    bound: the bound on its error, or None.
+  """
+
+  def __init__(self, network: RewardNetwork, params: Params, bound: Bound | None = None):
     self.network, self.params, self.bound = network, params, bound
 
   @classmethod
-  @apart()
   def from_pretrained(
     cls, name: str | Path, bound: str | Path | None = None, dtype: str = "float32"
   ) -> "RewardModel":
-    """Loads a saved folder, the released checkpoint (a `.pt` file or hub name), or "mini".
+    """Loads a reward model.
 
     Args:
-      name: a folder of `save_pretrained`, a released `.pt` (needs torch), a hub name, or "mini".
-      bound: a `bound.safetensors`, or a released inverse of V; default: the folder's own.
-      dtype: what the network computes in; parameters stay float32.
+      name: a folder of `save_pretrained`, a released `.pt` file (needs torch), a hub name, or
+        "mini", the model inside this package.
+      bound: a `bound.safetensors` file, or a released inverse of V; default: the
+        `bound.safetensors` of the folder, if it has one.
+      dtype: compute dtype of the network; parameters stay float32.
+
+    Raises:
+      ValueError: a file is missing or damaged, or does not fit the network.
     """
     path = weights.resolve_reward(mini.locate(name, "reward"))
     config = {} if path.is_file() else weights.read_config(path)
@@ -56,7 +66,7 @@ class RewardModel:
     return cls(network, params, loaded)
 
   def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
-    """Writes `config.json`, `model.safetensors` and, if there is a bound, `bound.safetensors`."""
+    """Writes config.json, model.safetensors (as `dtype`) and, with a bound, bound.safetensors."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(dataclasses.asdict(self.network.config), indent=2, sort_keys=True)
@@ -66,27 +76,39 @@ class RewardModel:
       save_bound(self.bound, folder)
 
   def score(self, images: Any, masked_images: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Reward [B] and features [B, D] of inpaintings [B, H, W, 3] in [0, 1].
+    """Computes rewards [B] and features [B, D] of samples.
 
-    `masked_images` [M, H, W, 3] have their hole black; B/M consecutive inpaintings share one.
+    Args:
+      images: samples [B, H, W, 3] in [0, 1].
+      masked_images: [M, H, W, 3] in [0, 1], black in the hole; S = B/M consecutive samples share
+        one.
+
+    Raises:
+      ValueError: B is not a multiple of M.
     """
     images, masked_images = (np.asarray(x, np.float32) for x in (images, masked_images))
     if images.shape[0] % masked_images.shape[0]:
       raise ValueError(
-        f"{images.shape[0]} inpaintings of {masked_images.shape[0]} masked images; give as many of "
-        "each, or a multiple"
+        f"{images.shape[0]} samples of {masked_images.shape[0]} masked images; give the same "
+        "number of samples for each masked image"
       )
     reward, features = _apply(self.network, self.params, images, masked_images)
     return np.asarray(reward), np.asarray(features)
 
 
 def read_bound(path: str | Path) -> Bound:
-  """A bound of ours (`bound.safetensors`), or a released inverse of V (`.pt`, needs torch)."""
+  """Reads a bound from `bound.safetensors`, or from a released inverse of V (`.pt`, needs torch).
+
+  Raises:
+    ValueError: the file cannot be read, or does not hold one matrix.
+  """
   if Path(path).suffix not in (".pt", ".pth", ".bin"):
     return load_bound(path)
   torch, stored = weights.load_torch(path)
   values = stored.values() if isinstance(stored, dict) else [stored]
   tensors = [value for value in values if isinstance(value, torch.Tensor)]
   if len(tensors) != 1:
-    raise ValueError(f"{path}: holds {len(tensors)} tensors; give the file of the inverse of V")
+    raise ValueError(
+      f"{path}: holds {len(tensors)} tensors; expected 1; give the file of the inverse of V"
+    )
   return Bound.from_inverse(tensors[0].detach().double().numpy())

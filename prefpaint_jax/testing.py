@@ -1,8 +1,9 @@
-"""Random models and made-up data in the real formats: tiny for tests, full-size to measure.
+"""Random models and synthetic data in the real formats: tiny for tests, full-size for timing.
 
   python -m prefpaint_jax.testing --output=full_size   # Stable Diffusion 1.5's size, 5 GB
 
-Every parameter is random, also those that start at zero or one, so that none can hide.
+Every parameter is random, including those that are initialised to zero or one, so that a test
+detects an unused parameter.
 """
 # Shapes: N prompts, H W pixels.
 
@@ -40,7 +41,14 @@ TINY_VISION = {
 def tiny_inpainter(
   seed: int = 0, generation: int = 1, dtype: str = "float32", remat: bool = False
 ) -> Inpainter:
-  """A pipeline of some ten thousand parameters for pictures of SIZE x SIZE; reads bytes as text."""
+  """Makes a random pipeline of about ten thousand parameters for images of SIZE x SIZE.
+
+  Args:
+    seed: seed of the parameters.
+    generation: version of Stable Diffusion, 1 or 2.
+    dtype: compute dtype of the networks; parameters stay float32.
+    remat: rematerialise the UNet's blocks in the backward pass.
+  """
   configs = tiny_configs(generation)
   modules = make_modules(configs, dtype, remat)
   shapes = jax.eval_shape(modules.init, jax.random.key(0))
@@ -48,7 +56,7 @@ def tiny_inpainter(
 
 
 def tiny_reward(seed: int = 1, dtype: str = "float32") -> RewardModel:
-  """A reward model for pictures of any size, with a bound fitted to made-up features."""
+  """Makes a random reward model for images of any size, with a bound fitted to random features."""
   config = RewardConfig.from_dict(
     {
       "vision": TINY_VISION,
@@ -65,21 +73,30 @@ def tiny_reward(seed: int = 1, dtype: str = "float32") -> RewardModel:
 
 
 def tiny_prompts(number: int, seed: int = 0, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
-  """Smooth pictures [N, H, W, 3] and masks [N, H, W, 1] of both kinds in turn."""
+  """Draws smooth images [N, H, W, 3] and masks [N, H, W, 1], outpainting and warping in turn."""
   rng = np.random.default_rng(seed)
   coarse = rng.uniform(size=(number, 3, 3, 3))
-  pictures = np.stack([image_io.resize_image(picture, (size, size)) for picture in coarse])
+  images = np.stack([image_io.resize_image(image, (size, size)) for image in coarse])
   draw = mask_io.outpainting_mask, mask_io.warping_mask
-  return pictures, np.stack([draw[i % 2](rng, size, size) for i in range(number)])
+  return images, np.stack([draw[i % 2](rng, size, size) for i in range(number)])
 
 
 def write_tiny_world(folder: str | Path, train: int = 16, test: int = 8) -> dict[str, str]:
-  """Writes a policy, a reward with its bound, and prompts; returns their paths by these names."""
+  """Writes a tiny policy, a reward model with its bound, and prompts.
+
+  Args:
+    folder: where to write.
+    train: number of training prompts.
+    test: number of test prompts.
+
+  Returns:
+    The paths of "policy", "reward" and "prompts".
+  """
   return _write_world(Path(folder), tiny_inpainter(), tiny_reward(), (train, test), SIZE)
 
 
 def write_full_size_world(folder: str | Path) -> dict[str, str]:
-  """The same at the size of Stable Diffusion 1.5 inpainting and of the released reward."""
+  """Writes a world like `write_tiny_world`, with models of the released sizes."""
   configs = full_size_configs()
   modules = make_modules(configs)
   shapes = jax.eval_shape(modules.init, jax.random.key(0))
@@ -87,29 +104,38 @@ def write_full_size_world(folder: str | Path) -> dict[str, str]:
   config = RewardConfig()
   features = np.random.default_rng(0).normal(size=(1000, config.feature_dim))
   params = random_params(network_shapes(config))
-  judge = RewardModel(RewardNetwork(config), params, Bound.fit(features, lam=0.01))
-  return _write_world(Path(folder), policy, judge, (16, 8), modules.native_size)
+  reward_model = RewardModel(RewardNetwork(config), params, Bound.fit(features, lam=0.01))
+  return _write_world(Path(folder), policy, reward_model, (16, 8), modules.native_size)
 
 
 def _write_world(
-  folder: Path, policy: Inpainter, judge: RewardModel, numbers: tuple[int, int], size: int
+  folder: Path,
+  policy: Inpainter,
+  reward_model: RewardModel,
+  numbers: tuple[int, int],
+  size: int,
 ) -> dict[str, str]:
+  """Writes two models and as many prompts of each split as `numbers` says; returns the paths."""
   paths = {name: folder / name for name in ("policy", "reward", "prompts")}
   policy.save_pretrained(paths["policy"])
-  judge.save_pretrained(paths["reward"])
+  reward_model.save_pretrained(paths["reward"])
   for split, number, seed in zip(SPLITS, numbers, (0, 1), strict=True):
     ids = [f"{split}_{i:03d}" for i in range(number)]
-    for name, picture, mask in zip(ids, *tiny_prompts(number, seed, size), strict=True):
-      save_png(paths["prompts"] / "images" / f"{name}.png", to_bytes(picture))
+    for name, image, mask in zip(ids, *tiny_prompts(number, seed, size), strict=True):
+      save_png(paths["prompts"] / "images" / f"{name}.png", to_bytes(image))
       save_png(paths["prompts"] / "masks" / f"{name}_mask.png", to_bytes(mask[..., 0]))
     (paths["prompts"] / f"{split}.txt").write_text("\n".join(ids) + "\n")
   return {name: str(path) for name, path in paths.items()}
 
 
 def tiny_training(world: dict[str, str]) -> dict[str, Any]:
-  """Fields of `configs/rl.py` for a run of seconds in such a world, on up to eight devices.
+  """Returns fields of `configs/rl.py` for a run of seconds on up to eight devices.
 
-  By dotted name, for `config.update_from_flattened_dict(...)`, or `--config.NAME=VALUE` each.
+  Args:
+    world: the paths that `write_tiny_world` returns.
+
+  Returns:
+    Values by dotted name, for `config.update_from_flattened_dict` or `--config.NAME=VALUE`.
   """
   return world | {
     "size": SIZE,
@@ -133,7 +159,7 @@ def tiny_training(world: dict[str, str]) -> dict[str, Any]:
 if __name__ == "__main__":
   from absl import flags
 
-  from prefpaint_jax.runtime import cli as app
+  from prefpaint_jax.runtime import cli
 
   _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
-  app.run(lambda: print(*write_full_size_world(_OUTPUT.value).values(), sep="\n"))
+  cli.run(lambda: print(*write_full_size_world(_OUTPUT.value).values(), sep="\n"))

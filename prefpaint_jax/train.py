@@ -8,7 +8,9 @@ well, and results then differ in their last bits, because sums run in a differen
 """
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -60,11 +62,25 @@ def load_run(config: ConfigDict, mesh: Mesh) -> Run:
     base=None,
   )
   base = policy.params.pop("unet")
-  run = make_run(config, mesh, policy.modules, reward_model.network, base, frozen)
-  return run if compares_with_base(config) else run._replace(begin=None)
+  return make_run(config, mesh, policy.modules, reward_model.network, base, frozen)
 
 
-def train(config: ConfigDict, workdir: Path) -> TrainState:
+class Session(NamedTuple):
+  """The parts of a run in progress."""
+
+  config: ConfigDict
+  workdir: Path
+  mesh: Mesh
+  run: Run
+  loader: Any  # a grain iterator
+  held_out: HeldOut
+  checkpoints: Checkpoints
+  writer: MetricsWriter
+  log: IterationLog
+
+
+def open_session(config: ConfigDict, workdir: Path) -> tuple[Session, TrainState]:
+  """Checks a config, loads what it names, and makes or restores the state."""
   ### Settings: refuse what cannot work before anything is loaded.
   settings = settings_from(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -72,17 +88,24 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
   sharding.check_batch(config.num_samples, mesh, "num_samples")
   check_config(config)
   process, processes = jax.process_index(), jax.process_count()
-  is_writer = process == 0
   free = FREE + tuple(f"mesh.{name}" for name in config.mesh)
-  open_workdir(config, workdir, free=free, is_writer=is_writer)
+  open_workdir(config, workdir, free=free, is_writer=process == 0)
 
   ### Data, networks and their programs.
   prompts = open_prompts(config.prompts, "train", config.size)
   loader = prompt_loader(prompts, config.batch_size, config.seed, process, processes)
   test_prompts = open_prompts(config.prompts, "test", config.size)
   run = load_run(config, mesh)
-  stages, frozen = run.stages, run.frozen
-  sample_key, comparison_key, loop_key = jax.random.split(jax.random.key(config.seed), 3)
+
+  ### State: fresh, or exactly where an earlier run stopped.
+  checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best)
+  if checkpoints.latest() is None:
+    state = run.stages.init(run.begin)
+  else:
+    state, position, _ = checkpoints.restore(run.state_shapes)
+    loader.set_state(position)
+  run = run if compares_with_base(config) else run._replace(begin=None)
+  sample_key, comparison_key, _ = jax.random.split(jax.random.key(config.seed), 3)
   held_out = HeldOut(
     run,
     mesh,
@@ -92,93 +115,104 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     comparison_key,
     config.simulated_preference,
   )
-
-  ### State: fresh, or exactly where an earlier run stopped.
-  checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best)
-  if checkpoints.latest() is None:
-    state = stages.init(run.begin)
-  else:
-    state, position, _ = checkpoints.restore(run.state_shapes)
-    loader.set_state(position)
-  start = done = saved = int(state.iteration)
-  writer = MetricsWriter(workdir, is_writer)
+  start = int(state.iteration)
+  writer = MetricsWriter(workdir, process == 0)
   writer.truncate(start)
-  log = IterationLog(
-    writer, config.num_iterations, start, config.batch_size * settings.samples_per_prompt
-  )
+  images_per_iteration = config.batch_size * settings.samples_per_prompt
+  log = IterationLog(writer, config.num_iterations, start, images_per_iteration)
+  session = Session(config, workdir, mesh, run, loader, held_out, checkpoints, writer, log)
+  return session, state
 
-  def write_sample(iteration: int) -> None:
-    grid = held_out.sample(current_params(state))
-    if is_writer:
-      text = {"rows": "prompt, base, now", "iteration": str(iteration)}
-      save_png(workdir / "samples" / f"{iteration:06d}.png", grid, text)
-      writer.image(iteration, "samples", grid)
 
-  def measure_held_out() -> dict[str, float]:
-    return held_out.metrics(current_params(state), config.eval_prompts)
+def iterate(
+  session: Session, state: TrainState, asked_to_stop: Callable
+) -> tuple[TrainState, int, bool]:
+  """Runs the iterations that are left.
 
+  Returns:
+    The state, the iteration of the last checkpoint, and whether the run was asked to stop.
+  """
+  config, _, mesh, run, loader, held_out, checkpoints, _, log = session
+  stages, frozen = run.stages, run.frozen
+  loop_key = jax.random.split(jax.random.key(config.seed), 3)[2]
+  start = saved = int(state.iteration)
+  stopping = failed = False
+  if start < config.num_iterations:
+    compile_iteration(stages, state, frozen, *image_shapes(config, mesh))
+  if start == 0 and config.sample_every:
+    write_sample(session, state)
+  log.restart_clock()
+  for iteration in range(start, config.num_iterations):
+    rollout_key, timestep_key = jax.random.split(jax.random.fold_in(loop_key, iteration))
+    stopping = asked_to_stop()
+    batch = next(loader)
+    images, masks = sharding.to_global(mesh, (batch["image"], batch["mask"]))
+    behaviour = behaviour_params(state)
+    prompts, trajectory, samples = stages.rollout(behaviour, frozen, images, masks, rollout_key)
+    scores, score_metrics = stages.score(frozen, prompts, samples)
+    log.scored(score_metrics)
+    experience, update_metrics = Experience(prompts, trajectory, scores), []
+    for indices in stages.draw_timesteps(timestep_key):
+      state, metrics = stages.update(state, frozen, experience, indices)
+      update_metrics.append(metrics)
+    state = stages.end_iteration(state)
+
+    done = iteration + 1
+    nan_fraction = log.updated(done, update_metrics)["reward/nan_fraction"]
+    failed = nan_fraction > config.max_nan_fraction
+    last = failed or done == config.num_iterations
+    # Never due where a run is merely stopped: the resumed run must equal an uninterrupted one.
+    is_due = lambda every, done=done, last=last: every and (done % every == 0 or last)
+    samples_now, saves_now = is_due(config.sample_every), is_due(config.checkpoint_every)
+    measures_now = config.eval_prompts and config.eval_every and done % config.eval_every == 0
+    if log.synchronous or samples_now or saves_now or measures_now:
+      measure = lambda now=state: held_out.metrics(current_params(now), config.eval_prompts)
+      line = log.flush(measure if measures_now else dict)
+      if samples_now:
+        write_sample(session, state)
+      if saves_now:  # last: a checkpoint says that everything before it is written
+        checkpoints.save(done, state, loader.get_state(), {}, line)
+        saved = done
+      log.restart_clock()
+    if last or stopping:
+      break
+  log.flush()
+  checkpoints.wait()
+  if failed:
+    raise ValueError(
+      f"iteration {done}: {nan_fraction:.0%} of the rewards are not finite, max_nan_fraction is "
+      f"{config.max_nan_fraction:.0%}; the run was stopped"
+    )
+  return state, saved, bool(stopping)
+
+
+def write_sample(session: Session, state: TrainState) -> None:
+  """Writes samples of held-out prompts as a PNG and a TensorBoard event."""
+  grid, iteration = session.held_out.sample(current_params(state)), int(state.iteration)
+  if session.writer.is_writer:
+    text = {"rows": "prompt, base, now", "iteration": str(iteration)}
+    save_png(session.workdir / "samples" / f"{iteration:06d}.png", grid, text)
+    session.writer.image(iteration, "samples", grid)
+
+
+def train(config: ConfigDict, workdir: Path) -> TrainState:
+  """Aligns a policy as `config` says; resumes the run that `workdir` holds, if there is one."""
+  session, state = open_session(config, workdir)
+  count, is_writer = config.final_prompts, session.writer.is_writer
   with (
-    agreed_stop_requests(mesh) as asked_to_stop,
-    contextlib.closing(checkpoints),
-    contextlib.closing(writer),
-    contextlib.closing(log),
+    agreed_stop_requests(session.mesh) as asked_to_stop,
+    contextlib.closing(session.checkpoints) as checkpoints,
+    contextlib.closing(session.writer),
+    contextlib.closing(session.log),
   ):
-    stopping = failed = False
-    if start < config.num_iterations:
-      compile_iteration(stages, state, frozen, *image_shapes(config, mesh))
-    if start == 0 and config.sample_every:
-      write_sample(0)
-    log.restart_clock()
-
-    ### The loop.
-    for iteration in range(start, config.num_iterations):
-      rollout_key, timestep_key = jax.random.split(jax.random.fold_in(loop_key, iteration))
-      stopping = asked_to_stop()
-      batch = next(loader)
-      images, masks = sharding.to_global(mesh, (batch["image"], batch["mask"]))
-      behaviour = behaviour_params(state)
-      prompts, trajectory, samples = stages.rollout(behaviour, frozen, images, masks, rollout_key)
-      scores, score_metrics = stages.score(frozen, prompts, samples)
-      log.scored(score_metrics)
-      experience, update_metrics = Experience(prompts, trajectory, scores), []
-      for indices in stages.draw_timesteps(timestep_key):
-        state, metrics = stages.update(state, frozen, experience, indices)
-        update_metrics.append(metrics)
-      state = stages.end_iteration(state)
-
-      done = iteration + 1
-      nan_fraction = log.updated(done, update_metrics)["reward/nan_fraction"]
-      failed = nan_fraction > config.max_nan_fraction
-      last = failed or done == config.num_iterations
-      # Never due where a run is merely stopped: the resumed run must equal an uninterrupted one.
-      is_due = lambda every, done=done, last=last: every and (done % every == 0 or last)
-      samples_now, saves_now = is_due(config.sample_every), is_due(config.checkpoint_every)
-      measures_now = config.eval_prompts and config.eval_every and done % config.eval_every == 0
-      if log.synchronous or samples_now or saves_now or measures_now:
-        line = log.flush(measure_held_out if measures_now else dict)
-        if samples_now:
-          write_sample(done)
-        if saves_now:  # last: a checkpoint says that everything before it is written
-          checkpoints.save(done, state, loader.get_state(), {}, line)
-          saved = done
-        log.restart_clock()
-      if last or stopping:
-        break
-    log.flush()
-    checkpoints.wait()
-    if failed:
-      raise ValueError(
-        f"iteration {done}: {nan_fraction:.0%} of the rewards are not finite, max_nan_fraction is "
-        f"{config.max_nan_fraction:.0%}; the run was stopped"
-      )
-
-    ### The result.
-    count, compared = config.final_prompts, None
+    state, saved, stopped = iterate(session, state, asked_to_stop)
+    compared = None
     if count:
-      compared = held_out.compare(current_params(state), count, asked_to_stop)
-    if compared is None and (stopping or count):
+      compared = session.held_out.compare(current_params(state), count, asked_to_stop)
+    if compared is None and (stopped or count):
+      done = int(state.iteration)
       if saved != done:
-        checkpoints.save(done, state, loader.get_state(), {})
+        checkpoints.save(done, state, session.loader.get_state(), {})
         checkpoints.wait()
       if is_writer:
         print(f"stopped after iteration {done} and saved; the same command goes on")

@@ -1,19 +1,21 @@
-"""Trains a reward model on preferences, and bounds its error.
+"""Trains a reward model on preferences and bounds its error.
 
   python -m prefpaint_jax.train_reward --config=configs/reward.py --workdir=runs/reward \
     --config.preferences=DIR
 
-Fits the network to the scores, keeps the parameters that order held-out candidates best, refits the
-last layer in closed form, so that the bound's assumption holds, and compares the bound with the
-errors on held-out preferences. The workdir receives reward/ (for `--config.reward` of the alignment
-and `RewardModel.from_pretrained`), calibration.png, calibration.json, metrics and checkpoints; the
-same command resumes.
+1. Trains the network on human scores, and keeps the parameters with the highest pair accuracy on
+   held-out preferences.
+2. Refits the last layer by ridge regression, which the error bound assumes.
+3. Compares the bound with the errors on held-out preferences.
+
+Writes reward/ (for `--config.reward` of `train` and for `RewardModel.from_pretrained`),
+calibration.png, calibration.json, metrics and checkpoints to the workdir. The same command resumes
+an interrupted run.
 """
-# Shapes: N prompts, b of them in a batch, C candidates of each, H W pixels, D features.
+# Shapes: N prompts, C candidates of each, D features.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,28 +31,30 @@ from prefpaint_jax.data import preferences as preference_io
 from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.models.reward import RewardNetwork
 from prefpaint_jax.preference import calibration, calibration_plot
-from prefpaint_jax.preference.bound import refit
+from prefpaint_jax.preference.bound import Bound, refit
 from prefpaint_jax.preference.fit import (
   AUGMENTATIONS,
-  Judge,
-  Judged,
-  Params,
-  agreement,
+  ScoredPreferences,
+  Scorer,
   batch_loss,
+  held_out_metrics,
   initial_params,
-  judge_all,
+  label_params,
   moments_of,
-  trained,
+  score_all,
 )
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli, fitting, sharding
+from prefpaint_jax.runtime.files import write_json
 from prefpaint_jax.runtime.workdir import open_workdir
+from prefpaint_jax.weights.names import Params
 
 
 def check(config: ConfigDict) -> None:
+  """Raises ValueError for a config that cannot work."""
   if not config.preferences:
     raise ValueError(
-      "config.preferences is empty: give the folder that prefpaint_jax.data.preferences wrote"
+      "config.preferences is empty; give the folder that prefpaint_jax.data.preferences wrote"
     )
   if config.augmentation not in AUGMENTATIONS:
     raise ValueError(
@@ -61,10 +65,20 @@ def check(config: ConfigDict) -> None:
   if not (config.score_weight > 0 or config.pair_weight > 0):
     raise ValueError("score_weight and pair_weight are both 0; there is nothing to learn")
   if not (config.score_weight > 0 or config.ridge > 0):
-    raise ValueError("without score_weight the reward has no scale; give ridge above 0")
+    raise ValueError("score_weight is 0, so the reward has no scale; give ridge above 0")
+
+
+def make_optimizer(config: ConfigDict, network: RewardNetwork) -> optax.GradientTransformation:
+  """Makes the optimiser, which leaves the frozen parameters unchanged."""
+  optimizer = fitting.warmup_cosine(
+    config.learning_rate, config.warmup_iterations, config.iterations, config.weight_decay
+  )
+  labels = functools.partial(label_params, network.config, config.frozen_share)
+  return optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 
 def train_reward(config: ConfigDict, workdir: Path) -> RewardModel:
+  """Trains a reward model as `config` says; resumes the run in `workdir` if there is one."""
   ### Settings and data.
   check(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -78,13 +92,12 @@ def train_reward(config: ConfigDict, workdir: Path) -> RewardModel:
   open_workdir(config, workdir)
   is_writer = jax.process_index() == 0
 
-  ### The network: parameters that order held-out candidates as people do.
+  ### Network: the parameters with the highest pair accuracy on held-out preferences.
   params = initial_params(network, config.clip, config.seed)
-  labels = functools.partial(trained, network.config, config.frozen_share)
-  judge = Judge(network, config.batch_size)
+  scorer = Scorer(network, config.batch_size)
 
-  def judge_held_out(params: Params) -> tuple[float, dict[str, float]]:
-    metrics = agreement(judge_all(judge, params, held_out))
+  def judge(params: Params) -> tuple[float, dict[str, float]]:
+    metrics = held_out_metrics(score_all(scorer, params, held_out))
     return metrics["held_out/pair_accuracy"], metrics
 
   params = fitting.fit(
@@ -93,15 +106,7 @@ def train_reward(config: ConfigDict, workdir: Path) -> RewardModel:
     ),
     (),
     params,
-    optax.multi_transform(
-      {
-        "trained": fitting.warmup_cosine(
-          config.learning_rate, config.warmup_iterations, config.iterations, config.weight_decay
-        ),
-        "frozen": optax.set_to_zero(),
-      },
-      labels,
-    ),
+    make_optimizer(config, network),
     preference_io.preference_loader(
       train, config.batch_size, config.seed, jax.process_index(), jax.process_count()
     ),
@@ -112,33 +117,42 @@ def train_reward(config: ConfigDict, workdir: Path) -> RewardModel:
     ema_decay=config.ema_decay,
     checkpoint_every=config.checkpoint_every,
     log_every=config.log_every,
-    judge=judge_held_out,
+    judge=judge,
     judge_every=config.judge_every,
   )
 
-  ### The last layer in closed form, and the bound on its error.
-  moments = moments_of(judge, params, train)
-  w, bound = refit(moments, config.ridge, moments_of(judge, params, held_out), config.norm_bound)
+  ### Last layer: ridge regression on the features, and the bound on its error.
+  moments = moments_of(scorer, params, train)
+  w, bound = refit(moments, config.ridge, moments_of(scorer, params, held_out), config.norm_bound)
   if config.noise_scale is not None:
     bound = dataclasses.replace(bound, noise_scale=config.noise_scale)
   params["mlp"]["last_layer"]["kernel"] = w[:, None].astype(np.float32)
   model = RewardModel(network, params, bound)
 
-  ### How far both can be trusted, where nothing was trained.
-  judged = judge_all(judge, params, held_out, bound.whitening, truth)
+  ### Report: the reward and its bound on held-out preferences.
+  scored = score_all(scorer, params, held_out, bound.whitening, truth)
   if is_writer:
     model.save_pretrained(workdir / "reward")
-    report(config, judged, bound, workdir, metadata)
+    report(config, scored, bound, workdir, metadata)
   return model
 
 
 def report(
-  config: ConfigDict, judged: Judged, bound: Any, workdir: Path, metadata: Mapping[str, Any]
+  config: ConfigDict,
+  scored: ScoredPreferences,
+  bound: Bound,
+  workdir: Path,
+  metadata: Mapping[str, Any],
 ) -> None:
-  """Prints and writes what the held-out preferences say of the reward and of its bound."""
-  kinds = np.broadcast_to(judged.kinds[:, None], judged.valid.shape)[judged.valid]
+  """Prints and writes the held-out metrics of the reward and the calibration of its bound.
+
+  Args:
+    scored: held-out preferences, with norms, and with the truth if `config.simulated_preference`.
+    metadata: metadata of the preference dataset, which calibration.json repeats.
+  """
+  kinds = np.broadcast_to(scored.kinds[:, None], scored.valid.shape)[scored.valid]
   flat = {
-    name: values[judged.valid] for name, values in judged._asdict().items() if name != "kinds"
+    name: values[scored.valid] for name, values in scored._asdict().items() if name != "kinds"
   }
   samples = calibration.Samples(
     flat["norms"],
@@ -147,18 +161,21 @@ def report(
     flat["truth"] if config.simulated_preference else None,
     [mask_io.KINDS[k] for k in kinds],
   )
-  found = calibration.calibrate(samples, bound, config.trust.k, config.trust.b)
-  metrics = agreement(judged)
+  calibrated = calibration.calibrate(samples, bound, config.trust.k, config.trust.b)
+  metrics = held_out_metrics(scored)
   if config.simulated_preference:
-    noise_free = judged._replace(scores=judged.truth)
-    names = {name.replace("held_out/", "truth/"): v for name, v in agreement(noise_free).items()}
-    metrics |= names
-  calibration_plot.plot(found, samples, workdir / "calibration.png")
-  content = {"metrics": metrics, "calibration": dataclasses.asdict(found), "data": dict(metadata)}
-  (workdir / "calibration.json").write_text(json.dumps(content, indent=2) + "\n")
+    noise_free = held_out_metrics(scored._replace(scores=scored.truth))
+    metrics |= {name.replace("held_out/", "truth/"): x for name, x in noise_free.items()}
+  calibration_plot.plot(calibrated, samples, workdir / "calibration.png")
+  content = {
+    "metrics": metrics,
+    "calibration": dataclasses.asdict(calibrated),
+    "data": dict(metadata),
+  }
+  write_json(workdir / "calibration.json", content)
 
   titles = {"held_out": "annotated scores", "truth": "noise-free scores"}
-  print(f"{len(judged.valid)} held-out prompts, {len(kinds)} candidates:")
+  print(f"{len(scored.valid)} held-out prompts, {len(kinds)} candidates:")
   for name, title in titles.items():
     for kind in ("", *(f"{kind}/" for kind in mask_io.KINDS)):
       part = {m: metrics.get(f"{name}/{kind}{m}") for m in ("pair_accuracy", "spearman", "mse")}
@@ -167,7 +184,7 @@ def report(
           f"  {title}, {kind[:-1] or 'all'}: pair accuracy {part['pair_accuracy']:.3f}, Spearman "
           f"{part['spearman']:.3f}, mean squared error {part['mse']:.3f}"
         )
-  print(calibration.describe(found))
+  print(calibration.describe(calibrated))
   print(f"{workdir / 'reward'}: open with RewardModel.from_pretrained or --config.reward")
 
 

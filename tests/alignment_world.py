@@ -1,6 +1,6 @@
-"""What the alignment tests share: tiny models, a rollout of theirs, a policy of three numbers.
+"""Shared by the alignment tests: tiny models, one rollout, and a policy with three parameters.
 
-Models and rollout are made once in a process, whichever of the files ask for them.
+The models and the rollout are made once per process.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from prefpaint_jax.models import architectures
 from prefpaint_jax.models.pipeline import Prompts
 
 get_config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rl.py"))["get_config"]
-WORLD = dict.fromkeys(("policy", "reward", "prompts"), "")  # nothing here is read from disk
+WORLD = dict.fromkeys(("policy", "reward", "prompts"), "")  # no path is read
 PROMPTS, SAMPLES, STEPS = 4, 2, 4
 B = PROMPTS * SAMPLES
 
@@ -35,19 +35,24 @@ def make_settings(trust: Trust | None = None, **changes) -> Settings:
   return dataclasses.replace(settings_from(config), trust=trust or Trust(), **changes)
 
 
-# For what does not depend on how far the compiler fuses: it takes most of the time here.
+# Less optimisation, for tests that do not depend on it: most of their time is compilation.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 @functools.cache
 def world(dtype: str = "float32"):
-  """(modules, UNet parameters, reward network, frozen trees) of the tiny models."""
-  inpainter, judge = testing.tiny_inpainter(dtype=dtype), testing.tiny_reward(dtype=dtype)
+  """Returns (modules, UNet parameters, reward network, frozen trees) of the tiny models."""
+  inpainter, reward_model = testing.tiny_inpainter(dtype=dtype), testing.tiny_reward(dtype=dtype)
   base = inpainter.params["unet"]
-  whitening = judge.bound.whitening.astype(np.float32)
-  frozen = Frozen(inpainter.params["vae"], judge.params, whitening, inpainter.empty_context, base)
-  return inpainter.modules, base, judge.network, frozen
+  frozen = Frozen(
+    vae=inpainter.params["vae"],
+    reward=reward_model.params,
+    whitening=reward_model.bound.whitening.astype(np.float32),
+    context=inpainter.empty_context,
+    base=base,
+  )
+  return inpainter.modules, base, reward_model.network, frozen
 
 
 def steps_of(settings: Settings) -> ddim.Steps:
@@ -59,8 +64,8 @@ def sampler_of(modules, settings: Settings) -> Sampler:
 
 
 @functools.cache
-def painted(dtype: str = "float32"):
-  """(prompts, trajectory, images) of one rollout."""
+def one_rollout(dtype: str = "float32"):
+  """Returns (prompts, trajectory, samples) of one rollout of the tiny models."""
   settings = make_settings()
   modules, params, _, frozen = world(dtype)
   rollout = jax.jit(functools.partial(rollout_lib.rollout, sampler_of(modules, settings)))
@@ -79,7 +84,7 @@ def made_up_scores(valid: np.ndarray | None = None) -> Scores:
 
 
 def assert_trees_close(ours, expected, tolerance: float) -> None:
-  """Largest error of any leaf at most `tolerance` of the largest value of all leaves."""
+  """Asserts that no error is above `tolerance` times the largest absolute value of all leaves."""
   assert jax.tree.structure(ours) == jax.tree.structure(expected)
   largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
   errors = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), ours, expected)
@@ -87,9 +92,9 @@ def assert_trees_close(ours, expected, tolerance: float) -> None:
   assert max(jax.tree.leaves(errors)) <= tolerance * largest
 
 
-# ------------------------------------------------------- a policy of three numbers, for the rules
+# ----------------------------------------------------------------- a policy with three parameters
 class ToyModules:
-  """Predicts a·latents + b·masked latents + c·sin t: what an update does shows plainly."""
+  """Predicts a·latents + b·masked latents + c·sin t, which a test can compute by hand."""
 
   schedule = Schedule.from_config(architectures.tiny_configs()["scheduler"])
 
@@ -124,8 +129,10 @@ TOY_FROZEN = Frozen(vae={}, reward={}, whitening=None, context=jnp.zeros((1, 1, 
 
 
 def loss_of(modules, settings: Settings):
-  """`policy_loss` of a whole update, of (params, frozen, prompts, trajectory, scores, indices)."""
+  """Returns `policy_loss` of a whole update as a function.
 
+  Its arguments are (params, frozen, prompts, trajectory, scores, indices).
+  """
   sampler = sampler_of(modules, settings)
 
   def loss(params, frozen, prompts, trajectory, scores, indices):

@@ -1,8 +1,10 @@
 """Writes tests/manifests/*.txt: names and shapes of the tensors of real checkpoints.
 
-Each file begins with the checkpoint's config (the fields that older files carry) and has one line
-`name shape` per tensor. They come from the classes of diffusers and transformers on torch's meta
-device, so nothing is downloaded. Run: python tests/make_manifests.py
+  python tests/make_manifests.py
+
+The first line of a file is the checkpoint's config, with the fields of older files; the others are
+`name shape`, one per tensor. The script makes the classes of diffusers and transformers on torch's
+meta device and downloads nothing.
 """
 
 import json
@@ -92,7 +94,7 @@ CONFIGS = {
 
 
 def build(config: dict):
-  """The stock torch model of one configuration."""
+  """Makes the stock torch model of a config."""
   import diffusers
   import transformers
 

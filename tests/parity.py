@@ -1,4 +1,5 @@
-"""What the parity tests share: random torch weights, our parameters from them, one tolerance."""
+"""Helpers of the parity tests: random torch weights, their conversion, and one tolerance."""
+# Shapes: B batch, H W height and width, C channels.
 
 import jax
 import numpy as np
@@ -7,7 +8,10 @@ from prefpaint_jax.weights import names
 
 
 def randomise(module, seed: int = 0):
-  """Fills every parameter, also those that start at zero or one, so that none can hide."""
+  """Fills every parameter of a torch module with random numbers.
+
+  Parameters that are initialised to zero or one are included, so that a test detects an unused one.
+  """
   import torch
 
   generator = torch.Generator().manual_seed(seed)
@@ -22,27 +26,28 @@ def randomise(module, seed: int = 0):
 
 
 def tensors_of(module) -> dict[str, np.ndarray]:
+  """Returns the state dict of a torch module as numpy arrays."""
   return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
 
 
 def template_of(module, *args, **kwargs):
-  """Shapes of a Linen module's parameters; nothing is computed."""
+  """Returns the shapes of a Linen module's parameters without computing them."""
   init = lambda: module.init(jax.random.key(0), *args, **kwargs)
   return jax.eval_shape(init)["params"]
 
 
 def params_of(torch_module, template):
-  """Our parameters, from a torch module."""
+  """Converts the weights of a torch module to a Flax parameter tree."""
   return names.to_tree(tensors_of(torch_module), template, what=type(torch_module).__name__)
 
 
 def channels_last(tensor) -> np.ndarray:
-  """Torch [B, C, H, W] -> numpy [B, H, W, C]."""
+  """Transposes a torch tensor [B, C, H, W] to a numpy array [B, H, W, C]."""
   return tensor.detach().permute(0, 2, 3, 1).numpy()
 
 
 def assert_parity(ours, theirs, tolerance: float = 1e-4) -> None:
-  """Largest error at most `tolerance` of the largest value."""
+  """Asserts that the largest error is at most `tolerance` times the largest expected value."""
   ours, theirs = np.asarray(ours), np.asarray(theirs)
   assert ours.shape == theirs.shape
   error, scale = np.abs(ours - theirs).max(), np.abs(theirs).max()

@@ -1,4 +1,4 @@
-"""A small preference data set, made by the commands a user has: collect, annotate, preferences."""
+"""A small preference dataset, made by the commands collect, annotate and preferences."""
 
 import importlib.util
 from pathlib import Path
@@ -15,7 +15,7 @@ from prefpaint_jax.models import architectures
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-# configs/reward.py:mini made small.
+# Changes to configs/reward.py:mini, for a tiny reward network and a short run.
 SMALL = {
   "iterations": 4,
   "warmup_iterations": 1,
@@ -33,6 +33,7 @@ SMALL = {
 
 
 def load_config(name: str, preset: str = "", **fields) -> ConfigDict:
+  """Loads configs/NAME.py with a preset and updates its fields."""
   spec = importlib.util.spec_from_file_location(f"{name}_config", CONFIGS / f"{name}.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -42,11 +43,11 @@ def load_config(name: str, preset: str = "", **fields) -> ConfigDict:
 
 
 def collect_config(folder: Path, **fields) -> ConfigDict:
-  """Of a collection in which a tiny policy paints three random pictures, 20 + 6 prompts."""
+  """Returns a config of `collect`: a tiny policy, three random images, and 20 + 6 prompts."""
   if not (folder / "policy").exists():
     testing.tiny_inpainter().save_pretrained(folder / "policy")
-    for i, picture in enumerate(testing.tiny_prompts(3, size=40)[0]):
-      save_png(folder / "photos" / f"{i}.png", np.round(255 * picture).astype(np.uint8))
+    for i, image in enumerate(testing.tiny_prompts(3, size=40)[0]):
+      save_png(folder / "photos" / f"{i}.png", np.round(255 * image).astype(np.uint8))
   small = {
     "pictures": str(folder / "photos"),
     "policies": (str(folder / "policy"),),
@@ -61,6 +62,7 @@ def collect_config(folder: Path, **fields) -> ConfigDict:
 
 
 def make_preferences(folder: Path) -> Path:
+  """Builds a preference dataset in a folder and returns the dataset's folder."""
   collect(collect_config(folder), folder / "candidates")
   annotate(folder / "candidates", annotators=2, noise=0.5, seed=0)
   return build_preferences(folder / "candidates", folder / "preferences")

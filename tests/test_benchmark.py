@@ -1,4 +1,4 @@
-"""`python -m prefpaint_jax.benchmark`, and the two sides of tests/benchmarks: same results."""
+"""`python -m prefpaint_jax.benchmark`, and the comparison with PyTorch in tests/benchmarks."""
 
 import json
 import re
@@ -21,8 +21,8 @@ get_config = runpy.run_path(str(ROOT / "configs" / "rl.py"))["get_config"]
 
 
 @pytest.fixture(scope="module")
-def side_by_side():
-  """The modules of tests/benchmarks, which run as scripts."""
+def scripts():
+  """Returns `run` and `worlds` of tests/benchmarks, which are scripts and no package."""
   with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(ROOT / "tests" / "benchmarks")
     import run
@@ -46,7 +46,7 @@ def report(config) -> dict:
 
 
 @pytest.mark.slow
-def test_stages_add_up_to_the_iteration(report):
+def test_flops_of_the_stages_add_up_to_the_iteration(report):
   stages = report["stages"]
   parts = [stages[name] for name in ("rollout", "score", "update")]
   assert stages["update"]["times"] == 2
@@ -60,7 +60,7 @@ def test_stages_add_up_to_the_iteration(report):
 
 
 @pytest.mark.slow
-def test_share_of_the_peak_is_that_of_one_device(report):
+def test_share_of_the_peak_is_per_device(report):
   stage = report["stages"]["rollout"]
   half = 2 * stage["flops"] / stage["seconds"]["median"]
   line = next(x for x in benchmark.describe(report, half).splitlines() if x.startswith("rollout"))
@@ -71,25 +71,25 @@ def test_share_of_the_peak_is_that_of_one_device(report):
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_the_compiled_programs(report):
+def test_memory_of_the_update_holds_parameters_and_moments(report):
   memory = report["stages"]["update"]["memory"]
   held = 3 * 4 * report["parameters"]["unet"]  # parameters and two moments, float32
   assert held < memory["arguments"] < 2 * held
   assert memory["temporaries"] > 0
 
 
-def test_missing_policy_is_one_line(tmp_path):
+def test_missing_policy_is_an_error_of_one_line(tmp_path):
   command = [sys.executable, "-m", "prefpaint_jax.benchmark", f"--config={ROOT}/configs/rl.py"]
   found = subprocess.run([*command, "--config.policy=no/such"], capture_output=True, text=True)
   assert found.returncode == 1
   assert found.stderr.strip().splitlines()[-1].startswith("error: config.policy no/such")
 
 
-# ---------------------------------------------------------------------------------- side by side
+# ------------------------------------------------------------------------------ tests/benchmarks
 @pytest.mark.slow
-def test_opponents_compute_the_same_iteration(side_by_side, tmp_path):
+def test_opponents_compute_the_same_iteration(scripts, tmp_path):
   pytest.importorskip("torch", reason="the opponents need torch: pip install torch")
-  run, worlds = side_by_side
+  run, worlds = scripts
   from ours import Ours
   from theirs import Theirs
 
@@ -105,12 +105,12 @@ def test_opponents_compute_the_same_iteration(side_by_side, tmp_path):
     assert errors.keys() == result.keys()
     run.check(errors, "float32", opponent)
     theirs.checks = False
-    again = theirs.read(theirs.work("iteration"))  # what is timed: with noise of its own
+    again = theirs.read(theirs.work("iteration"))  # a timed iteration, which draws its noise
     assert all(np.isfinite(value).all() for value in again.values())
 
 
-def test_difference_in_any_output_is_refused(side_by_side):
-  run, _ = side_by_side
+def test_difference_in_any_output_is_an_error(scripts):
+  run, _ = scripts
   before, theirs = np.zeros(4), {"images": np.ones(4), "params": np.full(4, 1e-4)}
   same = run.disagreements(theirs, theirs, before)
   run.check(same, "float32", "tuned")
@@ -123,8 +123,8 @@ def test_difference_in_any_output_is_refused(side_by_side):
     run.check(run.disagreements(nan, theirs, before), "float32", "tuned")
 
 
-def test_results_replace_those_of_the_same_measurement(side_by_side, tmp_path):
-  run, _ = side_by_side
+def test_result_replaces_an_older_result_of_the_same_measurement(scripts, tmp_path):
+  run, _ = scripts
   one = {"size": "mini", "stage": "score", "opponent": "tuned", "dtype": "float32"}
   one |= {"machine": {"device": "cpu"}}
   run.save(tmp_path / "results.json", [one | {"ratio": 1.0}])
@@ -133,7 +133,7 @@ def test_results_replace_those_of_the_same_measurement(side_by_side, tmp_path):
   assert [x.get("ratio") for x in kept] == [2.0, None]
 
 
-def test_tables_of_the_document_say_what_was_measured(side_by_side):
+def test_tables_of_the_document_hold_the_measurements(scripts):
   import tables
 
   seconds = lambda median: {"q1": median, "median": median, "q3": median}
@@ -161,7 +161,7 @@ def test_tables_of_the_document_say_what_was_measured(side_by_side):
     ({"JAX_COMPILATION_CACHE_DIR": ""}, None),
   ],
 )
-def test_compiled_programs_are_kept_where_the_user_wants(environment, expected, monkeypatch):
+def test_compilation_cache_follows_the_environment(environment, expected, monkeypatch):
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
   for name, value in environment.items():
     monkeypatch.setenv(name, value)

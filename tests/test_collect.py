@@ -1,4 +1,4 @@
-"""Collecting candidates: what is written, by whom it is painted, and that a killed run goes on."""
+"""Collecting candidates: the written files, the turns of the policies, and resuming."""
 
 import json
 
@@ -37,7 +37,7 @@ def lines(file):
   return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_every_prompt_has_its_pictures_and_candidates(world):
+def test_every_prompt_has_its_images_and_candidates(world):
   folder = world[0] / "whole"
   prompts = {line["image_id"]: line for line in lines(folder / "prompts.jsonl")}
   listed = [(folder / f"{split}.txt").read_text().split() for split in ("train", "test")]
@@ -50,17 +50,17 @@ def test_every_prompt_has_its_pictures_and_candidates(world):
     image = image_io.load_image(folder / "images" / f"{name}.png")
     mask = image_io.load_mask(folder / "masks" / f"{name}_mask.png", image.shape[:2])
     masked = image_io.load_image(folder / "masks_color" / f"{name}_mask_color.png")
-    painted = image_io.load_image(folder / "inpaint" / f"{line['candidate']}.png")
+    sample = image_io.load_image(folder / "inpaint" / f"{line['candidate']}.png")
     np.testing.assert_array_equal(masked, image * (1 - mask))
-    np.testing.assert_array_equal(painted * (1 - mask), image * (1 - mask))
-    assert not np.array_equal(painted, image)
+    np.testing.assert_array_equal(sample * (1 - mask), image * (1 - mask))
+    assert not np.array_equal(sample, image)
   assert {line["kind"] for line in prompts.values()} == {"outpainting", "warping"}
 
 
 def test_policies_take_turns(world):
   folder, config = world
-  painters = [line["policy"] for line in lines(folder / "whole" / "candidates.jsonl")]
-  assert {name: painters.count(name) for name in painters} == {
+  policies = [line["policy"] for line in lines(folder / "whole" / "candidates.jsonl")]
+  assert {name: policies.count(name) for name in policies} == {
     config.policies[0]: 26,
     config.policies[1]: 26,
     "perturbed": 26,
@@ -86,12 +86,13 @@ def test_killed_and_resumed_equals_uninterrupted(world, monkeypatch):
     with pytest.raises(Killed):
       command.collect(config, folder / "killed")
   with (folder / "killed" / "candidates.jsonl").open("a") as file:
-    file.write('{"image_id": "train_0')  # and a line by half
+    file.write('{"image_id": "train_0')  # an incomplete line
   command.collect(config, folder / "killed")
   assert files(folder / "killed") == files(folder / "whole")
 
 
-def test_more_prompts_are_added_to_what_is_there(world):
+@pytest.mark.slow
+def test_a_larger_number_of_prompts_adds_to_the_workdir(world):
   folder, config = world
   before = files(folder / "whole")
   fewer = config.copy_and_resolve_references()
@@ -132,7 +133,7 @@ def test_simulated_scores_can_be_read(world):
     ({"batch_size": 3}, "batch_size 3 does not divide over 8 devices"),
   ],
 )
-def test_mistakes_end_in_one_line(world, tmp_path, change, message):
+def test_config_errors_are_one_line(world, tmp_path, change, message):
   config = world[1].copy_and_resolve_references()
   config.update_from_flattened_dict(change)
   with pytest.raises(ValueError, match=message) as error:
@@ -140,6 +141,6 @@ def test_mistakes_end_in_one_line(world, tmp_path, change, message):
   assert "\n" not in str(error.value)
 
 
-def test_annotating_nothing_is_one_clear_line(tmp_path):
+def test_annotating_an_empty_folder_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"give the --workdir of prefpaint_jax\.collect"):
     annotate(tmp_path, annotators=1, noise=0.0, seed=0)

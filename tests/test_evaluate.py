@@ -1,4 +1,4 @@
-"""The evaluation command: what it writes, that it resumes, and that nobody beats himself."""
+"""Tests of the evaluation command: scores, resumption, and a policy against itself."""
 
 import json
 
@@ -51,7 +51,7 @@ def whole(world, tmp_path_factory):
   return workdir, evaluate.evaluate(config_of(world), workdir)
 
 
-def test_scores_are_those_of_the_pictures_a_user_paints(world, whole):
+def test_scores_equal_those_of_samples_from_the_public_interface(world, whole):
   workdir, result = whole
   found = json.loads((workdir / "eval.json").read_text())
   assert found["judges"] == result["judges"]
@@ -61,10 +61,10 @@ def test_scores_are_those_of_the_pictures_a_user_paints(world, whole):
     RewardModel.from_pretrained(world["reward"]),
   )
   learned, truth = [], []
-  for number in range(3):  # 20 prompts in batches of 8, the last one filled up with its last
+  for number in range(3):  # batches of 8; the last batch repeats its last prompt
     indices = [min(i, 19) for i in range(8 * number, 8 * number + 8)]
     batch = stack([prompts[i] for i in indices])
-    painted = policy(
+    samples = policy(
       batch["image"],
       batch["mask"],
       key=jax.random.fold_in(jax.random.key(0), number),
@@ -73,9 +73,9 @@ def test_scores_are_those_of_the_pictures_a_user_paints(world, whole):
       num_samples=3,
     )
     masked = batch["image"] * (1 - batch["mask"])
-    learned.append(judge.score(painted, masked)[0].reshape(8, 3))
+    learned.append(judge.score(samples, masked)[0].reshape(8, 3))
     masks = np.repeat(batch["mask"], 3, axis=0)
-    truth.append(simulation.true_preference(painted, masks)["combined"].reshape(8, 3))
+    truth.append(simulation.true_preference(samples, masks)["combined"].reshape(8, 3))
   label = next(iter(found["judges"]))
   for name, scores in ((label, learned), (evaluate.SIMULATED, truth)):
     mean = np.concatenate(scores)[:20].mean()
@@ -97,6 +97,7 @@ def test_a_policy_against_itself_wins_exactly_half(world, tmp_path):
   assert not any(row["flagged"] for row in result["drift"]["measures"].values())
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(world, whole, tmp_path, monkeypatch):
   class Killed(Exception):
     pass
@@ -132,7 +133,7 @@ def test_killed_and_resumed_equals_uninterrupted(world, whole, tmp_path, monkeyp
     ({"split": "val"}, r"val\.txt: no such list"),
   ],
 )
-def test_mistakes_end_in_one_line(world, tmp_path, change, message):
+def test_errors_name_the_field_in_one_line(world, tmp_path, change, message):
   with pytest.raises(ValueError, match=message) as error:
     evaluate.evaluate(config_of(world, **change), tmp_path)
   assert "\n" not in str(error.value)

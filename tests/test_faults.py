@@ -1,4 +1,4 @@
-"""Runs killed at any moment, disks that fill up: nothing is lost, nothing doubled or misplaced."""
+"""Runs that are killed at random times or meet a full disk resume exactly and write lines once."""
 
 import json
 import multiprocessing
@@ -25,7 +25,7 @@ from prefpaint_jax.runtime.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 
-# Everything that a state can hold, and a save each iteration.
+# A state with all optional parts, and a save after each iteration.
 FIELDS = {
   "num_iterations": 4,
   "batch_size": 2,
@@ -40,28 +40,28 @@ FIELDS = {
 
 # ------------------------------------------------------------------------------ killed and resumed
 KILLS = 10
-SAVES_HIT = 3  # kills that leave a half-written checkpoint behind, at least
+SAVES_HIT = 3  # number of kills that must leave an incomplete checkpoint
 
 
-def stand_ins(*arguments) -> Stages:
-  """The programs of an iteration, with cheap ones where the networks would be.
+def make_cheap_stages(*arguments) -> Stages:
+  """Makes the programs of an iteration, with cheap functions instead of the networks.
 
-  Everything depends on everything that a real one depends on: policy, pictures, keys and steps.
+  The results depend on all inputs of the real programs: policy, images, keys and timesteps.
   """
 
   def mean(tree) -> jax.Array:
     leaves = [x.ravel() for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.mean(jnp.concatenate(leaves))
 
-  def paint(policy, frozen, images, masks, key):
+  def inpaint(policy, frozen, images, masks, key):
     return images + masks * jnp.tanh(mean(policy) * jax.random.normal(key, images.shape))
 
   def rollout(policy, frozen, images, masks, key):
-    painted = paint(policy, frozen, images, masks, key)
-    return images, masks, painted
+    samples = inpaint(policy, frozen, images, masks, key)
+    return images, masks, samples
 
-  def score(frozen, prompts, painted):
-    reward = jnp.mean(painted)
+  def score(frozen, prompts, samples):
+    reward = jnp.mean(samples)
     return reward, {"reward/mean": reward, "reward/nan_fraction": jnp.zeros(())}
 
   @jax.jit
@@ -73,7 +73,7 @@ def stand_ins(*arguments) -> Stages:
     return jax.tree.map(change_one, state)
 
   stages = make_stages(*arguments)
-  # Apart from what is to add, which XLA would else work out again for every array it is added to.
+  # A separate program: in one program XLA:CPU would recompute `change` for every array.
   change_by = jax.jit(change_by, donate_argnums=0, out_shardings=stages.layout)
 
   def update(state, frozen, experience, indices):
@@ -81,23 +81,23 @@ def stand_ins(*arguments) -> Stages:
     return change_by(state, change), {"change": change}
 
   return stages._replace(
-    inpaint=jax.jit(paint), rollout=jax.jit(rollout), score=jax.jit(score), update=update
+    inpaint=jax.jit(inpaint), rollout=jax.jit(rollout), score=jax.jit(score), update=update
   )
 
 
-def work_cheaply() -> None:
-  """From here on, runs of this process have the stand-ins."""
-  run.make_stages, train.compile_iteration = stand_ins, lambda *_: None
+def use_cheap_stages() -> None:
+  """Makes all later runs of this process use the cheap stages."""
+  run.make_stages, train.compile_iteration = make_cheap_stages, lambda *_: None
 
 
 def run_command() -> None:
-  """`python -m prefpaint_jax.train` with the stand-ins."""
-  work_cheaply()
+  """Runs the command `python -m prefpaint_jax.train` with the cheap stages."""
+  use_cheap_stages()
   cli.run_with_config(train.train)
 
 
 def attempt(fields: dict, workdir: Path, compiled: Path) -> None:
-  """A run in a process of its own."""
+  """Runs the training; the function that the processes of `start` call."""
   os.environ["XLA_FLAGS"] = ""  # one device
   jax.config.update("jax_disable_most_optimizations", True)
   jax.config.update("jax_compilation_cache_dir", str(compiled))
@@ -105,21 +105,24 @@ def attempt(fields: dict, workdir: Path, compiled: Path) -> None:
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
   config = runpy.run_path(str(ROOT / "configs" / "rl.py"))["get_config"]()
   config.update_from_flattened_dict(fields)
-  work_cheaply()
+  use_cheap_stages()
   train.train(config.lock(), workdir)
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Callable[[Path], multiprocessing.Process]:
-  """Starts a run in a workdir. Its process is forked from one that has imported everything."""
+  """Gives a function that starts a run in a workdir.
+
+  The process of the run is forked from a process that has imported all modules.
+  """
   server = multiprocessing.get_context("forkserver")
-  later = [
+  lazy_imports = [
     "grain",
     "orbax.checkpoint",
     "tensorflow_datasets",
     "transformers.models.clip.tokenization_clip",
   ]
-  server.set_forkserver_preload(["prefpaint_jax.train", *later])
+  server.set_forkserver_preload(["prefpaint_jax.train", *lazy_imports])
   compiled, world = (tmp_path_factory.mktemp(name) for name in ("compiled", "world"))
   fields = testing.tiny_training(testing.write_tiny_world(world)) | FIELDS
 
@@ -131,22 +134,22 @@ def start(tmp_path_factory) -> Callable[[Path], multiprocessing.Process]:
   return start
 
 
-def half_written(workdir: Path) -> set[tuple[str, int]]:
-  """Names and inodes of what saves in progress, or killed ones, have begun."""
+def incomplete_saves(workdir: Path) -> set[tuple[str, int]]:
+  """Returns names and inodes of incomplete checkpoints, of saves in progress or killed."""
   entries = os.scandir(workdir / "checkpoints") if (workdir / "checkpoints").exists() else []
   return {(entry.name, entry.inode()) for entry in entries if "orbax-checkpoint-tmp" in entry.name}
 
 
 def wait_for_save(process: multiprocessing.Process, workdir: Path, count: int) -> None:
-  """Returns while the process writes its `count`-th checkpoint, or when it has ended."""
-  before, seen = half_written(workdir), set()
+  """Waits until the process begins to write its `count`-th checkpoint, or ends."""
+  before, seen = incomplete_saves(workdir), set()
   while len(seen) < count and process.is_alive():
-    seen |= half_written(workdir) - before
+    seen |= incomplete_saves(workdir) - before
     time.sleep(0.0005)
 
 
 def complete_lines(workdir: Path) -> list[dict]:
-  """Without a half-written last one, and without what depends on the clock."""
+  """Reads the complete lines of metrics, without fields that depend on the clock."""
   file = workdir / "metrics.jsonl"
   *lines, _ = file.read_text().split("\n") if file.exists() else [""]
   return [
@@ -155,7 +158,8 @@ def complete_lines(workdir: Path) -> list[dict]:
   ]
 
 
-def assert_nothing_before_the_last_checkpoint_is_lost(workdir: Path) -> int:
+def assert_nothing_before_the_latest_checkpoint_is_lost(workdir: Path) -> int:
+  """Checks the lines and images up to the latest checkpoint, whose step it returns."""
   latest = Checkpoints(workdir / "checkpoints").latest() or 0
   lines = [line["iteration"] for line in complete_lines(workdir)]
   assert lines[:latest] == list(range(1, latest + 1))
@@ -165,7 +169,7 @@ def assert_nothing_before_the_last_checkpoint_is_lost(workdir: Path) -> int:
 
 
 def assert_same_run(workdir: Path, expected: Path) -> None:
-  """State, position in the data, metrics and pictures are equal to the last bit."""
+  """Compares state, position in the data, metrics and images, bit for bit."""
   last = str(FIELDS["num_iterations"])
   for name in ("params", "opt_state", "behaviour", "ema"):
     ours, theirs = (Checkpoints(w / "checkpoints").load(name) for w in (workdir, expected))
@@ -177,20 +181,22 @@ def assert_same_run(workdir: Path, expected: Path) -> None:
   for pattern in (f"checkpoints/{last}/run/metadata", "samples/*", "config.json"):
     assert contents(workdir, pattern) == contents(expected, pattern)
   assert complete_lines(workdir) == complete_lines(expected)
-  # Killed after the last save, it has had no other that would have removed an older one.
+  # A run that was killed after its last save may keep an older checkpoint, which only a further
+  # save would have deleted.
   names = lambda w: {path.name for path in (w / "checkpoints").iterdir()}
   assert names(expected) <= names(workdir)
 
 
 def leaves_of(tree: dict, prefix: str = ""):
+  """Yields (path, leaf) of nested dictionaries."""
   for name, value in tree.items():
     path = f"{prefix}/{name}"
     yield from leaves_of(value, path) if isinstance(value, dict) else [(path, value)]
 
 
 @pytest.mark.slow
-def test_run_killed_ten_times_ends_as_one_that_never_was(start, tmp_path):
-  expected = tmp_path / "undisturbed"
+def test_run_killed_ten_times_equals_an_uninterrupted_run(start, tmp_path):
+  expected = tmp_path / "uninterrupted"
   for workdir in (expected, tmp_path / "timed"):  # the first one compiles
     began = time.monotonic()
     process = start(workdir)
@@ -206,7 +212,7 @@ def test_run_killed_ten_times_ends_as_one_that_never_was(start, tmp_path):
   while kills < KILLS or saves_hit < SAVES_HIT:
     attempts += 1
     assert attempts < 3 * KILLS, f"{kills} kills in {attempts} attempts, {saves_hit} of saves"
-    left, began = half_written(runs[-1]), time.monotonic()
+    left, began = incomplete_saves(runs[-1]), time.monotonic()
     process = start(runs[-1])
     if attempts % 2:
       process.join(rng.uniform(0.0, duration))
@@ -215,15 +221,15 @@ def test_run_killed_ten_times_ends_as_one_that_never_was(start, tmp_path):
       time.sleep(rng.uniform(0.0, 0.02))
     process.kill()
     process.join()
-    before, latest = latest, assert_nothing_before_the_last_checkpoint_is_lost(runs[-1])
+    before, latest = latest, assert_nothing_before_the_latest_checkpoint_is_lost(runs[-1])
     assert before <= latest
-    if process.exitcode == 0:  # it was done before its time
+    if process.exitcode == 0:  # the run ended before the kill
       duration = time.monotonic() - began
       runs.append(tmp_path / f"killed_{len(runs)}")
       latest = 0
     else:
       kills += 1
-      saves_hit += bool(half_written(runs[-1]) - left)
+      saves_hit += bool(incomplete_saves(runs[-1]) - left)
   process = start(runs[-1])
   process.join()
   assert process.exitcode == 0
@@ -235,7 +241,7 @@ def test_run_killed_ten_times_ends_as_one_that_never_was(start, tmp_path):
 # -------------------------------------------------------------------------------------- full disks
 @pytest.fixture
 def on_small_disk(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-  """Runs Python code where the folder `disk` is a file system of so many bytes."""
+  """Gives a function that runs Python code; `disk` is a folder on a file system of `size` bytes."""
   disk = tmp_path / "disk"
   disk.mkdir()
 
@@ -249,15 +255,16 @@ def on_small_disk(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     )
 
   if shutil.which("unshare") is None or run("", 4096).returncode:
-    pytest.skip("no file system can be mounted here")
+    pytest.skip("needs the right to mount a file system")
   return run
 
 
-def test_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(on_small_disk, tmp_path):
+def test_save_on_a_full_disk_raises_one_line_and_keeps_earlier_checkpoints(on_small_disk, tmp_path):
   code = """
     import jax.numpy as jnp, numpy as np
-    from prefpaint_jax.runtime.checkpoint import Checkpoints
+    from prefpaint_jax.runtime.checkpoint import Checkpoints, silence_orbax
 
+    silence_orbax()
     state, too_much = {"params": jnp.arange(100.0)}, {"params": jnp.arange(4e5)}
     for found_by in ("wait", "close", "save"):
       checkpoints = Checkpoints(disk + "/run")
@@ -285,7 +292,7 @@ def test_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(on_small_dis
 
 
 @pytest.mark.slow
-def test_run_on_a_full_disk_ends_in_one_line_and_goes_on_from_its_last_checkpoint(
+def test_run_on_a_full_disk_prints_one_line_and_resumes_from_its_latest_checkpoint(
   on_small_disk, tmp_path
 ):
   code = """
@@ -299,7 +306,7 @@ def test_run_on_a_full_disk_ends_in_one_line_and_goes_on_from_its_last_checkpoin
       error = [line for line in ended.stderr.splitlines() if not line.startswith("iteration ")]
       latest = Checkpoints(disk + "/run/checkpoints").latest()
       print(ended.returncode, latest, *error, sep="\\t")
-      os.system(f"rm -rf {disk}/run/checkpoints/[123]")  # room
+      os.system(f"rm -rf {disk}/run/checkpoints/[123]")  # makes room
   """
   fields = testing.tiny_training(testing.write_tiny_world(tmp_path / "world")) | FIELDS
   fields |= {"num_iterations": 8, "keep_checkpoints": 100}
@@ -311,18 +318,19 @@ def test_run_on_a_full_disk_ends_in_one_line_and_goes_on_from_its_last_checkpoin
     patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     ended = on_small_disk(
-      code, 5 * 2**20, f"--config={ROOT}/configs/rl.py", f"--workdir={run}", *arguments
+      code, 7 * 2**20, f"--config={ROOT}/configs/rl.py", f"--workdir={run}", *arguments
     )
   assert ended.returncode == 0, ended.stderr
   full, resumed = (line.split("\t") for line in ended.stdout.splitlines())
   status, latest, *error = full
   assert status == "1" and 2 < int(latest) < 8
-  (said,) = error
-  assert said.startswith("error: ") and run in said and "No space left on device" in said
+  (message,) = error
+  assert message.startswith("error: ") and run in message
+  assert "No space left on device" in message
   assert resumed == ["0", "8"]
 
 
-def test_metrics_on_a_full_disk_are_one_line_and_no_run_hangs(on_small_disk, tmp_path):
+def test_metrics_on_a_full_disk_end_the_command_with_one_line(on_small_disk, tmp_path):
   code = """
     from prefpaint_jax.runtime import cli
     from prefpaint_jax.runtime.metrics import MetricsWriter
@@ -341,31 +349,32 @@ def test_metrics_on_a_full_disk_are_one_line_and_no_run_hangs(on_small_disk, tmp
   ended = on_small_disk(code, 2**19, f"--config={ROOT}/configs/rl.py", f"--workdir={disk}")
   assert ended.returncode == 1
   assert ended.stderr == (
-    f"error: {disk}: No space left on device; make room, and the same command goes on from its "
-    "last checkpoint\n"
+    f"error: {disk}: No space left on device; make room and run the same command to resume from "
+    "the latest checkpoint\n"
   )
 
 
-# ------------------------------------------------------------------------------------- their times
-def test_parts_of_an_iteration_that_run_at_once_are_timed_apart(tmp_path, monkeypatch):
+# ---------------------------------------------------------------------------------- times in a log
+@pytest.mark.slow
+def test_rollout_and_update_times_do_not_overlap(tmp_path, monkeypatch):
   rollout_s, update_s = 0.2, 0.4
 
-  def lasting(function: Callable, seconds: float) -> Callable:
+  def delayed(function: Callable, seconds: float) -> Callable:
     def call(*arguments):
       time.sleep(seconds)
       return jax.block_until_ready(function(*arguments))
 
     return call
 
-  def slow_stand_ins(*arguments) -> Stages:
-    stages = stand_ins(*arguments)
+  def make_slow_stages(*arguments) -> Stages:
+    stages = make_cheap_stages(*arguments)
     return stages._replace(
-      rollout=lasting(stages.rollout, rollout_s),
-      score=lasting(stages.score, 0.0),
-      update=lasting(stages.update, update_s),
+      rollout=delayed(stages.rollout, rollout_s),
+      score=delayed(stages.score, 0.0),
+      update=delayed(stages.update, update_s),
     )
 
-  monkeypatch.setattr(run, "make_stages", slow_stand_ins)
+  monkeypatch.setattr(run, "make_stages", make_slow_stages)
   monkeypatch.setattr(train, "compile_iteration", lambda *_: None)
   config = runpy.run_path(str(ROOT / "configs" / "rl.py"))["get_config"]()
   world = testing.write_tiny_world(tmp_path / "world")

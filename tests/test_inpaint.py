@@ -1,4 +1,4 @@
-"""The inpaint command: its three jobs write what they should, and wrong flags end in one line."""
+"""The inpaint command: files of its three tasks, and one-line errors for wrong flags."""
 
 import json
 import re
@@ -18,14 +18,14 @@ from prefpaint_jax.data.images import save_png
 ROOT = Path(__file__).parents[1]
 SIZE = (10, 12)
 
-# The flags of two commands cannot be in one process, so another one runs this; one for all cases.
+# Runs in a new process, because the flags of two commands cannot be defined in one process.
 RUN_ALL = """
 import contextlib, io, json, sys
 import jax
 from absl import flags
 from absl.testing import flagsaver
 from prefpaint_jax import inpaint
-jax.config.update("jax_disable_most_optimizations", True)  # half the time is the compiler's
+jax.config.update("jax_disable_most_optimizations", True)  # compilation takes half the time
 answers = {}
 for name, arguments in json.load(sys.stdin).items():
   with flagsaver.flagsaver(), contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -38,9 +38,9 @@ for name, arguments in json.load(sys.stdin).items():
 print(json.dumps(answers))
 """
 WRONG = {
-  "nothing": ([], "nothing to paint: give --mask=M.png, --extend=left=256 .* or --move=x,y,z"),
-  "samples of nothing": (["--num_samples=2"], "nothing to paint"),
-  "two jobs": (["--mask=mask.png", "--extend=left=4"], "--mask and --extend do not go together"),
+  "nothing": ([], "nothing to inpaint; give --mask=M.png, --extend=left=256 .* or --move=x,y,z"),
+  "samples of nothing": (["--num_samples=2"], "nothing to inpaint"),
+  "two tasks": (["--mask=mask.png", "--extend=left=4"], "--mask and --extend do not go together"),
   "samples of an extension": (
     ["--extend=left=4", "--num_samples=2"],
     "--num_samples and --extend do not go together",
@@ -49,11 +49,11 @@ WRONG = {
   "depth": (["--depth=depth.npy"], "--depth without --move or --turn"),
   "views": (["--views=3"], "--views without --move or --turn"),
   "best": (["--mask=mask.png", "--num_samples=2", "--best"], "--best without --reward"),
-  "no number": (["--extend=left=abc"], "left is 'abc', not a whole number"),
+  "no number": (["--extend=left=abc"], "left is 'abc'; expected a whole number"),
   "no side": (["--extend=up=3"], "'up' is no side"),
-  "negative": (["--extend=left=-3"], "left is -3: give 0 or more"),
-  "zero": (["--extend=left=0,top=0"], "no side grows"),
-  "no depth": (["--move=1,0,0"], "--depth is missing: .* --depth=synthetic"),
+  "negative": (["--extend=left=-3"], "left is -3; expected 0 or more"),
+  "zero": (["--extend=left=0,top=0"], "all sides are 0"),
+  "no depth": (["--move=1,0,0"], "--depth is missing; .* --depth=synthetic"),
   "short move": (["--move=1,0", "--depth=synthetic"], "--move=1,0: give 3 numbers"),
   "worded turn": (["--turn=left,0", "--depth=synthetic"], "--turn=left,0: give 2 numbers"),
   "other depth": (["--move=1,0,0", "--depth=small.npy"], "the depth is 4x5, its image 10x12"),
@@ -90,7 +90,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(folder) -> dict[str, str]:
-  """What the command printed in each case."""
+  """Returns the printed text or the error of each case."""
   common = ["--model=policy", "--image=image.png", "--num_steps=2"]
   cases = {f"wrong {name}": arguments for name, (arguments, _) in WRONG.items()}
   cases |= {f"right {name}": arguments for name, arguments in RIGHT.items()}
@@ -114,14 +114,16 @@ def read(path: Path) -> np.ndarray:
   return np.asarray(Image.open(path).convert("RGB"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
-def test_flags_that_do_not_work_end_in_one_line(answers, name):
+def test_wrong_flags_give_a_one_line_error(answers, name):
   answer = answers[f"wrong {name}"]
   assert answer.startswith("error: ") and "\n" not in answer
   assert re.search(WRONG[name][1], answer), answer
 
 
-def test_samples_go_to_numbered_files_with_their_rewards(answers, folder):
+@pytest.mark.slow
+def test_samples_are_written_to_numbered_files_with_their_rewards(answers, folder):
   image = read(folder / "image.png")
   printed = answers["right three"].splitlines()
   for i in range(3):
@@ -134,7 +136,8 @@ def test_samples_go_to_numbered_files_with_their_rewards(answers, folder):
   assert read(folder / "one.png").shape == image.shape
 
 
-def test_best_keeps_the_sample_of_the_greatest_reward_and_tells_of_all(answers, folder):
+@pytest.mark.slow
+def test_best_writes_the_sample_of_the_greatest_reward_and_lists_all_rewards(answers, folder):
   rewards = [Image.open(folder / f"three_{i}.png").text["reward"] for i in range(3)]
   best = max(range(3), key=lambda i: float(rewards[i]))
   text = Image.open(folder / "best.png").text
@@ -150,24 +153,26 @@ def test_best_keeps_the_sample_of_the_greatest_reward_and_tells_of_all(answers, 
   assert answers["right best"] == f"best.png reward {rewards[best]} the best of 3\n"
 
 
-def test_extension_keeps_the_photograph(answers, folder):
+@pytest.mark.slow
+def test_extension_keeps_the_pixels_of_the_image(answers, folder):
   assert answers["right extended"] == "extended.png\n"
   extended = read(folder / "extended.png")
   assert extended.shape == (13, 17, 3)
   np.testing.assert_array_equal(extended[:10, 5:], read(folder / "image.png"))
 
 
-def test_views_go_to_a_picture_a_strip_or_a_gif(answers, folder):
+@pytest.mark.slow
+def test_views_are_written_to_an_image_a_strip_or_a_gif(answers, folder):
   assert read(folder / "view.png").shape == (*SIZE, 3)
   strip = read(folder / "strip.png")
   assert strip.shape == (SIZE[0] + 4, 4 * (SIZE[1] + 4), 3)
   np.testing.assert_array_equal(strip[2:-2, 2:14], read(folder / "image.png"))
   assert answers["right sweep"] == "sweep.gif\n"
-  with Image.open(folder / "sweep.gif") as film:
-    assert film.n_frames == 4 and film.size == SIZE[::-1]
+  with Image.open(folder / "sweep.gif") as gif:
+    assert gif.n_frames == 4 and gif.size == SIZE[::-1]
 
 
-def test_command_ends_in_one_line(folder):
+def test_error_of_the_command_is_one_line(folder):
   done = subprocess.run(
     [sys.executable, "-m", "prefpaint_jax.inpaint", "--image=none.png", "--output=o.png"],
     cwd=ROOT,
@@ -176,4 +181,4 @@ def test_command_ends_in_one_line(folder):
     timeout=120,
   )
   assert done.returncode == 1
-  assert done.stderr.strip().splitlines()[-1].startswith("error: nothing to paint: give --mask=")
+  assert done.stderr.strip().splitlines()[-1].startswith("error: nothing to inpaint; give --mask=")

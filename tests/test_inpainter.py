@@ -1,4 +1,4 @@
-"""The whole pipeline against stock diffusers on our saved folder, and what a user can give it."""
+"""Inpainter: samples equal those of stock diffusers; inputs, folders and errors."""
 
 import json
 import re
@@ -28,9 +28,9 @@ def folder(inpainter, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompt() -> tuple[np.ndarray, np.ndarray]:
-  """A picture [8, 8, 3] of whole bytes, and its mask [8, 8, 1]."""
-  pictures, masks = testing.tiny_prompts(1)
-  return (np.round(pictures[0] * 255) / 255).astype(np.float32), masks[0]
+  """Returns an image [8, 8, 3] of multiples of 1/255, and its mask [8, 8, 1]."""
+  images, masks = testing.tiny_prompts(1)
+  return (np.round(images[0] * 255) / 255).astype(np.float32), masks[0]
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
@@ -40,9 +40,9 @@ def to_pil(image: np.ndarray) -> Image.Image:
 # ------------------------------------------------------------------------- against stock diffusers
 @pytest.fixture(scope="module", params=[1, 2], ids=["sd1_epsilon", "sd2_v_prediction"])
 def both(request, tmp_path_factory):
-  """Our pipeline, and stock diffusers' from the folder that ours wrote."""
+  """Returns our pipeline, and that of stock diffusers from the folder that ours wrote."""
   torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
-  torch.set_num_threads(1)  # threads that wait for each other cost more than these layers
+  torch.set_num_threads(1)  # more threads are slower for layers this small
   diffusers = pytest.importorskip("diffusers")
   from diffusers.models.autoencoders import vae
 
@@ -54,7 +54,7 @@ def both(request, tmp_path_factory):
   assert type(stock.scheduler) is diffusers.DDIMScheduler
   stock.set_progress_bar_config(disable=True)
   with pytest.MonkeyPatch.context() as patch:
-    # Stock samples the posterior of the masked image's latents; we take its mode.
+    # diffusers samples the latents of the masked image; this package takes the mode.
     patch.setattr(vae.DiagonalGaussianDistribution, "sample", lambda self, _: self.mode())
     yield ours, stock
 
@@ -81,7 +81,7 @@ def test_pipeline_equals_stock_diffusers(both, prompt, text, guidance_scale):
     latents=torch.tensor(latents).permute(0, 3, 1, 2),
     output_type="np",
   ).images
-  painted = ours(
+  samples = ours(
     image,
     mask,
     num_steps=STEPS,
@@ -90,20 +90,20 @@ def test_pipeline_equals_stock_diffusers(both, prompt, text, guidance_scale):
     latents=latents,
     paste_back=False,
   )
-  assert painted.shape == expected.shape == (1, architectures.SIZE, architectures.SIZE, 3)
-  assert expected.std() > 0.05  # a picture, not a saturated field
-  np.testing.assert_allclose(painted, expected, atol=1e-3)
+  assert samples.shape == expected.shape == (1, architectures.SIZE, architectures.SIZE, 3)
+  assert expected.std() > 0.05  # the image is not saturated
+  np.testing.assert_allclose(samples, expected, atol=1e-3)
 
 
-def test_text_and_guidance_change_the_picture(inpainter, prompt):
-  paint = lambda **kwargs: inpainter(*prompt, num_steps=STEPS, paste_back=False, **kwargs)
-  without, with_text = paint(), paint(text="a tree", guidance_scale=1.0)
-  guided = paint(text="a tree", guidance_scale=7.5)
+def test_text_and_guidance_change_the_samples(inpainter, prompt):
+  inpaint = lambda **kwargs: inpainter(*prompt, num_steps=STEPS, paste_back=False, **kwargs)
+  without, with_text = inpaint(), inpaint(text="a tree", guidance_scale=1.0)
+  guided = inpaint(text="a tree", guidance_scale=7.5)
   assert np.abs(without - with_text).max() > 1e-3
   assert np.abs(guided - with_text).max() > 1e-3
 
 
-def test_all_texts_are_encoded_by_one_program(inpainter):
+def test_all_texts_share_one_compiled_program(inpainter):
   compiled = inpainter_module._encode_text._cache_size()
   a, b = inpainter.encode_text(["a door"]), inpainter.encode_text(["a wall"])
   assert np.abs(a - b).max() > 0.01
@@ -111,13 +111,15 @@ def test_all_texts_are_encoded_by_one_program(inpainter):
 
 
 @pytest.mark.parametrize("text", ["", "A red tree, 3 m high!", "größer — 木", "x" * 200])
-def test_byte_tokenizer_gives_the_ids_of_transformers(folder, inpainter, text):
+def test_byte_tokenizer_gives_the_ids_of_transformers_and_of_the_definition(
+  folder, inpainter, text
+):
   transformers = pytest.importorskip("transformers")
   stock = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
   settings = {"padding": "max_length", "max_length": 77, "truncation": True}
   ids = inpainter.tokenizer([text], **settings)["input_ids"][0]
   assert ids == stock(text, **settings)["input_ids"]
-  # By hand: every word is its bytes, the last one marked as the end of a word.
+  # The definition: a token for each byte of a word; the last byte of a word has the suffix </w>.
   words = re.findall(r"[^\W\d_]+|\d|[^\s\w]+", text.lower())
   tokens = []
   for word in words:
@@ -130,49 +132,49 @@ def test_byte_tokenizer_gives_the_ids_of_transformers(folder, inpainter, text):
 
 
 def _symbol(byte: int) -> str:
-  """GPT-2's character for a byte."""
+  """Returns the character by which GPT-2's tokenizer represents a byte."""
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   rest = [other for other in range(256) if other not in printable]
   return chr(byte) if byte in printable else chr(256 + rest.index(byte))
 
 
-# ----------------------------------------------------------------------------- what comes back
-def test_same_key_same_picture_and_another_key_another(inpainter, prompt):
-  paint = lambda seed: inpainter(*prompt, key=jax.random.key(seed), num_steps=STEPS, eta=1.0)
-  first, again, other = paint(3), paint(3), paint(4)
+# ------------------------------------------------------------------------------------ samples
+def test_samples_depend_only_on_the_key(inpainter, prompt):
+  inpaint = lambda seed: inpainter(*prompt, key=jax.random.key(seed), num_steps=STEPS, eta=1.0)
+  first, again, other = inpaint(3), inpaint(3), inpaint(4)
   np.testing.assert_array_equal(first, again)
   assert np.abs(first - other).max() > 0.01
 
 
-def test_known_pixels_are_kept_exactly_and_the_hole_is_not(inpainter, prompt):
+def test_known_pixels_are_kept_exactly_and_missing_pixels_change(inpainter, prompt):
   image, mask = prompt
-  (painted,) = inpainter(image, mask, num_steps=STEPS)
+  (sample,) = inpainter(image, mask, num_steps=STEPS)
   known = np.broadcast_to(mask == 0, image.shape)
-  np.testing.assert_array_equal(painted[known], image[known])
-  assert (painted[~known] != image[~known]).mean() > 0.9
-  assert painted.dtype == np.float32
-  assert painted.min() >= 0.0 and painted.max() <= 1.0
+  np.testing.assert_array_equal(sample[known], image[known])
+  assert (sample[~known] != image[~known]).mean() > 0.9
+  assert sample.dtype == np.float32
+  assert sample.min() >= 0.0 and sample.max() <= 1.0
 
 
-def test_what_is_under_the_mask_does_not_matter(inpainter, prompt):
+def test_pixels_under_the_mask_do_not_change_the_samples(inpainter, prompt):
   image, mask = prompt
   other = np.where(mask > 0, 1.0 - image, image)
-  paint = lambda image: inpainter(image, mask, num_steps=STEPS)
-  np.testing.assert_array_equal(paint(image), paint(other))
+  inpaint = lambda image: inpainter(image, mask, num_steps=STEPS)
+  np.testing.assert_array_equal(inpaint(image), inpaint(other))
 
 
-def test_samples_of_an_image_come_in_a_row(inpainter):
+def test_samples_of_an_image_are_consecutive(inpainter):
   images, masks = testing.tiny_prompts(2)
   latents = np.random.default_rng(0).normal(size=(6, 4, 4, 4)).astype(np.float32)
-  painted = inpainter(
+  samples = inpainter(
     list(images), list(masks), num_steps=STEPS, latents=latents, num_samples=3, paste_back=False
   )
-  assert painted.shape == (6, architectures.SIZE, architectures.SIZE, 3)
-  for i, sample in enumerate(painted):
+  assert samples.shape == (6, architectures.SIZE, architectures.SIZE, 3)
+  for i, sample in enumerate(samples):
     pair, noise = (images[i // 3], masks[i // 3]), latents[i : i + 1]
     (alone,) = inpainter(*pair, num_steps=STEPS, latents=noise, paste_back=False)
     np.testing.assert_allclose(sample, alone, atol=1e-5)
-  assert all(np.abs(painted[0] - sample).max() > 1e-3 for sample in painted[1:])
+  assert all(np.abs(samples[0] - sample).max() > 1e-3 for sample in samples[1:])
 
 
 def test_report_is_called_at_each_step(inpainter, prompt):
@@ -183,48 +185,48 @@ def test_report_is_called_at_each_step(inpainter, prompt):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (5, 9)])
-def test_image_of_another_size_comes_back_at_its_size(inpainter, size):
+def test_samples_have_the_size_of_the_image(inpainter, size):
   rng = np.random.default_rng(0)
   image = rng.uniform(size=(*size, 3)).astype(np.float32)
   mask = np.zeros((*size, 1), np.float32)
   mask[:, : size[1] // 2] = 1.0
-  (painted,) = inpainter(image, mask, num_steps=STEPS)
-  assert painted.shape == image.shape
-  np.testing.assert_array_equal(painted[:, size[1] // 2 :], image[:, size[1] // 2 :])
+  (sample,) = inpainter(image, mask, num_steps=STEPS)
+  assert sample.shape == image.shape
+  np.testing.assert_array_equal(sample[:, size[1] // 2 :], image[:, size[1] // 2 :])
 
 
-def test_every_kind_of_input_gives_the_same_picture(inpainter, prompt, tmp_path):
+def test_every_kind_of_input_gives_the_same_samples(inpainter, prompt, tmp_path):
   image, mask = prompt
-  paint = lambda image, mask: inpainter(image, mask, num_steps=STEPS)
-  expected = paint(image, mask)
-  picture, hole = to_pil(image), to_pil(mask)
-  picture.save(tmp_path / "image.png")
-  hole.save(tmp_path / "mask.png")
-  opaque = picture.copy()
+  inpaint = lambda image, mask: inpainter(image, mask, num_steps=STEPS)
+  expected = inpaint(image, mask)
+  pil_image, pil_mask = to_pil(image), to_pil(mask)
+  pil_image.save(tmp_path / "image.png")
+  pil_mask.save(tmp_path / "mask.png")
+  opaque = pil_image.copy()
   opaque.putalpha(255)
-  # Turned by EXIF: stored lying on its side, with the tag that says so.
-  turned, exif = picture.transpose(Image.Transpose.ROTATE_90), Image.Exif()
-  exif[0x0112] = 6  # to be rotated by 90 degrees clockwise
-  turned.save(tmp_path / "turned.png", exif=exif)
-  as_bytes = np.asarray(picture)
+  # Stored rotated by 90 degrees, with the EXIF orientation that undoes it.
+  rotated, exif = pil_image.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+  exif[0x0112] = 6  # viewers rotate by 90 degrees clockwise
+  rotated.save(tmp_path / "rotated.png", exif=exif)
+  as_bytes = np.asarray(pil_image)
   cases = {
-    "PIL": (picture, hole),
+    "PIL": (pil_image, pil_mask),
     "path": (tmp_path / "image.png", str(tmp_path / "mask.png")),
-    "uint8": (as_bytes, np.asarray(hole)),
-    "RGBA": (opaque, hole.convert("RGBA")),
-    "EXIF": (tmp_path / "turned.png", hole),
+    "uint8": (as_bytes, np.asarray(pil_mask)),
+    "RGBA": (opaque, pil_mask.convert("RGBA")),
+    "EXIF": (tmp_path / "rotated.png", pil_mask),
     "list": ([image], [mask]),
     "bool mask": (image, mask[..., 0] > 0),
   }
   for kind, (some_image, some_mask) in cases.items():
-    np.testing.assert_array_equal(paint(some_image, some_mask), expected, err_msg=kind)
+    np.testing.assert_array_equal(inpaint(some_image, some_mask), expected, err_msg=kind)
   grey = np.repeat(image[..., :1], 3, axis=-1)
-  np.testing.assert_array_equal(paint(image[..., 0], mask), paint(grey, mask))
-  np.testing.assert_array_equal(paint(to_pil(image[..., 0]), mask), paint(grey, mask))
+  np.testing.assert_array_equal(inpaint(image[..., 0], mask), inpaint(grey, mask))
+  np.testing.assert_array_equal(inpaint(to_pil(image[..., 0]), mask), inpaint(grey, mask))
 
 
 # ------------------------------------------------------------------------------------- folders
-def test_saving_what_was_loaded_changes_nothing(folder, tmp_path):
+def test_saving_a_loaded_folder_gives_identical_files(folder, tmp_path):
   Inpainter.from_pretrained(folder).save_pretrained(tmp_path)
   names = lambda root: sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
   assert names(tmp_path) == names(folder)
@@ -232,7 +234,7 @@ def test_saving_what_was_loaded_changes_nothing(folder, tmp_path):
     assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
 
 
-def test_loaded_parameters_and_configs_are_those_that_were_saved(folder, inpainter):
+def test_loaded_parameters_and_configs_equal_the_saved_ones(folder, inpainter):
   loaded = Inpainter.from_pretrained(folder)
   assert loaded.configs == inpainter.configs
   assert loaded.modules == inpainter.modules
@@ -253,6 +255,7 @@ def test_context_of_an_empty_text_equals_that_of_transformers(both):
 
 # -------------------------------------------------------------------------------------- errors
 def edited(folder, tmp_path, part: str, **changes):
+  """Copies the folder and changes fields of one JSON file."""
   copy = tmp_path / "edited"
   shutil.copytree(folder, copy)
   file = copy / part
@@ -261,28 +264,30 @@ def edited(folder, tmp_path, part: str, **changes):
 
 
 def refused(match: str):
-  """The error that a user sees: one line that says this."""
+  """Expects a ValueError of one line that matches."""
   return pytest.raises(ValueError, match=rf"\A(?=[^\n]*\Z)(?s:.*){match}")
 
 
-def test_unet_without_inpainting_channels_is_refused(folder, tmp_path):
+def test_unet_without_inpainting_channels_raises_an_error(folder, tmp_path):
   other = edited(folder, tmp_path, "unet/config.json", in_channels=4)
-  with refused("4 input channels, an inpainting UNet has 9"):
+  with refused("4 input channels; expected 9"):
     Inpainter.from_pretrained(other)
 
 
-def test_text_encoder_of_another_model_is_refused(folder, tmp_path):
+def test_text_encoder_of_another_model_raises_an_error(folder, tmp_path):
   other = edited(folder, tmp_path, "unet/config.json", cross_attention_dim=16)
-  with refused("attends to 16 features, the text encoder gives 12"):
+  with refused(
+    "cross_attention_dim of the UNet is 16; expected the text encoder's hidden_size, 12"
+  ):
     Inpainter.from_pretrained(other)
 
 
-def test_folder_that_is_no_pipeline_is_refused(tmp_path):
+def test_folder_that_is_no_pipeline_raises_an_error(tmp_path):
   with refused("no model_index.json"):
     Inpainter.from_pretrained(tmp_path)
 
 
-def test_folder_without_tokenizer_is_refused(folder, tmp_path):
+def test_folder_without_tokenizer_raises_an_error(folder, tmp_path):
   copy = tmp_path / "copy"
   shutil.copytree(folder, copy)
   shutil.rmtree(copy / "tokenizer")
@@ -291,12 +296,12 @@ def test_folder_without_tokenizer_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8, 4), (2, 4, 4, 4), (1, 4, 4, 4, 1)])
-def test_latents_of_a_wrong_shape_are_refused(inpainter, prompt, shape):
+def test_latents_of_a_wrong_shape_raise_an_error(inpainter, prompt, shape):
   with refused(r"these images need \(1, 4, 4, 4\)"):
     inpainter(*prompt, latents=np.zeros(shape, np.float32))
 
 
-def test_masks_that_cannot_be_are_refused(inpainter, prompt):
+def test_invalid_masks_raise_errors(inpainter, prompt):
   image, mask = prompt
   with refused("mask is 4x8, its image 8x8"):
     inpainter(image, mask[:4])
@@ -306,17 +311,17 @@ def test_masks_that_cannot_be_are_refused(inpainter, prompt):
     inpainter(image, np.ones_like(mask))
 
 
-def test_one_mask_serves_all_images_which_are_of_one_size():
+def test_one_mask_applies_to_all_images_of_one_size():
   images, masks = testing.tiny_prompts(3)
-  loaded, holes = load_pairs(list(images), masks[0])
+  loaded, loaded_masks = load_pairs(list(images), masks[0])
   np.testing.assert_array_equal(loaded, images)
-  np.testing.assert_array_equal(holes, np.repeat(masks[:1], 3, axis=0))
+  np.testing.assert_array_equal(loaded_masks, np.repeat(masks[:1], 3, axis=0))
   with refused("2 masks for 3 images"):
     load_pairs(list(images), list(masks[:2]))
   with refused("the image is 4x8, the first of the list 8x8"):
     load_pairs([images[0], images[1, :4]], masks[0])
 
 
-def test_as_many_texts_as_images_or_one(inpainter, prompt):
+def test_number_of_texts_other_than_one_or_that_of_images_raises_an_error(inpainter, prompt):
   with refused("2 texts for 1 images"):
     inpainter(*prompt, text=["a", "b"])

@@ -1,4 +1,4 @@
-"""Scripts that start runs: they are sound, and several local processes end as they should."""
+"""Launch scripts: syntax, consistency, and how local processes start and end."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ new_bash = pytest.mark.skipif(int(version.stdout) < 501, reason="local_processes
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_parse_and_say_how_they_are_used(script):
+def test_script_parses_and_begins_with_a_description(script):
   subprocess.run(["bash", "-n", script], check=True)
   text = script.read_text()
   assert text.startswith("#!/usr/bin/env bash\n# ") and "\nset -euo pipefail\n" in text
@@ -37,7 +37,7 @@ def test_shellcheck_finds_nothing(script):
   assert found.returncode == 0, found.stdout
 
 
-def test_jobset_asks_for_one_pod_on_each_host_of_its_slice():
+def test_jobset_has_one_pod_per_host_of_its_slice():
   jobset = yaml.safe_load((LAUNCH / "gke.yaml").read_text())
   assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
   assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
@@ -50,14 +50,14 @@ def test_jobset_asks_for_one_pod_on_each_host_of_its_slice():
     chips *= int(side)
   hosts = chips // container["resources"]["limits"]["google.com/tpu"]
   assert job["parallelism"] == job["completions"] == hosts
-  # The pods of a failed run start again together, not one by one.
+  # Kubernetes must not restart single pods: JobSet restarts all pods of a failed run together.
   assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
   assert {mount["name"] for mount in container["volumeMounts"]} == {
     volume["name"] for volume in pod["volumes"]
   }
 
 
-def test_slurm_starts_a_process_for_every_gpu():
+def test_slurm_starts_one_process_per_gpu():
   lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
   options = dict(
     line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if "#SBATCH" in line
@@ -71,9 +71,9 @@ def local(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @new_bash
-def test_local_processes_are_told_of_each_other():
-  says = 'echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS: $XLA_FLAGS"'
-  ended = local("3", "--devices=2", "--", "bash", "-c", says)
+def test_local_processes_get_the_environment_of_a_run():
+  script = 'echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS: $XLA_FLAGS"'
+  ended = local("3", "--devices=2", "--", "bash", "-c", script)
   assert ended.returncode == 0 and not ended.stderr
   lines = sorted(ended.stdout.splitlines())
   assert [line[:6] for line in lines] == [f"{index} of 3" for index in range(3)]
@@ -82,7 +82,7 @@ def test_local_processes_are_told_of_each_other():
 
 
 @new_bash
-def test_local_process_that_fails_takes_the_others_along():
+def test_failure_of_a_local_process_ends_the_others():
   began = time.monotonic()
   ended = local("3", "--", "bash", "-c", "((JAX_PROCESS_ID == 1)) && exit 7; exec sleep 50")
   assert ended.returncode == 7
@@ -91,15 +91,17 @@ def test_local_process_that_fails_takes_the_others_along():
 
 
 @new_bash
-def test_worst_status_is_that_of_all():
+def test_exit_status_is_the_highest_of_all_processes():
   assert local("2", "--", "bash", "-c", "exit $((JAX_PROCESS_ID + 3))").returncode == 4
 
 
 @new_bash
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_is_passed_on_to_every_local_process(interruptible, number):
-  says = "trap 'echo asked; exit 0' TERM; echo up; for i in {1..600}; do sleep 0.1; done"
-  with subprocess.Popen([LOCAL, "2", "--", "bash", "-c", says], stdout=subprocess.PIPE) as started:
+  script = "trap 'echo asked; exit 0' TERM; echo up; for i in {1..600}; do sleep 0.1; done"
+  with subprocess.Popen(
+    [LOCAL, "2", "--", "bash", "-c", script], stdout=subprocess.PIPE
+  ) as started:
     for _ in range(2):
       assert started.stdout.readline() == b"up\n"
     started.send_signal(number)
@@ -109,6 +111,6 @@ def test_signal_is_passed_on_to_every_local_process(interruptible, number):
 
 @new_bash
 @pytest.mark.parametrize("arguments", [[], ["0", "--", "true"], ["2", "true"], ["2", "--"]])
-def test_wrong_use_is_answered_with_the_right_one(arguments):
+def test_wrong_arguments_print_the_usage(arguments):
   ended = local(*arguments)
   assert ended.returncode == 2 and ended.stderr.startswith("launch/local_processes.sh PROCESSES")

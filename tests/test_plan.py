@@ -1,4 +1,4 @@
-"""Plans of runs: for the devices at hand, for a chip by its peaks, and for TPUs elsewhere."""
+"""Plans of runs: for this machine, for given peak rates, and for absent TPUs and GPUs."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh
 
 from prefpaint_jax import plan, testing
-from prefpaint_jax.kernels.attention import _has_cudnn
+from prefpaint_jax.kernels.attention import has_cudnn
 from prefpaint_jax.models import architectures, pipeline
 from prefpaint_jax.planning import cost, stages
 from prefpaint_jax.planning.chips import CHIPS, Chip, find_chip, topology_devices
@@ -22,10 +22,10 @@ from prefpaint_jax.runtime.compilation import fast_jit
 get_config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rl.py"))["get_config"]
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
-  reason="compiling for a TPU needs its compiler: pip install libtpu",
+  reason="compilation for a TPU needs its compiler: pip install libtpu",
 )
 needs_cuda = pytest.mark.skipif(
-  not _has_cudnn(), reason="compiling for a GPU needs JAX's plugin: pip install jax[cuda13]"
+  not has_cudnn(), reason="compilation for a GPU needs JAX's plugin: pip install jax[cuda13]"
 )
 
 
@@ -49,7 +49,8 @@ def report(planned):
   return planned[0]
 
 
-def test_report_is_given_after_every_stage(planned):
+@pytest.mark.slow
+def test_after_stage_is_called_after_every_stage(planned):
   report, seen = planned
   assert [list(one["stages"]) for one in seen] == [
     ["rollout"],
@@ -59,14 +60,16 @@ def test_report_is_given_after_every_stage(planned):
   assert seen[-1] == json.loads(json.dumps(report))
 
 
-def test_report_of_the_devices_at_hand_is_json_and_a_table(report):
+@pytest.mark.slow
+def test_report_of_this_machine_is_json_and_a_table(report):
   assert json.loads(json.dumps(report))["chips"] == 8
   assert list(report["stages"]) == ["rollout", "score", "update"]
   table = plan.describe(report)
   assert "rollout x1" in table and "update x2" in table and "ESTIMATE" not in table
 
 
-def test_update_holds_parameters_and_moments_and_exchanges_each_gradient_once(report):
+@pytest.mark.slow
+def test_update_holds_parameters_and_moments_and_reduces_each_gradient_once(report):
   update, parameters = report["stages"]["update"], report["parameters"]["unet"]
   assert update["memory"]["arguments"] > 3 * 4 * parameters
   assert update["memory"]["total"] == sum(
@@ -76,38 +79,40 @@ def test_update_holds_parameters_and_moments_and_exchanges_each_gradient_once(re
   assert sent == pytest.approx(2 * 7 / 8 * 4 * parameters, rel=0.02)
 
 
-def test_estimate_is_the_longer_of_work_and_memory_and_then_the_links(report):
+@pytest.mark.slow
+def test_estimate_is_the_longer_of_work_and_memory_plus_the_links(report):
   chip = Chip(flops=1e9, memory=1e12, bandwidth=1e15, links=1e9)
-  judged = report | stages.judge(report, chip)
-  assert "does_not_fit" not in judged and "fits" in plan.describe(judged)
+  fitted = report | stages.fit_to_chip(report, chip)
+  assert "does_not_fit" not in fitted and "fits" in plan.describe(fitted)
   seconds = 0.0
   for stage in report["stages"].values():
     sent = sum(sent for _, sent in stage["collectives"].values())
     seconds += stage["times"] * (stage["flops"] / 1e9 + sent / 1e9)
-  assert judged["seconds"] == pytest.approx(seconds)
-  assert judged["images_per_s"] == pytest.approx(16 / seconds)
-  slow = report | stages.judge(report, chip._replace(bandwidth=1.0))
+  assert fitted["seconds"] == pytest.approx(seconds)
+  assert fitted["images_per_s"] == pytest.approx(16 / seconds)
+  slow = report | stages.fit_to_chip(report, chip._replace(bandwidth=1.0))
   traffic = sum(stage["times"] * stage["traffic"] for stage in report["stages"].values())
   assert slow["seconds"] == pytest.approx(traffic, rel=1e-3)
 
 
-def test_a_chip_without_room_for_the_largest_stage_does_not_fit(report):
+@pytest.mark.slow
+def test_plan_names_the_stage_that_does_not_fit(report):
   sizes = {name: stage["memory"]["total"] for name, stage in report["stages"].items()}
   largest = max(sizes, key=sizes.get)
   chip = Chip(1e12, sizes[largest] - 1, 1e12, 1e12)
-  table = plan.describe(report | stages.judge(report, chip))
+  table = plan.describe(report | stages.fit_to_chip(report, chip))
   assert f"DOES NOT FIT: {largest}" in table
 
 
-def test_search_goes_on_past_what_does_not_fit(monkeypatch):
+def test_search_continues_after_a_plan_that_does_not_fit(monkeypatch):
   tried = []
 
-  def fake(config, devices):
+  def plan_without_compiling(config, devices):
     fits = config.batch_size < (32 if config.remat else 16)
     tried.append((config.mesh.fsdp, config.remat, config.batch_size))
     return {} if fits else {"does_not_fit": "rollout: 20G of 10G"}
 
-  monkeypatch.setattr(plan, "plan", fake)
+  monkeypatch.setattr(plan, "plan", plan_without_compiling)
   reports = list(plan.search(get_config(), jax.devices()))
   assert tried == [
     (fsdp, remat, size)
@@ -125,20 +130,20 @@ def test_search_goes_on_past_what_does_not_fit(monkeypatch):
     ("stabilityai/stable-diffusion-2-inpainting", 865_925_124),
   ],
 )
-def test_known_architectures_have_the_parameters_of_the_checkpoints(policy, parameters):
+def test_known_architectures_have_as_many_parameters_as_the_checkpoints(policy, parameters):
   configs, _ = architectures.read_architecture(policy)
   modules = pipeline.make_modules(configs)
   unet = jax.eval_shape(modules.init, jax.random.key(0))["unet"]
   assert sum(x.size for x in jax.tree.leaves(unet)) == parameters
 
 
-def test_mini_is_read_from_its_folder():
+def test_architecture_of_mini_is_read_from_its_folder():
   configs, source = architectures.read_architecture("mini")
   assert configs["unet"]["in_channels"] == 9 and "folder" in source
   assert architectures.read_reward("mini") != architectures.read_reward("kd5678/prefpaintReward")
 
 
-def test_chips_are_found_by_the_longest_name():
+def test_chips_are_found_by_the_longest_matching_name():
   assert find_chip("TPU v5 lite") is CHIPS["TPU v5 lite"]
   assert find_chip("TPU v5p") is CHIPS["TPU v5"]
   assert find_chip("NVIDIA H100 80GB HBM3") is CHIPS["NVIDIA H100"]
@@ -146,12 +151,12 @@ def test_chips_are_found_by_the_longest_name():
   assert find_chip("cpu") is None
 
 
-def test_errors_say_what_to_do_in_one_line(tmp_path):
+def test_errors_in_a_config_are_one_line(tmp_path):
   config = tiny_config(tmp_path)
   cases = [
     ({"policy": "someone/else"}, "config.policy someone/else: .* give a folder"),
     ({"batch_size": 12}, "batch_size 12 does not divide over 8 devices"),
-    ({"mesh": {"data": 3, "fsdp": 1}}, "3 does not fill 8"),
+    ({"mesh": {"data": 3, "fsdp": 1}}, "the sizes multiply to 3, not 8"),
   ]
   for change, message in cases:
     changed = config.copy_and_resolve_references()
@@ -161,28 +166,29 @@ def test_errors_say_what_to_do_in_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
-def test_without_libtpu_a_topology_says_what_to_install():
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_libtpu_the_error_says_what_to_install():
   with pytest.raises(ValueError, match=r"--topology=v5e:2x2: libtpu.*'prefpaint_jax\[plan\]'"):
     topology_devices("v5e:2x2")
 
 
-@pytest.mark.skipif(_has_cudnn(), reason="JAX's plugin for CUDA is here")
-def test_without_the_plugin_gpus_say_what_to_install():
+@pytest.mark.skipif(has_cudnn(), reason="JAX's CUDA plugin is installed")
+def test_without_the_cuda_plugin_the_error_says_what_to_install():
   with pytest.raises(ValueError, match=r"--topology=h100:8: .*'prefpaint_jax\[cuda\]'"):
     topology_devices("h100:8")
 
 
 @needs_libtpu
 @pytest.mark.parametrize("name", ["banana", "v5e:3x5"])
-def test_unknown_topologies_are_refused_in_one_line(name):
-  with pytest.raises(ValueError, match=f"--topology={name}: .*give one such as v5e:4x4") as error:
+def test_unknown_topologies_are_errors_of_one_line(name):
+  message = f"--topology={name}: .*expected a name such as v5e:4x4"
+  with pytest.raises(ValueError, match=message) as error:
     topology_devices(name)
   assert "\n" not in str(error.value)
 
 
 @needs_libtpu
-def test_tpu_compiler_says_how_much_is_missing():
+def test_program_that_does_not_fit_says_how_much_memory_it_needs():
   device = topology_devices("v5e:1x1")[0]
   place = jax.sharding.SingleDeviceSharding(device)
   x = jax.ShapeDtypeStruct((8 * 2**30,), jnp.float32, sharding=place)
@@ -191,7 +197,7 @@ def test_tpu_compiler_says_how_much_is_missing():
 
 
 @needs_libtpu
-def test_overlapping_loops_of_a_v6e_are_printed():
+def test_text_of_a_v6e_program_with_overlapping_loops_is_found():
   device = topology_devices("v6e:1x1")[0]
   place = jax.sharding.SingleDeviceSharding(device)
   x = jax.ShapeDtypeStruct((4, 1024, 8, 80), jnp.bfloat16, sharding=place)
@@ -199,12 +205,12 @@ def test_overlapping_loops_of_a_v6e_are_printed():
   compiled, text = stages.compile_and_print(lowered, device)
   with pytest.raises(jax.errors.JaxRuntimeError, match="Async done"):
     compiled.as_text()
-  assert cost.memory_traffic(text) > 4 * 2 * x.size  # query, key, value and result, at least
+  assert cost.memory_traffic(text) > 4 * 2 * x.size  # at least query, key, value and result
 
 
 @needs_libtpu
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
-def test_few_pictures_are_not_cut_into_pieces(topology):
+def test_small_batches_are_not_split_into_spatial_pieces(topology):
   device = topology_devices(topology)[0]
   place = jax.sharding.SingleDeviceSharding(device)
   x, kernel = (
@@ -234,14 +240,14 @@ def test_few_pictures_are_not_cut_into_pieces(topology):
     pytest.param("a100:2x2", 2, marks=needs_cuda),
   ],
 )
-def test_plan_of_a_tiny_run_elsewhere(topology, fsdp, tmp_path):
+def test_plan_of_a_tiny_run_for_absent_devices(topology, fsdp, tmp_path):
   config = tiny_config(tmp_path, **{"mesh.fsdp": fsdp})
   report = stages.plan(config, topology_devices(topology))
   assert "does_not_fit" not in report and report["images_per_s"] > 0
   update, parameters = report["stages"]["update"], report["parameters"]["unet"]
   sent = sum(sent for _, sent in update["collectives"].values())
   n = report["chips"]
-  # Parameters are small enough to stay whole, so gradients are reduced as they are without fsdp.
+  # The parameters are too small to be split, so their gradients are reduced as without fsdp.
   assert sent == pytest.approx(2 * (n - 1) / n * 4 * parameters, rel=0.1, abs=1)
   assert np.isclose(
     update["flops"] * n, stages.plan(config, jax.devices()[:n])["stages"]["update"]["flops"] * n

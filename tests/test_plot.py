@@ -1,4 +1,4 @@
-"""Curves of runs: what is drawn is what the files say."""
+"""Tests that the drawn curves and tables equal the metrics in the files."""
 
 import json
 import math
@@ -26,7 +26,7 @@ ITERATIONS = 12
 
 
 def numbers(seed, iterations=ITERATIONS):
-  """Lines of a run: [{key: number}], with an evaluation in every fourth."""
+  """Returns the metrics of each iteration, with held-out metrics in every fourth."""
   rng = np.random.default_rng(seed)
   lines = []
   for iteration in range(1, iterations + 1):
@@ -46,7 +46,7 @@ def numbers(seed, iterations=ITERATIONS):
 
 
 def write_run(folder, lines=None, seed=0, norm="none", **fields):
-  """A workdir as a run leaves it; the lines that it wrote."""
+  """Writes the workdir of a run, and returns its lines of metrics."""
   lines = numbers(seed) if lines is None else lines
   folder.mkdir(parents=True)
   config = {"seed": seed, "trust": {"norm": norm, "k": 0.05}, "sample_every": 10} | fields
@@ -67,7 +67,7 @@ def panels(figure):
 
 
 def curves(axes):
-  """{label: (iterations, values)} of a panel."""
+  """Returns {label: (iterations, values)} of a panel."""
   return {
     line.get_label(): (np.asarray(line.get_xdata()), np.asarray(line.get_ydata()))
     for line in axes.get_lines()
@@ -79,7 +79,7 @@ def draw_single(*folders, smooth=1):
   return draw(single_runs([load_run(folder) for folder in folders]), smooth)
 
 
-def test_curves_are_the_numbers_of_the_file(tmp_path):
+def test_curves_equal_the_numbers_in_the_file(tmp_path):
   lines = write_run(tmp_path / "run")
   drawn = panels(draw_single(tmp_path / "run"))
   every = np.arange(1, ITERATIONS + 1)
@@ -94,10 +94,10 @@ def test_curves_are_the_numbers_of_the_file(tmp_path):
     (found,) = curves(drawn.pop(title)).values()
     np.testing.assert_array_equal(found[0], iterations)
     np.testing.assert_array_equal(found[1], column(lines, key)[np.array(iterations) - 1])
-  assert not drawn  # no trust weight, no loss: no panel
+  assert not drawn  # no panel for trust weight and loss, which are not in the file
 
 
-def test_only_the_metrics_asked_for_are_drawn(tmp_path):
+def test_only_metrics_that_match_the_expression_are_drawn(tmp_path):
   write_run(tmp_path / "run")
   groups = single_runs([load_run(tmp_path / "run")])
   assert set(panels(draw(groups, only="^reward|/box/"))) == {"reward", "held-out box reward"}
@@ -123,7 +123,7 @@ def test_shade_of_a_run_is_its_standard_deviation(tmp_path):
   ]
 
 
-def test_nulls_leave_gaps_and_a_number_between_gaps_is_seen(tmp_path):
+def test_nulls_leave_gaps_and_isolated_numbers_have_markers(tmp_path):
   lines = numbers(0)
   for missing in (4, 6):
     lines[missing]["reward/mean"] = math.nan
@@ -135,7 +135,7 @@ def test_nulls_leave_gaps_and_a_number_between_gaps_is_seen(tmp_path):
   assert line.get_marker() == "o" and np.flatnonzero(line.get_markevery()).tolist() == [5]
 
 
-def test_a_run_keeps_its_colour_and_there_is_one_legend(tmp_path):
+def test_a_run_has_one_colour_in_all_panels_and_the_figure_one_legend(tmp_path):
   names = [f"{i}" for i in range(9)]
   for i, name in enumerate(names):
     write_run(tmp_path / name, seed=i)
@@ -190,7 +190,7 @@ def test_runs_that_differ_in_seed_only_are_one_group(tmp_path):
   assert alone.label == "mean (3 seeds)"
 
 
-def test_mean_is_over_seeds_and_only_where_all_have_a_number(tmp_path):
+def test_mean_over_seeds_is_nan_where_one_of_them_has_no_number(tmp_path):
   lines = [write_run(tmp_path / "0", seed=0), numbers(1), numbers(2, ITERATIONS - 2)]
   lines[1][4]["reward/mean"] = math.nan
   for seed in (1, 2):
@@ -206,14 +206,14 @@ def test_mean_is_over_seeds_and_only_where_all_have_a_number(tmp_path):
   shade = curve(groups[0], "reward/mean")
   np.testing.assert_array_equal(shade.low, stacked.min(axis=0))
   np.testing.assert_array_equal(shade.high, stacked.max(axis=0))
-  assert drawn["clip fraction"].collections  # of every metric, not of those with a std only
+  assert drawn["clip fraction"].collections  # metrics without a std have shades too
   ((iterations, values),) = curves(drawn["held-out winrate"]).values()
   np.testing.assert_array_equal(iterations, [4, 8])
   expected = np.mean([[one[3]["held_out/winrate"], one[7]["held_out/winrate"]] for one in lines], 0)
   np.testing.assert_allclose(values, expected, rtol=1e-12)
 
 
-def test_moving_average_is_centred_and_said_on_the_axis(tmp_path):
+def test_moving_average_is_centred_and_named_on_the_axis(tmp_path):
   lines = numbers(0)
   lines[5]["reward/mean"] = math.nan
   write_run(tmp_path / "run", lines)
@@ -221,7 +221,7 @@ def test_moving_average_is_centred_and_said_on_the_axis(tmp_path):
   for title, key in (("reward", "reward/mean"), ("clip fraction", "ppo/clip_fraction")):
     values = column(lines, key)
     expected = [np.nanmean(values[max(0, i - 2) : i + 3]) for i in range(ITERATIONS)]
-    expected = np.where(np.isnan(values), math.nan, expected)  # smoothing fills no gap
+    expected = np.where(np.isnan(values), math.nan, expected)  # smoothing does not fill gaps
     ((_, found),) = curves(drawn[title]).values()
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert drawn[title].get_ylabel() == "average of 5 iterations"
@@ -240,7 +240,7 @@ def test_moving_average_counts_iterations_not_lines(tmp_path):
   np.testing.assert_allclose(curve(group, "train/loss", 21).values, [2, 4, 13 / 3, 5])
 
 
-def test_half_a_last_line_is_ignored_and_lines_of_one_iteration_are_joined(tmp_path):
+def test_incomplete_last_line_is_ignored_and_lines_of_one_iteration_are_joined(tmp_path):
   lines = write_run(tmp_path / "run")
   file = tmp_path / "run" / "metrics.jsonl"
   with file.open("a") as stream:
@@ -255,7 +255,7 @@ def test_half_a_last_line_is_ignored_and_lines_of_one_iteration_are_joined(tmp_p
   assert run.config["trust.norm"] == "none"
 
 
-def test_kl_is_logarithmic_unless_some_of_it_is_zero(tmp_path):
+def test_axis_of_kl_is_logarithmic_unless_a_value_is_zero(tmp_path):
   lines = write_run(tmp_path / "positive")
   lines[3]["ppo/approx_kl"] = 0.0
   write_run(tmp_path / "zero", lines)
@@ -269,38 +269,47 @@ def test_kl_is_logarithmic_unless_some_of_it_is_zero(tmp_path):
   [
     (lambda run: None, "nowhere: no such folder; give the --workdir of a run"),
     (lambda run: run.mkdir(), "no config.json; give the --workdir of a run"),
-    (lambda run: write_run(run, []), "no metrics.jsonl; the run has not finished an iteration"),
-    (lambda run: (write_run(run), (run / "metrics.jsonl").write_text("")), "no whole line"),
-    (lambda run: (write_run(run), (run / "metrics.jsonl").write_text('{"iter')), "no whole line"),
+    (
+      lambda run: write_run(run, []),
+      "no metrics.jsonl; wait until the run has finished an iteration",
+    ),
+    (lambda run: (write_run(run), (run / "metrics.jsonl").write_text("")), "no complete line"),
+    (
+      lambda run: (write_run(run), (run / "metrics.jsonl").write_text('{"iter')),
+      "no complete line",
+    ),
     (
       lambda run: (write_run(run), (run / "metrics.jsonl").write_text('{"iteration": 1}\n[2]\n')),
-      r"metrics.jsonl, line 2: no line of metrics: '\[2\]'",
+      r"metrics.jsonl, line 2: '\[2\]' is not a line of metrics",
     ),
-    (lambda run: write_run(run, [{"other": 1.0}]), "nowhere: nothing to draw, no number of reward"),
+    (
+      lambda run: write_run(run, [{"other": 1.0}]),
+      "nowhere: nothing to draw; expected values of reward",
+    ),
   ],
 )
-def test_what_is_no_run_is_named(tmp_path, damage, message):
+def test_errors_name_folders_without_a_run(tmp_path, damage, message):
   damage(tmp_path / "nowhere")
   with pytest.raises(ValueError, match=message) as caught:
     draw_single(tmp_path / "nowhere")
   assert "\n" not in str(caught.value)
 
 
-def test_the_same_seed_does_not_count_twice(tmp_path):
+def test_a_group_with_two_equal_seeds_is_an_error(tmp_path):
   write_run(tmp_path / "a")
   write_run(tmp_path / "b")
-  with pytest.raises(ValueError, match="have the same config and seed 0: leave one of them out"):
+  with pytest.raises(ValueError, match="have the same config and seed 0; leave one of them out"):
     group_runs([load_run(tmp_path / "a"), load_run(tmp_path / "b")])
 
 
 @pytest.mark.parametrize("smooth", [0, 4])
-def test_moving_average_is_of_an_odd_number(tmp_path, smooth):
+def test_moving_average_of_an_even_number_is_an_error(tmp_path, smooth):
   write_run(tmp_path / "run")
-  with pytest.raises(ValueError, match=f"smooth={smooth}: give an odd number"):
+  with pytest.raises(ValueError, match=f"smooth is {smooth}; give an odd number"):
     draw_single(tmp_path / "run", smooth=smooth)
 
 
-def test_folders_are_given_one_by_one_or_with_commas(tmp_path, capsys):
+def test_folders_can_be_separated_by_commas(tmp_path, capsys):
   names = ["a", "k=1,seed=0", "b"]
   for i, name in enumerate(names):
     write_run(tmp_path / name, seed=i)
@@ -308,15 +317,15 @@ def test_folders_are_given_one_by_one_or_with_commas(tmp_path, capsys):
   output = tmp_path / "new" / "curves.png"
   plot.main(given, output, mean=True, smooth=3)
   assert capsys.readouterr().out == f"{output}\n"
-  with Image.open(output) as picture:
-    assert picture.format == "PNG" and picture.width == 1800
-    assert np.ptp(np.asarray(picture.convert("L"))) == 255
+  with Image.open(output) as image:
+    assert image.format == "PNG" and image.width == 1800
+    assert np.ptp(np.asarray(image.convert("L"))) == 255
   with pytest.raises(ValueError, match=r"give a name that ends in \.png"):
     plot.main(given, tmp_path / "curves.pdf", mean=False, smooth=1)
 
 
-def test_table_says_what_it_took_and_where_it_ended(tmp_path):
-  rises = [0.0, 0.1, 0.3, 0.2, 0.9]  # passes 0.2 midway between iterations 2 and 3
+def test_table_has_iterations_to_a_level_and_last_values(tmp_path):
+  rises = [0.0, 0.1, 0.3, 0.2, 0.9]  # crosses 0.2 midway between iterations 2 and 3
   for seed, values in enumerate((rises, [0.2, *rises[1:]])):
     lines = [{"held_out/reward": value} for value in values]
     write_run(tmp_path / str(seed), lines, seed, batch_size=4, samples_per_prompt=2)
@@ -328,13 +337,13 @@ def test_table_says_what_it_took_and_where_it_ended(tmp_path):
   *_, row = table(group_runs(runs), reach, ["held_out/reward"])
   cells = [cell.strip() for cell in row.strip("| ").split("|")]
   # (2.5 + 1) / 2 iterations of 8 images
-  assert cells[1:] == ["1.8 [1.0, 2.5]; 14 images", "0 of 2 got there", "0.900 [0.900, 0.900]"]
+  assert cells[1:] == ["1.8 [1.0, 2.5]; 14 images", "0 of 2 reached it", "0.900 [0.900, 0.900]"]
 
-  with pytest.raises(ValueError, match=r"0: has no held_out/winrate"):
+  with pytest.raises(ValueError, match=r"0: has no values of held_out/winrate"):
     table(group_runs(runs), [("held_out/winrate", 0.5)], [])
 
 
-def test_command_ends_in_a_picture_or_in_one_line(tmp_path):
+def test_command_writes_a_png_or_a_one_line_error(tmp_path):
   write_run(tmp_path / "a")
   write_run(tmp_path / "b", seed=1)
   command = [sys.executable, "-m", "prefpaint_jax.plot", f"--output={tmp_path / 'curves.png'}"]

@@ -1,4 +1,4 @@
-"""Denoising training: the command makes a pipeline from nothing, and resumes exactly."""
+"""Denoising training: makes a pipeline from random parameters and resumes exactly."""
 
 import importlib.util
 import shutil
@@ -20,8 +20,8 @@ CONFIG = Path(__file__).parent.parent / "configs" / "pretrain.py"
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
   folder = tmp_path_factory.mktemp("photos")
-  for i, picture in enumerate(testing.tiny_prompts(3, size=40)[0]):
-    save_png(folder / f"{i}.png", np.round(255 * picture).astype(np.uint8))
+  for i, image in enumerate(testing.tiny_prompts(3, size=40)[0]):
+    save_png(folder / f"{i}.png", np.round(255 * image).astype(np.uint8))
   return str(folder)
 
 
@@ -51,13 +51,15 @@ def tiny_config(photos: str):
 
 
 @pytest.mark.slow
-def test_makes_a_pipeline_and_resumes_exactly(compiled_once, tmp_path, photos, monkeypatch):
+def test_killed_and_resumed_training_writes_the_pipeline_of_an_uninterrupted_one(
+  compiled_once, tmp_path, photos, monkeypatch
+):
   save, saved = checkpoint.Checkpoints.save, []
 
   def save_and_copy(self, step, *rest):
     save(self, step, *rest)
     saved.append(step)
-    if saved == [2, 2]:  # the VAE's only checkpoint, then the UNet's first: what a kill would leave
+    if saved == [2, 2]:  # the VAE's last checkpoint and the UNet's first, as after a kill
       self.wait()
       shutil.copytree(tmp_path / "whole", tmp_path / "killed")
 
@@ -73,6 +75,6 @@ def test_makes_a_pipeline_and_resumes_exactly(compiled_once, tmp_path, photos, m
   assert whole.configs["vae"]["scaling_factor"] == resumed.configs["vae"]["scaling_factor"] != 1.0
 
 
-def test_no_photos_is_one_clear_line(tmp_path):
+def test_empty_folder_name_raises_an_error(tmp_path):
   with pytest.raises(ValueError, match=r"config\.pictures is empty"):
     pretrain.pretrain(tiny_config(""), tmp_path)

@@ -1,4 +1,4 @@
-"""RewardModel: what a user holds; preprocessing against transformers, released files with torch."""
+"""RewardModel: preprocessing, scoring, saving and loading, and released files of the bound."""
 
 import sys
 from pathlib import Path
@@ -24,8 +24,8 @@ def model() -> RewardModel:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> tuple[np.ndarray, np.ndarray]:
-  """Six inpaintings [6, 8, 8, 3] of two masked images [2, 8, 8, 3]."""
+def scored_images() -> tuple[np.ndarray, np.ndarray]:
+  """Returns six samples [6, 8, 8, 3] of two masked images [2, 8, 8, 3]."""
   images, masks = testing.tiny_prompts(2)
   noise = np.random.default_rng(0).uniform(size=(6, 8, 8, 3))
   known = np.repeat(images * (1 - masks), 3, axis=0)
@@ -36,19 +36,19 @@ def pictures() -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(
   ("name", "crop"),
   [
-    ("coffee.jpg", None),  # wider than high
+    ("coffee.jpg", None),  # wide
     ("rocket.jpg", None),
-    ("cat.jpg", (300, 180)),  # higher than wide
+    ("cat.jpg", (300, 180)),  # tall
     ("astronaut.jpg", None),  # square
-    ("astronaut.jpg", (224, 224)),  # nothing to do
-    ("raccoon.jpg", (224, 301)),  # only to crop, an odd rest
-    ("raccoon.jpg", (190, 285)),  # 285 * (224 / 190) is below 336 in floating point, and is 336
+    ("astronaut.jpg", (224, 224)),  # already of the right size
+    ("raccoon.jpg", (224, 301)),  # crop only, by an odd number of pixels
+    ("raccoon.jpg", (190, 285)),  # 285 * (224 / 190) is 336, but in floating point below it
     ("coffee.jpg", (90, 133)),  # smaller than the target
-    ("dandelions.jpg", (24, 500)),  # a strip, far smaller
+    ("dandelions.jpg", (24, 500)),  # a narrow strip
     ("cat.jpg", (300, 31)),
   ],
 )
-def test_preprocessing_equals_that_of_clip(name, crop):
+def test_preprocessing_equals_transformers(name, crop):
   pytest.importorskip("torch", reason="parity needs torch: pip install torch")
   transformers = pytest.importorskip("transformers")
   photo = Image.open(PHOTOS / name).convert("RGB")
@@ -57,7 +57,7 @@ def test_preprocessing_equals_that_of_clip(name, crop):
     photo = photo.crop((0, 0, crop[1], crop[0]))
   pixels = np.asarray(photo, np.float32) / 255
   ours = np.asarray(reward.preprocess(pixels[None], 224))
-  processor = transformers.CLIPImageProcessorPil()  # bicubic to 224, as it comes
+  processor = transformers.CLIPImageProcessorPil()  # its defaults: bicubic, 224
   expected = processor(photo, return_tensors="np")["pixel_values"]
   # In units of pixel values in [0, 1]: transformers rounds to bytes after the resize.
   error = np.abs(ours - np.moveaxis(np.asarray(expected), 1, -1)) * reward.CLIP_STD
@@ -66,15 +66,15 @@ def test_preprocessing_equals_that_of_clip(name, crop):
   assert error.max() < 8 / 255
 
 
-def test_preprocessing_of_the_right_size_is_the_normalisation_alone():
+def test_preprocessing_of_the_right_size_only_normalises():
   pixels = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype(np.float32)
   expected = (pixels - reward.CLIP_MEAN) / reward.CLIP_STD
   np.testing.assert_allclose(reward.preprocess(pixels, 8), expected, atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------- scoring
-def test_samples_that_share_a_masked_image_score_as_with_a_copy_each(model, pictures):
-  images, masked = pictures
+def test_shared_masked_image_gives_the_scores_of_repeated_ones(model, scored_images):
+  images, masked = scored_images
   shared = model.score(images, masked)
   repeated = model.score(images, np.repeat(masked, 3, axis=0))
   for ours, expected in zip(shared, repeated, strict=True):
@@ -83,25 +83,25 @@ def test_samples_that_share_a_masked_image_score_as_with_a_copy_each(model, pict
   assert np.ptp(shared[0]) > 1e-3
 
 
-def test_reward_is_linear_in_the_features(model, pictures):
-  scores, features = model.score(*pictures)
+def test_reward_is_linear_in_the_features(model, scored_images):
+  scores, features = model.score(*scored_images)
   head = model.params["mlp"]["last_layer"]["kernel"][:, 0]
   np.testing.assert_allclose(scores, features @ head, atol=1e-5)
 
 
-def test_the_same_pictures_score_the_same_every_time(model, pictures):
-  first, again = model.score(*pictures), model.score(*pictures)
+def test_scores_are_deterministic(model, scored_images):
+  first, again = model.score(*scored_images), model.score(*scored_images)
   np.testing.assert_array_equal(first[0], again[0])
 
 
-def test_inpaintings_that_no_masked_image_fits_are_refused(model, pictures):
-  images, masked = pictures
-  with pytest.raises(ValueError, match="5 inpaintings of 2 masked images"):
+def test_number_of_samples_that_is_no_multiple_raises_an_error(model, scored_images):
+  images, masked = scored_images
+  with pytest.raises(ValueError, match="5 samples of 2 masked images"):
     model.score(images[:5], masked)
 
 
 # ----------------------------------------------------------------------------------- folders
-def test_loaded_equals_saved(model, pictures, tmp_path):
+def test_loaded_model_equals_the_saved_model(model, scored_images, tmp_path):
   model.save_pretrained(tmp_path)
   loaded = RewardModel.from_pretrained(tmp_path)
   assert loaded.network == model.network
@@ -110,7 +110,7 @@ def test_loaded_equals_saved(model, pictures, tmp_path):
   np.testing.assert_allclose(loaded.bound.matrix, model.bound.matrix, rtol=1e-12)
   for name in ("lam", "count", "noise_scale", "norm_bound"):
     assert getattr(loaded.bound, name) == getattr(model.bound, name)
-  np.testing.assert_array_equal(loaded.score(*pictures)[0], model.score(*pictures)[0])
+  np.testing.assert_array_equal(loaded.score(*scored_images)[0], model.score(*scored_images)[0])
 
 
 def test_model_without_a_bound_is_saved_without_one(model, tmp_path):
@@ -119,7 +119,7 @@ def test_model_without_a_bound_is_saved_without_one(model, tmp_path):
   assert RewardModel.from_pretrained(tmp_path).bound is None
 
 
-def test_another_bound_replaces_that_of_the_folder(model, tmp_path):
+def test_given_bound_replaces_the_bound_of_the_folder(model, tmp_path):
   model.save_pretrained(tmp_path / "model")
   other = Bound.fit(np.eye(6), lam=3.0)
   save_bound(other, tmp_path / "other.safetensors")
@@ -127,7 +127,7 @@ def test_another_bound_replaces_that_of_the_folder(model, tmp_path):
   np.testing.assert_allclose(loaded.bound.matrix, 4 * np.eye(6))
 
 
-def test_bound_of_another_width_is_refused(model, tmp_path):
+def test_bound_of_another_width_raises_an_error(model, tmp_path):
   RewardModel(model.network, model.params, Bound.fit(np.eye(5), lam=1.0)).save_pretrained(tmp_path)
   with pytest.raises(ValueError, match=r"\Athe bound is for 5 features and .* has 6[^\n]*\Z"):
     RewardModel.from_pretrained(tmp_path)
@@ -136,7 +136,7 @@ def test_bound_of_another_width_is_refused(model, tmp_path):
 # ------------------------------------------------------------------------------ released files
 @pytest.fixture(scope="module")
 def released_inverse() -> np.ndarray:
-  """V⁻¹ [256, 256] float32 like the released one: one small eigenvalue, the others about 100."""
+  """Returns V⁻¹ [256, 256] float32 with one small eigenvalue and the others at 100."""
   direction = np.random.default_rng(0).normal(size=256)
   direction /= np.linalg.norm(direction)
   return np.linalg.inv(0.01 * np.eye(256) + 97.9 * np.outer(direction, direction)).astype("f4")
@@ -145,7 +145,7 @@ def released_inverse() -> np.ndarray:
 @pytest.mark.parametrize("named", [False, True], ids=["tensor", "state_dict"])
 def test_released_inverse_of_v_becomes_a_bound(released_inverse, named, tmp_path):
   torch = pytest.importorskip("torch", reason="a .pt file needs torch: pip install torch")
-  stored = torch.nn.Parameter(torch.tensor(released_inverse))  # what needs a gradient loads as well
+  stored = torch.nn.Parameter(torch.tensor(released_inverse))  # a released file holds a Parameter
   torch.save({"V_inverse": stored} if named else stored, tmp_path / "V_inverse.pt")
   bound = reward_lib.read_bound(tmp_path / "V_inverse.pt")
   assert bound.lam == pytest.approx(0.01, rel=1e-3)
@@ -154,7 +154,7 @@ def test_released_inverse_of_v_becomes_a_bound(released_inverse, named, tmp_path
   np.testing.assert_allclose(mahalanobis_norm(bound.whitening, z), expected, rtol=1e-3)
 
 
-def test_file_of_several_tensors_is_no_bound(tmp_path):
+def test_file_of_several_tensors_raises_an_error(tmp_path):
   torch = pytest.importorskip("torch", reason="a .pt file needs torch: pip install torch")
   torch.save({"a": torch.eye(2), "b": torch.eye(2)}, tmp_path / "two.pt")
   with pytest.raises(ValueError, match=r"\A[^\n]*two.pt: holds 2 tensors[^\n]*\Z"):
@@ -171,7 +171,7 @@ def test_file_of_several_tensors_is_no_bound(tmp_path):
     (lambda torch: [torch.eye(6)], r"V_inverse\.pt: holds 0 tensors"),
   ],
 )
-def test_inverse_that_does_not_fit_is_refused_in_one_line(model, make, message, tmp_path):
+def test_inverse_that_is_no_bound_of_the_model_raises_one_line(model, make, message, tmp_path):
   torch = pytest.importorskip("torch", reason="a .pt file needs torch: pip install torch")
   model.save_pretrained(tmp_path)
   torch.save(make(torch), tmp_path / "V_inverse.pt")
@@ -180,7 +180,7 @@ def test_inverse_that_does_not_fit_is_refused_in_one_line(model, make, message, 
 
 
 @pytest.mark.parametrize("keep", [0, 10, 700, -5])
-def test_truncated_inverse_is_one_line_that_names_it(keep, tmp_path):
+def test_truncated_inverse_raises_one_line_that_names_the_file(keep, tmp_path):
   torch = pytest.importorskip("torch", reason="a .pt file needs torch: pip install torch")
   file = tmp_path / "V_inverse.pt"
   torch.save(torch.eye(64), file)
@@ -189,7 +189,7 @@ def test_truncated_inverse_is_one_line_that_names_it(keep, tmp_path):
     reward_lib.read_bound(file)
 
 
-def test_torch_is_needed_for_the_released_files_alone(model, tmp_path, monkeypatch):
+def test_only_released_files_need_torch(model, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)
   model.save_pretrained(tmp_path / "ours")
   released, inverse = tmp_path / "prefpaintReward.pt", tmp_path / "V_inverse.pt"

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny world: what they write, and that whatever stops one loses nothing."""
+"""Whole runs of tiny models: their files, and that a stopped run resumes exactly."""
 
 import json
 import logging
@@ -30,7 +30,8 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[1]
 get_config = runpy.run_path(str(ROOT / "configs" / "rl.py"))["get_config"]
 
-# Everything that a state can hold, and a checkpoint (at 3) in the middle of all rhythms.
+# Turns on every optional tree of the state. The checkpoint after iteration 3 is in the middle of a
+# gradient accumulation and of a refresh of the behaviour policy.
 RHYTHMS = {
   "num_iterations": 5,
   "checkpoint_every": 3,
@@ -57,7 +58,7 @@ def make_config(world: dict[str, str], **changes) -> ConfigDict:
 
 
 class Run:
-  """A finished run, what it printed, and how often each of its programs was compiled."""
+  """Trains a run, and counts how often each of its programs is compiled."""
 
   def __init__(self, config: ConfigDict, workdir: Path):
     self.config, self.workdir = config, workdir
@@ -84,7 +85,7 @@ class Run:
 
 
 def numbers(lines: list[dict]) -> list[dict]:
-  """Without what depends on the clock."""
+  """Returns the lines without the metrics that depend on the clock."""
   return [
     {k: v for k, v in line.items() if not k.startswith("time/") and k != "images_per_s"}
     for line in lines
@@ -93,12 +94,12 @@ def numbers(lines: list[dict]) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory) -> Run:
-  """The uninterrupted run that others are compared with."""
+  """Returns an uninterrupted run, with which other runs are compared."""
   return Run(make_config(world, **RHYTHMS), tmp_path_factory.mktemp("run") / "workdir")
 
 
 def assert_same_run(workdir: Path, state, expected: Run) -> None:
-  # The lines first: they say from which iteration on two runs differ.
+  # Compare the lines first, because they show the first iteration that differs.
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   for ours, theirs in zip(numbers(lines), numbers(expected.lines()), strict=True):
     assert ours == theirs
@@ -107,9 +108,9 @@ def assert_same_run(workdir: Path, state, expected: Run) -> None:
   assert tree == expected_tree
   for ours, theirs in zip(leaves, expected_leaves, strict=True):
     np.testing.assert_array_equal(ours, theirs)
-  pictures = sorted(path.name for path in (expected.workdir / "samples").iterdir())
-  assert sorted(path.name for path in (workdir / "samples").iterdir()) == pictures
-  for name in pictures:
+  images = sorted(path.name for path in (expected.workdir / "samples").iterdir())
+  assert sorted(path.name for path in (workdir / "samples").iterdir()) == images
+  for name in images:
     ours, theirs = (
       np.asarray(Image.open(w / "samples" / name)) for w in (workdir, expected.workdir)
     )
@@ -130,11 +131,10 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 # ------------------------------------------------------------------------------------ a whole run
-@pytest.mark.slow
-def test_a_run_leaves_what_it_promises(finished):
+def test_run_writes_metrics_samples_checkpoints_and_config(finished):
   workdir, lines = finished.workdir, finished.lines()
   assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5]
-  promised = {
+  expected = {
     "reward/mean",
     "reward/std",
     "reward/nan_fraction",
@@ -149,7 +149,7 @@ def test_a_run_leaves_what_it_promises(finished):
     "time/iteration_s",
     "images_per_s",
   }
-  assert all(promised <= line.keys() for line in lines)
+  assert all(expected <= line.keys() for line in lines)
   assert all(value is not None for line in lines for value in line.values())
   assert sorted(path.name for path in (workdir / "samples").iterdir()) == [
     f"{iteration:06d}.png" for iteration in (0, 2, 4, 5)
@@ -159,23 +159,21 @@ def test_a_run_leaves_what_it_promises(finished):
   assert json.loads((workdir / "config.json").read_text())["ema_decay"] == 0.5
 
 
-@pytest.mark.slow
-def test_policy_that_paints_and_learns_is_one_until_the_first_step(finished):
+def test_ratio_is_one_until_the_first_optimiser_step(finished):
   before, first_step = finished.lines()[:2]
   assert before["ppo/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
   assert before["ppo/clip_fraction"] == 0.0
-  # The second iteration steps after each of its two updates: its second sees another policy.
+  # The second iteration steps after each of its two updates: its second update has another policy.
   assert first_step["ppo/ratio_mean"] != before["ppo/ratio_mean"]
 
 
-@pytest.mark.slow
 def test_every_program_is_compiled_once(finished):
   programs = ("rollout", "score", "update", "end_iteration", "inpaint", "rewards_of")
   assert {name: finished.compiled.get(name) for name in programs} == dict.fromkeys(programs, 1)
 
 
 @pytest.mark.slow
-def test_another_seed_gives_other_numbers(world, finished, tmp_path):
+def test_another_seed_gives_other_rewards(world, finished, tmp_path):
   changes = {"seed": 1, "num_iterations": 1} | BARE
   other = Run(make_config(world, **RHYTHMS | changes), tmp_path)
   assert not any((tmp_path / name).exists() for name in ("samples", "checkpoints"))
@@ -183,7 +181,6 @@ def test_another_seed_gives_other_numbers(world, finished, tmp_path):
 
 
 # ------------------------------------------------------------------------------ killed and resumed
-@pytest.mark.slow
 def test_crashed_and_resumed_equals_uninterrupted(world, finished, tmp_path, monkeypatch):
   write = metrics.MetricsWriter.write
 
@@ -197,7 +194,7 @@ def test_crashed_and_resumed_equals_uninterrupted(world, finished, tmp_path, mon
     patch.setattr(metrics.MetricsWriter, "write", write_and_crash)
     train(config, tmp_path)
   checkpoints = Checkpoints(tmp_path / "checkpoints")
-  for _ in range(100):  # the save that was under way when the run crashed
+  for _ in range(100):  # the crash may interrupt a save in the background
     if checkpoints.latest() == 3:
       break
     time.sleep(0.1)
@@ -223,7 +220,7 @@ def test_terminated_and_resumed_equals_uninterrupted(world, finished, tmp_path):
 
 
 def signalled_at(monkeypatch, module, name: str, call: int, *signals: signal.Signals) -> None:
-  """Has this process send itself signals when a function is called for the `call`-th time."""
+  """Patches a function to raise signals in this process at its `call`-th call."""
   function, calls = getattr(module, name), []
 
   def call_and_signal(*args, **kwargs):
@@ -244,7 +241,7 @@ def signalled_at(monkeypatch, module, name: str, call: int, *signals: signal.Sig
     (drift, "measure", 4, signal.SIGINT, 5),  # in the first chunk of the final comparison
   ],
 )
-def test_run_without_checkpoints_is_saved_when_told_to_stop(
+def test_run_without_checkpoints_is_saved_on_a_signal(
   world, finished, module, name, call, number, stopped_after, tmp_path, monkeypatch, capsys
 ):
   config = RHYTHMS | {"final_prompts": 16}
@@ -261,7 +258,7 @@ def test_run_without_checkpoints_is_saved_when_told_to_stop(
 
 
 @pytest.mark.slow
-def test_second_signal_has_its_usual_effect(interruptible, world, tmp_path, monkeypatch):
+def test_second_signal_interrupts_the_run(interruptible, world, tmp_path, monkeypatch):
   signalled_at(monkeypatch, rollout, "rollout", 1, signal.SIGINT, signal.SIGINT)
   with pytest.raises(KeyboardInterrupt):
     train(make_config(world, **RHYTHMS), tmp_path)
@@ -269,7 +266,7 @@ def test_second_signal_has_its_usual_effect(interruptible, world, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_run_goes_on_with_parameters_split_over_fewer_devices(world, finished, tmp_path):
+def test_run_with_split_parameters_resumes_on_another_mesh(world, finished, tmp_path):
   split = {"mesh.data": 2, "mesh.fsdp": 4, "num_iterations": 3}
   train(make_config(world, **RHYTHMS | split), tmp_path)
   state = train(make_config(world, **RHYTHMS), tmp_path)
@@ -285,9 +282,9 @@ def test_run_goes_on_with_parameters_split_over_fewer_devices(world, finished, t
 
 
 @pytest.mark.slow
-def test_best_checkpoint_is_that_of_the_highest_metric(finished):
+def test_best_checkpoint_has_the_highest_metric(finished):
   rewards = {line["iteration"]: line["reward/mean"] for line in finished.lines()}
-  best = max((3, 5), key=rewards.get)  # checkpoints are of these iterations
+  best = max((3, 5), key=rewards.get)  # the iterations with a checkpoint
   expected = Checkpoints(finished.workdir / "checkpoints").load("ema", best)
   for step in ("best", str(best), best):
     opened = open_policy(str(finished.workdir), step=step).params["unet"]
@@ -295,7 +292,7 @@ def test_best_checkpoint_is_that_of_the_highest_metric(finished):
 
 
 @pytest.mark.slow
-def test_finished_run_may_go_on_but_not_with_another_config(world, finished, tmp_path):
+def test_finished_run_can_be_longer_but_not_have_another_config(world, finished, tmp_path):
   workdir = tmp_path / "copy"
   shutil.copytree(finished.workdir, workdir)
   config = make_config(world, **RHYTHMS | {"learning_rate": 0.5, "trust.norm": "none"})
@@ -307,15 +304,15 @@ def test_finished_run_may_go_on_but_not_with_another_config(world, finished, tmp
   assert json.loads((workdir / "config.json").read_text())["num_iterations"] == 6
 
 
-def test_start_that_failed_may_be_tried_again_with_another_config(world, tmp_path):
+def test_run_that_failed_to_start_can_start_with_another_config(world, tmp_path):
   with pytest.raises(ValueError, match="no such folder"):
     train(make_config(world, policy="/nowhere"), tmp_path)
   with pytest.raises(ValueError, match="no such folder"):
     train(make_config(world, policy="/elsewhere"), tmp_path)
 
 
-# ------------------------------------------------------------------------------ errors of a user
-def test_batch_that_does_not_divide_over_the_devices_is_refused(world, tmp_path):
+# ------------------------------------------------------------------------------ errors in a config
+def test_batch_that_does_not_divide_over_the_devices_is_an_error(world, tmp_path):
   with pytest.raises(ValueError, match="batch_size 12 does not divide over 8 devices"):
     train(make_config(world, batch_size=12), tmp_path)
   with pytest.raises(ValueError, match="num_samples 3 does not divide over 8 devices"):
@@ -328,25 +325,25 @@ def test_batch_that_does_not_divide_over_the_devices_is_refused(world, tmp_path)
     ({"prompts": ""}, r"config\.prompts is empty"),
     ({"prompts": "/nowhere"}, "/nowhere is not a folder"),
     ({"batch_size": 24}, "16 prompts are fewer than batch_size 24"),
-    ({"train_timesteps": 4}, "train_timesteps is 4: of num_steps=3"),
-    ({"updates_per_iteration": 3}, "does not divide into updates_per_iteration=3"),
-    ({"eta": 0.0}, "eta is 0.0: a deterministic chain"),
+    ({"train_timesteps": 4}, "train_timesteps is 4; expected 1 to 3"),
+    ({"updates_per_iteration": 3}, "updates_per_iteration is 3; expected a divisor of"),
+    ({"eta": 0.0}, "eta is 0.0; expected a value above 0"),
     ({"size": 9}, "images are 9x9: both sides must be multiples of 2"),
     ({"trust.norm": "l2"}, r"trust\.norm is 'l2'"),
-    ({"keep_best": "reward/men"}, "keep_best is 'reward/men': give one of held_out/reward, "),
+    ({"keep_best": "reward/men"}, "keep_best is 'reward/men'; expected one of held_out/reward, "),
     (
       {"keep_best": "held_out/reward", "eval_every": 4},
-      "eval_every=4 .* every 2: make checkpoint_every a multiple of eval_every",
+      "eval_every=4 .* make checkpoint_every=2 a multiple of eval_every",
     ),
   ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_compiled(world, changes, match, tmp_path):
+def test_wrong_fields_are_errors_before_compilation(world, changes, match, tmp_path):
   with pytest.raises(ValueError, match=rf"\A[^\n]*{match}[^\n]*\Z"):
     train(make_config(world, **changes), tmp_path)
   assert not (tmp_path / "checkpoints").exists()
 
 
-def test_trust_that_needs_a_bound_is_refused_without_one(world, tmp_path):
+def test_trust_norm_without_a_bound_is_an_error(world, tmp_path):
   shutil.copytree(world["reward"], tmp_path / "reward")
   (tmp_path / "reward" / "bound.safetensors").unlink()
   config = make_config(world, reward=str(tmp_path / "reward"))
@@ -355,17 +352,17 @@ def test_trust_that_needs_a_bound_is_refused_without_one(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_rewards_that_are_not_finite_stop_the_run_which_is_saved(world, tmp_path):
-  judge = testing.tiny_reward()
-  judge.params["mlp"]["last_layer"]["kernel"][0] = np.nan
-  judge.save_pretrained(tmp_path / "reward")
+def test_rewards_that_are_not_finite_stop_the_run_and_save_it(world, tmp_path):
+  reward_model = testing.tiny_reward()
+  reward_model.params["mlp"]["last_layer"]["kernel"][0] = np.nan
+  reward_model.save_pretrained(tmp_path / "reward")
   changes = BARE | {"checkpoint_every": 2, "weight_decay": 0.0}
   config = make_config(world, reward=str(tmp_path / "reward"), **changes)
   with pytest.raises(ValueError, match="iteration 1: 100% of the rewards are not finite"):
     train(config, tmp_path / "workdir")
   checkpoints = Checkpoints(tmp_path / "workdir" / "checkpoints")
   assert checkpoints.latest() == 1
-  # No reward, no step.
+  # Without a finite reward no parameter changes.
   base = Inpainter.from_pretrained(world["policy"]).params["unet"]
   assert jax.tree.all(jax.tree.map(np.array_equal, checkpoints.load("params"), base))
   (line,) = (tmp_path / "workdir" / "metrics.jsonl").read_text().splitlines()
@@ -381,7 +378,7 @@ def test_rewards_that_are_not_finite_stop_the_run_which_is_saved(world, tmp_path
     ("--config.prompts=", "config.prompts is empty.*"),
   ],
 )
-def test_wrong_command_line_ends_in_one_line(argument, expected, tmp_path):
+def test_wrong_command_line_is_an_error_of_one_line(argument, expected, tmp_path):
   ended = run_command(*training_command({}, tmp_path), argument)
   assert ended.returncode == 1
   assert re.fullmatch(f"error: {expected}\n", ended.stderr), ended.stderr
@@ -397,7 +394,7 @@ def exported(finished, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_export_is_the_moving_average_in_the_base_pipeline(world, finished, exported):
+def test_export_has_the_moving_average_and_other_networks_of_the_base(world, finished, exported):
   ours, base = Inpainter.from_pretrained(exported), Inpainter.from_pretrained(world["policy"])
   same = lambda a, b: jax.tree.all(jax.tree.map(np.array_equal, a, b))
   assert same(ours.params["unet"], jax.device_get(finished.state.ema))
@@ -408,14 +405,14 @@ def test_export_is_the_moving_average_in_the_base_pipeline(world, finished, expo
 
 
 @pytest.mark.slow
-def test_export_opens_and_paints_in_stock_diffusers(exported):
+def test_diffusers_opens_the_export_and_inpaints(exported):
   torch = pytest.importorskip("torch", reason="stock diffusers needs torch: pip install torch")
   diffusers = pytest.importorskip("diffusers")
   torch.set_num_threads(1)
   pipeline = diffusers.AutoPipelineForInpainting.from_pretrained(exported)
   pipeline.set_progress_bar_config(disable=True)
   images, masks = testing.tiny_prompts(1)
-  painted = pipeline(
+  samples = pipeline(
     prompt="",
     image=Image.fromarray(np.uint8(255 * images[0])),
     mask_image=Image.fromarray(np.uint8(255 * masks[0, ..., 0])),
@@ -424,30 +421,29 @@ def test_export_opens_and_paints_in_stock_diffusers(exported):
     num_inference_steps=2,
     output_type="np",
   ).images
-  assert (
-    painted.shape == (1, architectures.SIZE, architectures.SIZE, 3) and np.isfinite(painted).all()
-  )
+  assert samples.shape == (1, architectures.SIZE, architectures.SIZE, 3)
+  assert np.isfinite(samples).all()
 
 
 @pytest.mark.slow
-def test_export_into_a_folder_in_use_is_refused(finished, exported):
+def test_export_to_a_folder_with_files_is_an_error(finished, exported):
   ended = run_command(*command("export", f"--workdir={finished.workdir}", f"--output={exported}"))
   assert ended.returncode == 1
   assert ended.stderr == f"error: {exported} is not empty: name a new folder\n"
 
 
 @pytest.mark.slow
-def test_inpaint_command_writes_scored_pictures_that_keep_what_is_known(world, tmp_path):
+def test_inpaint_command_writes_scored_samples_that_keep_the_known_pixels(world, tmp_path):
   images, masks = testing.tiny_prompts(1)
-  picture, hole = np.uint8(255 * images[0]), np.uint8(255 * masks[0, ..., 0])
-  Image.fromarray(picture).save(tmp_path / "image.png")
-  Image.fromarray(hole).save(tmp_path / "mask.png")
+  image, mask = np.uint8(255 * images[0]), np.uint8(255 * masks[0, ..., 0])
+  Image.fromarray(image).save(tmp_path / "image.png")
+  Image.fromarray(mask).save(tmp_path / "mask.png")
   arguments = command(
     "inpaint",
     f"--model={world['policy']}",
     f"--image={tmp_path}/image.png",
     f"--mask={tmp_path}/mask.png",
-    f"--output={tmp_path}/out/painted.png",
+    f"--output={tmp_path}/out/sample.png",
     f"--reward={world['reward']}",
     "--num_samples=2",
     "--num_steps=2",
@@ -457,21 +453,21 @@ def test_inpaint_command_writes_scored_pictures_that_keep_what_is_known(world, t
   )
   ended = run_command(*arguments)
   assert ended.returncode == 0, ended.stderr
-  names = [tmp_path / "out" / f"painted_{i}.png" for i in range(2)]
-  painted = [np.asarray(Image.open(name)) for name in names]
-  for sample in painted:
-    np.testing.assert_array_equal(sample[hole == 0], picture[hole == 0])
-  assert (painted[0] != painted[1]).any()
+  names = [tmp_path / "out" / f"sample_{i}.png" for i in range(2)]
+  samples = [np.asarray(Image.open(name)) for name in names]
+  for sample in samples:
+    np.testing.assert_array_equal(sample[mask == 0], image[mask == 0])
+  assert (samples[0] != samples[1]).any()
   rewards = [Image.open(name).text["reward"] for name in names]
   assert ended.stdout == "".join(
     f"{name} reward {reward}\n" for name, reward in zip(names, rewards, strict=True)
   )
-  # The same from Python.
+  # The Python API gives the same samples.
   inpainter = Inpainter.from_pretrained(world["policy"])
   again = inpainter(
-    picture, hole, key=jax.random.key(3), num_steps=2, eta=1.0, text="a tree", num_samples=2
+    image, mask, key=jax.random.key(3), num_steps=2, eta=1.0, text="a tree", num_samples=2
   )
-  np.testing.assert_allclose(np.stack(painted), 255 * again, atol=1)
+  np.testing.assert_allclose(np.stack(samples), 255 * again, atol=1)
 
 
 @pytest.mark.parametrize(
@@ -481,7 +477,7 @@ def test_inpaint_command_writes_scored_pictures_that_keep_what_is_known(world, t
     ({"image": "missing.png"}, r"missing\.png: no such file"),
   ],
 )
-def test_wrong_inpaint_command_ends_in_one_line(changes, expected):
+def test_wrong_inpaint_command_is_an_error_of_one_line(changes, expected):
   given = {"image": "a.png", "mask": "b.png", "output": "c.png"} | changes
   ended = run_command(*command("inpaint", *(f"--{name}={value}" for name, value in given.items())))
   assert ended.returncode == 1

@@ -1,4 +1,4 @@
-"""The reward fit: its loss, what is frozen, its metrics, and the whole command on real data."""
+"""Tests of the reward model's loss, frozen parameters and metrics, and of the whole command."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_preference_loss_is_the_mean_over_ordered_pairs():
   rewards, scores = jnp.array([[1.0, 3.0, 2.0]]), jnp.array([[0.0, 1.0, 1.0]])
   valid = jnp.ones((1, 3), bool)
   loss, metrics = fit.preference_loss(rewards, scores, valid, 2.0, 0.5)
-  squared = (1.0 + 4.0 + 1.0) / 3  # the tie between the last two is no pair
+  squared = (1.0 + 4.0 + 1.0) / 3  # the last two scores tie, so they are not a pair
   pairs = (np.log1p(np.exp(-2.0)) + np.log1p(np.exp(-1.0))) / 2
   np.testing.assert_allclose(metrics["train/mse"], squared, rtol=1e-6)
   np.testing.assert_allclose(metrics["train/pair_loss"], pairs, rtol=1e-6)
@@ -34,7 +34,7 @@ def test_preference_loss_is_the_mean_over_ordered_pairs():
   assert metrics["train/pair_accuracy"] == 1.0
 
 
-def test_preference_loss_does_not_see_padding():
+def test_padding_does_not_change_the_preference_loss():
   rng = np.random.default_rng(0)
   rewards, scores = rng.normal(size=(2, 3, 4))
   valid = np.arange(4) < 3 + np.zeros((3, 1))
@@ -52,7 +52,7 @@ def test_preference_loss_without_pairs_is_finite():
   assert loss == 1.0
 
 
-def test_pair_accuracy_is_kendalls_concordance_within_prompts():
+def test_pair_accuracy_equals_kendalls_concordance_within_prompts():
   rng = np.random.default_rng(0)
   rewards, truth = rng.normal(size=(2, 20, 5))
   expected = np.mean(
@@ -65,17 +65,19 @@ def test_pair_accuracy_is_kendalls_concordance_within_prompts():
 def test_pair_accuracy_leaves_out_ties_and_padding():
   rewards, scores = np.array([[1.0, 2.0, 2.0, 0.0]]), np.array([[1.0, 2.0, 1.0, 9.0]])
   valid = np.array([[True, True, True, False]])
-  # 0-1 right, 1-2 the reward cannot tell, 0-2 is a tie of the scores, 3 is padding.
+  # Pair 0-1 is right, 1-2 is a tie of the rewards, 0-2 is a tie of the scores, 3 is padding.
   assert fit.pair_accuracy(rewards, scores, valid) == 0.75
   assert np.isnan(fit.pair_accuracy(rewards, np.ones((1, 4)), valid))
 
 
-@pytest.mark.parametrize(("how", "symmetries"), [("none", 1), ("mirror", 2), ("dihedral", 8)])
-def test_augmentation_changes_a_prompt_and_its_candidates_alike(how, symmetries):
+@pytest.mark.parametrize(
+  ("augmentation", "symmetries"), [("none", 1), ("mirror", 2), ("dihedral", 8)]
+)
+def test_augmentation_transforms_a_prompt_and_its_candidates_alike(augmentation, symmetries):
   rng = np.random.default_rng(2)
   masked = np.repeat(rng.integers(0, 256, (1, 4, 4, 3), np.uint8), 64, axis=0)
   candidates = np.repeat(masked[:, None], 2, axis=1)
-  changed, changed_masked = fit.augment(jax.random.key(1), how, candidates, masked)
+  changed, changed_masked = fit.augment(jax.random.key(1), augmentation, candidates, masked)
   np.testing.assert_array_equal(changed[:, 0], changed_masked)
   np.testing.assert_array_equal(changed[:, 1], changed_masked)
   assert len({np.asarray(x).tobytes() for x in changed_masked}) == symmetries
@@ -87,7 +89,7 @@ def test_augmentation_changes_a_prompt_and_its_candidates_alike(how, symmetries)
 )
 def test_frozen_share_freezes_the_first_blocks(share, free_layers, embeddings, projection):
   config = RewardConfig.from_dict({"vision": testing.TINY_VISION | {"num_hidden_layers": 4}})
-  labels = flatten_dict(fit.trained(config, share, network_shapes(config)), sep="/")
+  labels = flatten_dict(fit.label_params(config, share, network_shapes(config)), sep="/")
   free = {path for path, label in labels.items() if label == "trained"}
   layers = {i for i in range(4) if any(f"/layers_{i}/" in p for p in free if p[:4] == "clip")}
   assert layers == free_layers
@@ -102,13 +104,13 @@ def preferences(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_command_makes_a_reward_with_its_bound_and_resumes_exactly(
+def test_command_writes_a_reward_with_its_bound_and_resumes_exactly(
   tmp_path, preferences, monkeypatch, capsys
 ):
   config = load_config("reward", "mini", preferences=str(preferences), norm_bound=3.0, **SMALL)
   model = train_reward.train_reward(config, tmp_path / "whole")
-  said = capsys.readouterr().out
-  assert "noise-free scores, all: pair accuracy" in said
+  printed = capsys.readouterr().out
+  assert "noise-free scores, all: pair accuracy" in printed
   assert (tmp_path / "whole" / "calibration.png").stat().st_size > 10_000
 
   loaded = RewardModel.from_pretrained(tmp_path / "whole" / "reward")
@@ -120,12 +122,12 @@ def test_command_makes_a_reward_with_its_bound_and_resumes_exactly(
     features.append(z)
     scores.append(one["scores"])
   found = json.loads((tmp_path / "whole" / "calibration.json").read_text())
-  # What the command says of its reward is what anyone finds who opens it.
+  # The reported metrics equal those of the saved reward model.
   mse = np.mean((np.concatenate(rewards) - np.concatenate(scores)) ** 2)
   np.testing.assert_allclose(found["metrics"]["held_out/mse"], mse, rtol=1e-4)
   norms = mahalanobis_norm(loaded.bound.whitening, np.concatenate(features))
-  said_norm = found["calibration"]["errors"]["truth"]["norm"]["mean"]
-  np.testing.assert_allclose(said_norm, np.mean(norms), rtol=1e-4)
+  reported_norm = found["calibration"]["errors"]["truth"]["norm"]["mean"]
+  np.testing.assert_allclose(reported_norm, np.mean(norms), rtol=1e-4)
   assert loaded.bound.count == sum(
     len(one["scores"]) for one in open_preferences(preferences, "train")
   )
@@ -163,10 +165,10 @@ def test_command_makes_a_reward_with_its_bound_and_resumes_exactly(
     ({"augmentation": "flip"}, "augmentation is 'flip'; give one of none"),
     ({"frozen_share": 2.0}, r"frozen_share is 2\.0"),
     ({"score_weight": 0.0, "pair_weight": 0.0}, "nothing to learn"),
-    ({"preferences": "nowhere"}, "nowhere holds 0 data sets"),
+    ({"preferences": "nowhere"}, "nowhere contains 0 datasets"),
   ],
 )
-def test_mistakes_end_in_one_line(tmp_path, change, message):
+def test_errors_name_the_field_in_one_line(tmp_path, change, message):
   config = load_config("reward", "mini", preferences="x")
   config.update(change)
   with pytest.raises(ValueError, match=message) as error:

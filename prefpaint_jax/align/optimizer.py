@@ -1,13 +1,14 @@
-"""The optimiser: AdamW or plain SGD, a warm-up, clipping, and moments in half the memory."""
+"""The optimiser: AdamW or SGD, warm-up, gradient clipping, and moments in bfloat16."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, BFloat16, Float32, Int32
 from ml_collections import ConfigDict
 
-Params = Any  # a tree of arrays
+from prefpaint_jax.weights.names import Params
 
 
 def make_optimizer(
@@ -21,9 +22,16 @@ def make_optimizer(
   warmup_updates: int = 0,
   moments_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-  """AdamW or plain SGD (which reads no other setting of AdamW's than the learning rate).
+  """Makes AdamW or plain SGD, with a constant learning rate after a linear warm-up.
 
-  The rate is constant after a linear warm-up; gradients are clipped by global norm if asked.
+  Args:
+    name: "adamw" or "sgd". SGD ignores `b1`, `b2`, `eps` and `weight_decay`.
+    clip_norm: the largest global norm of the gradients; None: no clipping.
+    warmup_updates: updates in which the learning rate rises; 0: none.
+    moments_dtype: "float32", or "bfloat16" for half the memory.
+
+  Raises:
+    ValueError: for an unknown `name` or `moments_dtype`.
   """
   rate = learning_rate
   if warmup_updates:
@@ -33,16 +41,16 @@ def make_optimizer(
   elif name == "sgd":
     optimizer = optax.sgd(rate)
   else:
-    raise ValueError(f"optimizer is {name!r}; give 'adamw' or 'sgd'")
+    raise ValueError(f"optimizer is {name!r}; expected 'adamw' or 'sgd'")
   if moments_dtype == "bfloat16":
     optimizer = in_bfloat16(optimizer)
   elif moments_dtype != "float32":
-    raise ValueError(f"moments_dtype is {moments_dtype!r}; give 'float32' or 'bfloat16'")
+    raise ValueError(f"moments_dtype is {moments_dtype!r}; expected 'float32' or 'bfloat16'")
   return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer
 
 
 def optimizer_from(config: ConfigDict) -> optax.GradientTransformation:
-  """The optimiser of an alignment config."""
+  """Makes the optimiser from the fields of an alignment config."""
   return make_optimizer(
     config.optimizer,
     config.learning_rate,
@@ -57,14 +65,17 @@ def optimizer_from(config: ConfigDict) -> optax.GradientTransformation:
 
 
 class RoundedState(NamedTuple):
-  count: jax.Array  # int32 [], updates done
+  """The state of an optimiser whose moments are stored in bfloat16."""
+
+  count: Int32[Array, ""]  # updates done
   inner: optax.OptState
 
 
 def in_bfloat16(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Keeps the optimiser's moments in bfloat16, rounded up or down at random by their nearness.
+  """Stores the optimiser's moments in bfloat16 with stochastic rounding.
 
-  Rounded to the nearest, a moment that changes by 0.1 % an update would not change at all.
+  Rounding to nearest would drop every change of a moment below 0.2 % of its value; the second
+  moment of AdamW changes by about 0.1 % an update.
   """
 
   def restore(inner: optax.OptState) -> optax.OptState:
@@ -82,15 +93,15 @@ def in_bfloat16(optimizer: optax.GradientTransformation) -> optax.GradientTransf
     count = jnp.zeros((), jnp.int32)
     return RoundedState(count, store(optimizer.init(params), count))
 
-  def update(gradients, state: RoundedState, params=None):
+  def update(gradients: Params, state: RoundedState, params: Params | None = None):
     changes, inner = optimizer.update(gradients, restore(state.inner), params)
     return changes, RoundedState(state.count + 1, store(inner, state.count + 1))
 
   return optax.GradientTransformation(init, update)
 
 
-def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
-  """float32 -> one of the two nearest bfloat16, whose mean over keys is x."""
+def stochastic_round(x: Float32[Array, "*dims"], key: jax.Array) -> BFloat16[Array, "*dims"]:
+  """Rounds each element to one of its two bfloat16 neighbours, so that the mean over keys is x."""
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   bits = bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
   return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(

@@ -1,45 +1,59 @@
-"""Advantages, PPO loss, choice of timesteps: the reinforcement learning, without any network.
+"""Advantages, PPO loss and choice of timesteps: reinforcement learning without a network.
 
 Policy gradient over the denoising chain (DDPO, Black et al. 2024) with PPO's clipped importance
-ratio (Schulman et al. 2017), each sample's loss multiplied by its trust weight (PrefPaint,
-arXiv 2410.21966). Per-sample values stay per sample until `masked_mean`, so that a mean over
-devices and microbatches is the true mean.
+ratio (Schulman et al. 2017). Each sample's loss is multiplied by its trust weight (PrefPaint,
+arXiv 2410.21966). Losses and metrics are per sample, so that the caller can take the true mean over
+devices and microbatches.
 """
-# Shapes: B samples (prompts × samples per prompt), P groups, S samples per group, K timesteps.
+# Shapes: B samples (prompts × samples per prompt), S samples per group, k timesteps.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
 
 
 def standardise(
-  rewards: jax.Array,
-  valid: jax.Array,
+  rewards: Float[Array | np.ndarray, " B"],
+  valid: Bool[Array | np.ndarray, " B"],
   group_size: int = 1,
   std: str = "batch",
   clip: float = 10.0,
   eps: float = 1e-7,
-) -> jax.Array:
-  """Advantages [B] of rewards [B]: (r − mean) / (std + eps), clipped to ±clip.
+) -> Float[Array, " B"]:
+  """Computes advantages from rewards: (r − mean) / (std + eps), clipped to ±clip.
 
-  group_size 1 takes mean and standard deviation over the whole batch. group_size S > 1 says that
-  each S consecutive rewards belong to one prompt: the mean is the group's, and the deviation is
-  the group's too (`std="group"`) or that of the centred batch (`std="batch"`). Every deviation is
-  unbiased: its divisor is the number of valid samples it is taken over, minus 1.
+  Samples that are not valid, and samples whose reward is not finite, get advantage 0 and are left
+  out of the mean and the standard deviation. A group with one valid sample, or with equal rewards,
+  gets advantage 0.
 
-  Samples that are not `valid` [B] (bool), or whose reward is not finite, get advantage 0 and enter
-  no statistic. So do samples without a peer and samples that are all equal.
+  Args:
+    rewards: of B samples; each S = `group_size` consecutive samples have the same prompt.
+    valid: False for the samples to leave out.
+    group_size: 1 computes mean and standard deviation over the whole batch; S > 1 computes the
+      mean over each group.
+    std: for S > 1, "group" computes one standard deviation per group; "batch" computes one for the
+      whole batch, from rewards minus their group's mean. The divisor is the number of valid samples
+      minus 1.
+    clip: the largest absolute value of an advantage.
+    eps: added to the standard deviation.
+
+  Raises:
+    ValueError: for an unknown `std`, or if B is not a multiple of `group_size`.
   """
   if std not in ("batch", "group"):
-    raise ValueError(f"std is {std!r}: use batch or group")
+    raise ValueError(f"std is {std!r}; expected 'batch' or 'group'")
   batch = rewards.shape[0]
   group = batch if group_size == 1 else group_size
   if group_size < 1 or batch % group:
-    raise ValueError(f"{batch} rewards do not divide into groups of {group_size} samples")
+    raise ValueError(
+      f"group_size is {group_size}; expected a divisor of the batch of {batch} rewards"
+    )
 
   valid = (valid & jnp.isfinite(rewards)).reshape(-1, group)
   rewards = jnp.where(valid, rewards.astype(jnp.float32).reshape(-1, group), 0.0)
-  # Measured from the lowest of the group, equal rewards are exactly 0 and stay so: the rounding of
-  # their mean, divided by a deviation of about 0, would otherwise be an advantage.
+  # Subtract the lowest reward of the group first, so that equal rewards become exactly 0. Otherwise
+  # the rounding error of their mean, divided by a deviation of about 0, would be an advantage.
   lowest = jnp.min(rewards, axis=1, keepdims=True, where=valid, initial=jnp.inf)
   rewards = jnp.where(valid, rewards - lowest, 0.0)
   count = jnp.sum(valid, axis=1, keepdims=True)
@@ -54,23 +68,32 @@ def standardise(
 
 
 def ppo_loss(
-  log_prob: jax.Array,
-  old_log_prob: jax.Array,
-  advantages: jax.Array,
-  weights: jax.Array,
+  log_prob: Float[Array | np.ndarray, " B"],
+  old_log_prob: Float[Array | np.ndarray, " B"],
+  advantages: Float[Array | np.ndarray, " B"],
+  weights: Float[Array | np.ndarray, " B"],
   clip_range: float,
-  valid: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """γ·max(−Aρ, −A clip(ρ, 1 ± clip_range)) with ρ = exp(log_prob − old_log_prob), all [B].
+  valid: Bool[Array | np.ndarray, " B"] | None = None,
+) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
+  """Computes the PPO loss of each sample: γ·max(−Aρ, −A clip(ρ, 1 ± clip_range)).
 
-  Returns the loss and, all [B] too, `ratio` (ρ), `clipped` (1 where ρ is outside 1 ± clip_range)
-  and `approx_kl` ((ρ − 1) − ln ρ, the low-variance estimate of KL(old ‖ new)).
+  The importance ratio is ρ = exp(log_prob − old_log_prob).
 
-  Samples that are not `valid` [B] (bool) get loss 0 and ρ = 1, and send gradient 0 to log_prob even
-  where their log-probabilities, advantages or weights are NaN.
+  Args:
+    log_prob: log-probabilities under the trained policy.
+    old_log_prob: log-probabilities under the behaviour policy.
+    advantages: A.
+    weights: γ, the trust weights.
+    clip_range: the largest difference of ρ from 1 before it is clipped.
+    valid: False for samples that get loss 0, ρ = 1 and gradient 0, even where their
+      log-probabilities, advantages or weights are NaN; None: all samples are valid.
+
+  Returns:
+    The loss, and the metrics `ratio` (ρ), `clipped` (1 where ρ is outside 1 ± clip_range) and
+    `approx_kl` ((ρ − 1) − ln ρ, a low-variance estimate of KL(old ‖ new)).
   """
   if valid is not None:
-    # Masking the inputs, not the loss: the derivative of where(valid, NaN, 0) is 0 · NaN = NaN.
+    # Mask the inputs, not the loss: the derivative of where(valid, NaN, 0) is 0 · NaN = NaN.
     masked = (jnp.where(valid, x, 0.0) for x in (log_prob, old_log_prob, advantages, weights))
     log_prob, old_log_prob, advantages, weights = masked
   log_ratio = log_prob - old_log_prob
@@ -80,24 +103,41 @@ def ppo_loss(
   metrics = {
     "ratio": ratio,
     "clipped": (ratio != clipped_ratio).astype(jnp.float32),
-    "approx_kl": jnp.expm1(log_ratio) - log_ratio,  # expm1: ρ − 1 would cancel near 1.
+    # Near ρ = 1 the subtraction in ρ − 1 would lose most digits; expm1 keeps them.
+    "approx_kl": jnp.expm1(log_ratio) - log_ratio,
   }
   return loss, metrics
 
 
 def draw_timesteps(
   key: jax.Array, num_steps: int, k: int, first: int = 0, last: int | None = None
-) -> jax.Array:
-  """k different step indices [k] int32, drawn at random from first ≤ i < last (None: num_steps)."""
+) -> Int32[Array, " k"]:
+  """Draws k different step indices at random.
+
+  Args:
+    num_steps: the number of steps of the rollout.
+    first: the lowest index that can be drawn.
+    last: one more than the highest index that can be drawn; None: `num_steps`.
+
+  Raises:
+    ValueError: if `first` and `last` are not within the rollout or leave fewer than k steps.
+  """
   last = num_steps if last is None else last
   if not 0 <= first < last <= num_steps:
-    raise ValueError(f"steps {first} to {last} are not within a rollout of {num_steps} steps")
+    raise ValueError(
+      f"first is {first} and last is {last}; expected a range within a rollout of {num_steps} steps"
+    )
   if not 1 <= k <= last - first:
-    raise ValueError(f"cannot draw {k} of the {last - first} steps from {first} to {last}")
+    raise ValueError(f"k is {k}; expected 1 to {last - first}, the steps from {first} to {last}")
   return jax.random.permutation(key, jnp.arange(first, last, dtype=jnp.int32))[:k]
 
 
-def masked_mean(values: jax.Array, valid: jax.Array) -> jax.Array:
-  """Mean [] of the values where `valid` (bool, broadcast to them); 0 where nothing is valid."""
+def masked_mean(
+  values: Float[Array | np.ndarray, "..."], valid: Bool[Array | np.ndarray, "..."]
+) -> Float[Array, ""]:
+  """Computes the mean of the valid values; 0 if no value is valid.
+
+  `valid` broadcasts to the shape of `values`.
+  """
   valid = jnp.broadcast_to(valid, values.shape)
   return jnp.sum(jnp.where(valid, values, 0.0)) / jnp.maximum(jnp.sum(valid), 1)

@@ -3,6 +3,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +19,18 @@ from prefpaint_jax.models.pipeline import Modules, Prompts
 from prefpaint_jax.weights.names import Params
 
 
-def in_chunks(function: Callable, size: int, mesh: Mesh | None, params: Params, *arrays: jax.Array):
+def in_chunks(function: Callable, size: int, mesh: Mesh | None, params: Any, *arrays: Any) -> Any:
   """Computes `function(params, *arrays)` on each device's examples, at most `size` at a time.
 
   The result of one example must not depend on the others. Devices do not wait for each other.
 
   Args:
+    params: a tree of arrays that all examples share.
     size: examples per call on each device; 0: all of them.
     mesh: the devices that the leading dimension of `arrays` is split over; None: one device.
   """
 
-  def local(params: Params, *arrays: jax.Array):
+  def local(params: Any, *arrays: jax.Array):
     batch = arrays[0].shape[0]
     chunk = max(n for n in range(1, min(size or batch, batch) + 1) if batch % n == 0)
     if chunk == batch:
@@ -87,7 +89,7 @@ def _start_chain(
   prompts = encode_prompts(modules, settings, frozen, images, masks, mesh)
   predict = modules.predict
   # The parameters are gathered once for all steps; then every device works without the others.
-  policy = gather(modules, settings, policy, mesh)
+  policy = gather(sampler, policy, mesh)
   if mesh is not None and mesh.size > 1:
     own = P(mesh.axis_names)
     predict = jax.shard_map(

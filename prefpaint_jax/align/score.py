@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -20,7 +21,9 @@ from prefpaint_jax.weights.names import Params
 
 
 def trust_weights(
-  trust: Trust, whitening: Float[Array, "D D"] | None, features: Float[Array, "B D"]
+  trust: Trust,
+  whitening: Float[Array | np.ndarray, "D D"] | None,
+  features: Float[Array | np.ndarray, "B D"],
 ) -> Float[Array, " B"]:
   """Computes the trust weight γ of each sample from the reward model's features.
 

@@ -1,16 +1,20 @@
-"""What an iteration of alignment does, checked."""
+"""The settings of an iteration of alignment, and the checks of a run's config."""
 
 import dataclasses
 
 from ml_collections import ConfigDict
 
-KEEP_BEST = ("held_out/reward", "held_out/reward_winrate", "reward/mean")  # metrics to choose by
+KEEP_BEST = ("held_out/reward", "held_out/reward_winrate", "reward/mean")  # values of keep_best
 TRUST_NORMS = ("mahalanobis", "released", "constant", "none")
 
 
 @dataclasses.dataclass(frozen=True)
 class Trust:
-  """γ = clip(exp(b − k·norm), minimum, maximum), or a constant, or 1."""
+  """The trust weight γ = clip(exp(b − k·norm), minimum, maximum), or a constant, or 1.
+
+  `norm` "mahalanobis" is ‖z‖_{V⁻¹} of the reward's features z, as in the paper; "released" is the
+  norm of zV⁻¹, as in the authors' code; "constant" and "none" (γ = 1) read no features.
+  """
 
   norm: str = "mahalanobis"
   k: float = 0.05
@@ -21,16 +25,21 @@ class Trust:
 
   def __post_init__(self):
     if self.norm not in TRUST_NORMS:
-      raise ValueError(f"trust.norm is {self.norm!r}; give one of {', '.join(TRUST_NORMS)}")
+      raise ValueError(f"trust.norm is {self.norm!r}; expected one of {', '.join(TRUST_NORMS)}")
 
   @property
   def needs_bound(self) -> bool:
+    """Whether the weight needs the reward's error bound, the matrix V."""
     return self.norm in ("mahalanobis", "released")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What an iteration does. The fields are those of `configs/rl.py`, which explains them."""
+  """The settings of an iteration; `configs/rl.py` explains the fields.
+
+  Raises:
+    ValueError: for values that cannot work together.
+  """
 
   samples_per_prompt: int
   num_steps: int
@@ -50,7 +59,7 @@ class Settings:
   behaviour_refresh: int
   decode_batch: int
   behaviour_dtype: str
-  lora: bool  # what is trained are adapters of the base
+  lora: bool  # train LoRA adapters of the base policy, not its parameters
   trust: Trust
 
   def __post_init__(self):
@@ -62,19 +71,19 @@ class Settings:
     trainable = self.num_steps - first - last
     check(
       1 <= self.train_timesteps <= trainable,
-      f"train_timesteps is {self.train_timesteps}: of num_steps={self.num_steps}, {trainable} are "
-      f"left by skip_steps={self.skip_steps}",
+      f"train_timesteps is {self.train_timesteps}; expected 1 to {trainable}, the steps that "
+      f"skip_steps={self.skip_steps} leaves of num_steps={self.num_steps}",
     )
     each, rest = divmod(self.train_timesteps, self.updates_per_iteration)
     check(
       rest == 0,
-      f"train_timesteps={self.train_timesteps} does not divide into updates_per_iteration="
-      f"{self.updates_per_iteration}",
+      f"updates_per_iteration is {self.updates_per_iteration}; expected a divisor of "
+      f"train_timesteps={self.train_timesteps}",
     )
     check(
       self.timesteps_per_pass == 0 or each % self.timesteps_per_pass == 0,
-      f"an update of {each} timesteps does not divide into passes of timesteps_per_pass="
-      f"{self.timesteps_per_pass}",
+      f"timesteps_per_pass is {self.timesteps_per_pass}; expected 0 or a divisor of {each}, the "
+      "timesteps of an update",
     )
     for name, choices in (
       ("advantage_std", ("batch", "group")),
@@ -82,18 +91,22 @@ class Settings:
       ("loss_reduction", ("mean", "sum")),
     ):
       value = getattr(self, name)
-      check(value in choices, f"{name} is {value!r}; give {' or '.join(map(repr, choices))}")
+      check(value in choices, f"{name} is {value!r}; expected {' or '.join(map(repr, choices))}")
     for name in ("samples_per_prompt", "gradient_accumulation", "behaviour_refresh"):
-      check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; give 1 or more")
+      check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; expected 1 or more")
     check(
       self.behaviour_dtype in ("float32", "bfloat16"),
-      f"behaviour_dtype is {self.behaviour_dtype!r}; give 'float32' or 'bfloat16'",
+      f"behaviour_dtype is {self.behaviour_dtype!r}; expected 'float32' or 'bfloat16'",
     )
-    check(self.eta > 0, f"eta is {self.eta}: a deterministic chain has no policy gradient")
+    check(
+      self.eta > 0,
+      f"eta is {self.eta}; expected a value above 0, because a chain without noise has no policy "
+      "gradient",
+    )
 
 
 def settings_from(config: ConfigDict) -> Settings:
-  """The settings of an alignment config."""
+  """Makes the settings of an alignment config."""
   names = [field.name for field in dataclasses.fields(Settings)]
   values = {name: config[name] for name in names if name not in ("trust", "lora")}
   values["skip_steps"] = tuple(config.skip_steps)
@@ -101,29 +114,33 @@ def settings_from(config: ConfigDict) -> Settings:
 
 
 def compares_with_base(config: ConfigDict) -> bool:
-  """Whether a run samples with the base policy too, and so keeps its parameters."""
+  """Returns whether a run also samples with the base policy, and so keeps its parameters."""
   return bool(config.sample_every or config.eval_every or config.final_prompts)
 
 
 def check_config(config: ConfigDict) -> None:
-  """Raises ValueError for fields of a run that cannot work together."""
+  """Checks the fields of a run that `Settings` does not have.
+
+  Raises:
+    ValueError: for fields that cannot work together.
+  """
   if not config.prompts:
     raise ValueError(
-      "config.prompts is empty: give --config.prompts=FOLDER, or use the mini preset"
+      "config.prompts is empty; give --config.prompts=FOLDER or use --config=configs/rl.py:mini"
     )
   for field in ("eval_prompts", "final_prompts"):
     if config[field] % config.num_samples:
       raise ValueError(
-        f"{field} {config[field]} does not divide by num_samples {config.num_samples}, the number "
-        "of prompts that are sampled at a time"
+        f"{field} is {config[field]}; expected a multiple of num_samples={config.num_samples}, the "
+        "number of prompts that the run samples at a time"
       )
   name, every = config.keep_best, config.eval_every
   if name not in ("", *KEEP_BEST):
-    raise ValueError(f"keep_best is {name!r}: give one of {', '.join(KEEP_BEST)}, or none")
+    raise ValueError(f"keep_best is {name!r}; expected one of {', '.join(KEEP_BEST)}, or ''")
   is_measured = bool(config.eval_prompts and every) and config.checkpoint_every % every == 0
   if name.startswith("held_out/") and not is_measured:
     raise ValueError(
-      f"keep_best={name} is measured every eval_every={every} iterations on "
-      f"eval_prompts={config.eval_prompts}, checkpoints are written every "
-      f"{config.checkpoint_every}: make checkpoint_every a multiple of eval_every"
+      f"keep_best is {name}, which is measured every eval_every={every} iterations on "
+      f"eval_prompts={config.eval_prompts} prompts; set both above 0 and make "
+      f"checkpoint_every={config.checkpoint_every} a multiple of eval_every"
     )

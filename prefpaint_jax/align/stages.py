@@ -7,7 +7,7 @@ them.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,7 @@ def make_stages(
 
 
 def compile_iteration(
-  stages: Stages, state: TrainState, frozen: Frozen, images: jax.Array, masks: jax.Array
+  stages: Stages, state: TrainState, frozen: Frozen, images: Any, masks: Any
 ) -> None:
   """Compiles all programs of an iteration before the first of them runs.
 

@@ -98,13 +98,14 @@ def merged_params(settings: Settings, base: Params | None, params: Params) -> Pa
   return lora.merge(base, params) if settings.lora else params
 
 
-def gather(modules: Modules, settings: Settings, params: Params, mesh: Mesh | None) -> Params:
-  """Gathers sharded parameters on every device, in the dtype in which the UNet reads them.
+def gather(sampler: Sampler, params: Params, mesh: Mesh | None) -> Params:
+  """Rounds parameters to the UNet's compute dtype and gathers all shards on every device.
 
-  A program calls this once, not once per pass over the UNet.
+  A program calls this once, not once per forward pass of the UNet. Norms and LoRA parameters are
+  not rounded.
   """
-  if not settings.lora:
-    params = modules.round_params(params)
+  if not sampler.settings.lora:
+    params = sampler.modules.round_params(params)
   if mesh is None or mesh.shape["fsdp"] == 1:
     return params
   # With this constraint XLA rounds before it gathers, which halves the bytes sent in bfloat16.

@@ -27,8 +27,7 @@ from prefpaint_jax.align.state import (
 )
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.diffusion.ddim import Trajectory
-from prefpaint_jax.kernels import sums
-from prefpaint_jax.kernels.dispatch import by_platform
+from prefpaint_jax.kernels.dispatch import dispatch
 from prefpaint_jax.models.pipeline import Prompts
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.weights.names import Params
@@ -126,7 +125,7 @@ def update(
     def one_pass(some: jax.Array):
       loss = lambda params: policy_loss(sampler, params, base, experience, some, count)
       gradients, metrics = jax.grad(loss, has_aux=True)(params)
-      gradients = by_platform(gradients, cuda=_row_major, default=lambda x: x)
+      gradients = dispatch(LAYOUTS, gradients)
       # Gradients of rounded parameters are rounded, as within the UNet; their sums are float32.
       return jax.tree.map(lambda x: x.astype(jnp.float32), gradients), metrics
 
@@ -143,12 +142,11 @@ def update(
 
   if mesh is not None and mesh.size > 1:
     sum_passes = _per_device(sum_passes, mesh, state.params)
-  params, base = gather(sampler.modules, settings, state.params, mesh), frozen.base
+  params, base = gather(sampler, state.params, mesh), frozen.base
   if settings.kl_weight and not settings.lora:
-    base = gather(sampler.modules, settings, base, mesh)
+    base = gather(sampler, base, mesh)
   gradients, metrics = sum_passes(params, base, count, passes, experience)
-  norm = optax.tree.norm if mesh is not None and mesh.size > 1 else sums.norm
-  metrics["ppo/grad_norm"] = norm(gradients)
+  metrics["ppo/grad_norm"] = optax.tree.norm(gradients)
   n = settings.gradient_accumulation
   if n > 1:
     gradients = jax.tree.map(jnp.add, state.gradients, gradients)
@@ -172,6 +170,9 @@ def _row_major(tree: Params) -> Params:
   """
   flat = jax.lax.optimization_barrier(jax.tree.map(jnp.ravel, tree))
   return jax.tree.map(lambda x, like: x.reshape(like.shape), flat, tree)
+
+
+LAYOUTS = {"reference": lambda tree: tree, "cuda": _row_major}
 
 
 def _per_device(sum_passes, mesh: Mesh, params: Params):

@@ -1,1 +1,1 @@
-"""Images, masks and prompts, on the host: NumPy and PIL only, nothing here touches a device."""
+"""Images, masks, prompts and preferences. All code here runs on the host, with NumPy and PIL."""

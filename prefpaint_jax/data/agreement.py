@@ -1,5 +1,5 @@
 """Agreement of annotators: Krippendorff's alpha."""
-# Shapes: U units (candidates), R ratings of one.
+# Shapes: U units (candidates), R ratings of one unit.
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from prefpaint_jax.data.annotation_files import _Rating
+from prefpaint_jax.data.annotation_files import Rating
 from prefpaint_jax.data.examples import CRITERIA
 
 
 def krippendorff_alpha(ratings: np.ndarray) -> float:
-  """How far raters agree: 1 wholly, 0 as by chance, below 0 less than that (interval metric).
+  """Computes Krippendorff's alpha for interval data.
 
-  ratings: [U, R], NaN where a rating is missing; which rater gave it does not matter. With m_u
-  ratings of unit u and n of all units that have two or more,
+  Alpha is 1 for full agreement, 0 for agreement by chance, and negative for less agreement. With
+  m_u ratings of unit u, and n ratings of all units that have two or more,
 
     alpha = 1 − D_o / D_e,  D_o = (1/n) Σ_u 1/(m_u − 1) Σ_{i≠j in u} (x_i − x_j)²,
-                            D_e = 1/(n(n − 1)) Σ_{i≠j} (x_i − x_j)²
+                            D_e = 1/(n(n − 1)) Σ_{i≠j} (x_i − x_j)².
 
-  computed from sums of squares about the means, as Σ_{i≠j} (x_i − x_j)² = 2 m Σ_i (x_i − x̄)².
-  NaN where that says nothing: no unit has two ratings, or all ratings are equal.
-  (Krippendorff, Computing Krippendorff's Alpha-Reliability, 2011.)
+  The code computes both from sums of squares, by Σ_{i≠j} (x_i − x_j)² = 2 m Σ_i (x_i − x̄)².
+  Source: Krippendorff, Computing Krippendorff's Alpha-Reliability, 2011.
+
+  Args:
+    ratings: [U, R], NaN for a missing rating. The order of a unit's ratings does not matter.
+
+  Returns:
+    Alpha; NaN if no unit has two ratings or if all ratings are equal.
   """
   ratings = np.asarray(ratings, np.float64)
   ratings = ratings[np.sum(~np.isnan(ratings), axis=1) >= 2]
@@ -36,10 +41,15 @@ def krippendorff_alpha(ratings: np.ndarray) -> float:
   return float(1 - (number - 1) / number * np.sum(counts / (counts - 1) * within) / total)
 
 
-def _agreement(
-  ratings: Mapping[str, Mapping[str, _Rating]], weights: np.ndarray
+def agreement_by_criterion(
+  ratings: Mapping[str, Mapping[str, Rating]], weights: np.ndarray
 ) -> dict[str, float]:
-  """Krippendorff's alpha of each criterion and of the combined score, over all candidates."""
+  """Computes Krippendorff's alpha of each criterion and of the combined score.
+
+  Args:
+    ratings: {candidate: {annotator: Rating}}.
+    weights: [3], of the criteria in the combined score.
+  """
   most = max(map(len, ratings.values()))
   table = np.full((len(ratings), most, len(CRITERIA)), np.nan)
   for row, rated in zip(table, ratings.values(), strict=True):

@@ -1,4 +1,8 @@
-"""Readers of a folder of scores, in both layouts; they collect every error with its line."""
+"""Reads the files of a folder of scores, in both layouts, and collects every error with its line.
+
+`data.annotations` describes the layouts. Each reader appends to a list `errors`: one line of text
+for each error, which begins with FILE:LINE.
+"""
 
 from __future__ import annotations
 
@@ -13,108 +17,128 @@ from typing import Any, NamedTuple
 from prefpaint_jax.data import masks
 from prefpaint_jax.data.examples import CRITERIA, MAX_SCORE, SPLITS
 
-_NUMBERS = ("kind", *CRITERIA)  # fields that need not be text
+_NUMBERS = ("kind", *CRITERIA)  # fields that may hold numbers; all others hold text
 _PROMPTS, _CANDIDATES, _ANNOTATIONS = "prompts.jsonl", "candidates.jsonl", "annotations.jsonl"
 
 
-class _Prompt(NamedTuple):
-  """What is known of a prompt before its pictures and scores are read."""
+class PromptEntry(NamedTuple):
+  """One prompt, before its images and scores are read."""
 
-  where: str  # FILE:LINE, "" where a picture file is all that speaks of it
+  where: str  # FILE:LINE; "" if only a mask file names the prompt
   source: str
-  kind: int | None
-  picture: str
+  kind: int | None  # index into masks.KINDS; None: unknown
+  picture: str  # ID of the image that the prompt was drawn from
 
 
-class _Painted(NamedTuple):
-  """What is known of a candidate before its picture and scores are read."""
+class CandidateEntry(NamedTuple):
+  """One candidate, before its image and scores are read."""
 
-  where: str
+  where: str  # FILE:LINE; "" if only an image file names the candidate
   image_id: str
   policy: str
 
 
-class _Rating(NamedTuple):
-  where: str
-  scores: tuple[float, ...]  # of the three criteria, or the combined one alone
+class Rating(NamedTuple):
+  """The scores that one annotator gave to one candidate."""
+
+  where: str  # FILE:LINE
+  scores: tuple[float, ...]  # of the three criteria, or only the combined one
 
 
-# ------------------------------------------------------------------------------------------- tables
-def _read_prompts(folder: Path, faults: list[str]) -> dict[str, _Prompt]:
-  """{image_id: _Prompt}; a line with a fault counts if its ID is known, so as to be told once."""
+def read_prompts(folder: Path, errors: list[str]) -> dict[str, PromptEntry]:
+  """Reads prompts.jsonl, or lists the masks if that file is missing.
+
+  A line with an error still counts as a prompt if its ID is known. Otherwise every score of that
+  prompt would add an error about an unknown ID.
+
+  Returns:
+    {image ID: entry}.
+  """
   if not (folder / _PROMPTS).exists():
     ids = sorted(f.name.removesuffix("_mask.png") for f in folder.glob("masks/*_mask.png"))
-    return {image_id: _Prompt("", "unknown", None, image_id) for image_id in ids}
+    return {image_id: PromptEntry("", "unknown", None, image_id) for image_id in ids}
   prompts = {}
-  for where, row in _rows(folder / _PROMPTS, ("image_id", "source", "kind"), faults):
+  for where, row in _rows(folder / _PROMPTS, ("image_id", "source", "kind"), errors):
     image_id, kind = row["image_id"], row["kind"]
     if kind in masks.KINDS:
       kind = masks.KINDS.index(kind)
     elif type(kind) is not int or not 0 <= kind < len(masks.KINDS):
-      faults.append(f"{where}: kind is {kind!r}: give one of {', '.join(masks.KINDS)}")
+      errors.append(f"{where}: kind is {kind!r}; expected one of {', '.join(masks.KINDS)}")
     if image_id in prompts:
-      faults.append(f"{where}: image id {image_id!r} is in {prompts[image_id].where} too")
-    prompts[image_id] = _Prompt(where, row["source"], kind, str(row.get("picture") or image_id))
+      errors.append(f"{where}: image id {image_id!r} is also in {prompts[image_id].where}")
+    image = str(row.get("picture") or image_id)
+    prompts[image_id] = PromptEntry(where, row["source"], kind, image)
   return prompts
 
 
-def _read_candidates(
-  folder: Path, prompts: Mapping[str, _Prompt], faults: list[str]
-) -> dict[str, _Painted]:
-  """{name: _Painted}"""
+def read_candidates(
+  folder: Path, prompts: Mapping[str, PromptEntry], errors: list[str]
+) -> dict[str, CandidateEntry]:
+  """Reads candidates.jsonl, or lists the images in inpaint/ if that file is missing.
+
+  Returns:
+    {candidate: entry}.
+  """
   if not (folder / _CANDIDATES).exists():
     names = (file.stem.rpartition("_") for file in folder.glob("inpaint/*.png"))
     by_number = sorted(names, key=lambda name: (name[0], len(name[2]), name[2]))
     return {
-      f"{image_id}_{number}": _Painted("", image_id, "unknown")
+      f"{image_id}_{number}": CandidateEntry("", image_id, "unknown")
       for image_id, _, number in by_number
       if image_id in prompts
     }
-  painted = {}
-  for where, row in _rows(folder / _CANDIDATES, ("image_id", "candidate", "policy"), faults):
+  candidates = {}
+  for where, row in _rows(folder / _CANDIDATES, ("image_id", "candidate", "policy"), errors):
     name, image_id = row["candidate"].removesuffix(".png"), row["image_id"]
-    if _belongs(where, name, image_id, prompts, faults):
-      if name in painted:
-        faults.append(f"{where}: candidate {name!r} is in {painted[name].where} too")
-      painted[name] = _Painted(where, image_id, row["policy"])
-  return painted
+    if _is_candidate_of(where, name, image_id, prompts, errors):
+      if name in candidates:
+        errors.append(f"{where}: candidate {name!r} is also in {candidates[name].where}")
+      candidates[name] = CandidateEntry(where, image_id, row["policy"])
+  return candidates
 
 
-def _read_ratings(
-  folder: Path, prompts: Mapping[str, _Prompt], painted: Mapping[str, _Painted], faults: list[str]
-) -> dict[str, dict[str, _Rating]]:
-  """{candidate: {annotator: _Rating}}, in either layout."""
-  ours = any((folder / name).exists() for name in (_PROMPTS, _CANDIDATES, _ANNOTATIONS))
+def read_ratings(
+  folder: Path,
+  prompts: Mapping[str, PromptEntry],
+  candidates: Mapping[str, CandidateEntry],
+  errors: list[str],
+) -> dict[str, dict[str, Rating]]:
+  """Reads the scores of a folder in either layout.
+
+  Returns:
+    {candidate: {annotator: rating}}; the annotator is "" in the released layout.
+  """
+  own_layout = any((folder / name).exists() for name in (_PROMPTS, _CANDIDATES, _ANNOTATIONS))
   ratings = defaultdict(dict)
   for where, image_id, name, annotator, scores in (
-    _read_annotated(folder, faults) if ours else _read_released(folder, faults)
+    _read_annotated(folder, errors) if own_layout else _read_released(folder, errors)
   ):
-    if not _belongs(where, name, image_id, prompts, faults):
+    if not _is_candidate_of(where, name, image_id, prompts, errors):
       continue
     before = ratings[name].get(annotator)
-    if name not in painted:
+    if name not in candidates:
       expected = _CANDIDATES if (folder / _CANDIDATES).exists() else "inpaint/"
-      faults.append(f"{where}: unknown candidate {name!r}: it is not in {expected}")
+      errors.append(f"{where}: unknown candidate {name!r}; expected one of {expected}")
     elif before is None:
-      ratings[name][annotator] = _Rating(where, scores)
+      ratings[name][annotator] = Rating(where, scores)
     elif annotator:
-      faults.append(f"{where}: {annotator!r} scored {name!r} in {before.where} already")
-    elif scores != before.scores:  # released sets say the same thing flat and grouped
-      faults.append(f"{where}: {name!r} has another score in {before.where}")
+      errors.append(f"{where}: {annotator!r} already scored {name!r} in {before.where}")
+    elif scores != before.scores:  # the released files repeat equal scores, flat and grouped
+      errors.append(f"{where}: {name!r} has another score in {before.where}")
   return {name: rated for name, rated in ratings.items() if rated}
 
 
-def _read_annotated(folder: Path, faults: list[str]) -> Iterator[tuple]:
-  """(where, image id, candidate, annotator, the scores of the three criteria)"""
+def _read_annotated(folder: Path, errors: list[str]) -> Iterator[tuple]:
+  """Yields (FILE:LINE, image ID, candidate, annotator, three scores) of annotations.jsonl."""
   file = folder / _ANNOTATIONS
   if not file.exists():
-    raise ValueError(f"{file}: no such file: write the annotators' scores into it, one a line")
-  for where, row in _rows(file, ("image_id", "candidate", "annotator", *CRITERIA), faults):
-    in_range = lambda score: _is_number(score) and 0 <= score <= MAX_SCORE  # NaN is not
+    raise ValueError(f"{file}: no such file; write one line of scores per annotator and candidate")
+  for where, row in _rows(file, ("image_id", "candidate", "annotator", *CRITERIA), errors):
+    in_range = lambda score: _is_number(score) and 0 <= score <= MAX_SCORE  # False for NaN
     bad = [name for name in CRITERIA if not in_range(row[name])]
     for name in bad:
-      faults.append(
-        f"{where}: {name} is {json.dumps(row[name])}: give a number from 0 to {MAX_SCORE:g}"
+      errors.append(
+        f"{where}: {name} is {json.dumps(row[name])}; expected a number from 0 to {MAX_SCORE:g}"
       )
     if not bad:
       scores = tuple(float(row[name]) for name in CRITERIA)
@@ -122,48 +146,55 @@ def _read_annotated(folder: Path, faults: list[str]) -> Iterator[tuple]:
       yield where, row["image_id"], name, row["annotator"], scores
 
 
-def _read_released(folder: Path, faults: list[str]) -> Iterator[tuple]:
-  """(where, image id, candidate, "", (the combined score,)) of JSON files, grouped or not."""
+def _read_released(folder: Path, errors: list[str]) -> Iterator[tuple]:
+  """Yields (FILE:LINE, image ID, candidate, "", (combined score,)) of the JSON files.
+
+  A file holds {candidate: [score, rank]} or {image ID: {candidate: [score, rank]}}.
+  """
   files = sorted(folder.glob("*.json"))
   if not files:
     raise ValueError(
-      f"{folder}: neither {_ANNOTATIONS} nor JSON files of scores are in it: put them there"
+      f"{folder}: contains neither {_ANNOTATIONS} nor JSON files of scores; add one of them"
     )
   for file in files:
     text = file.read_text("utf-8", errors="replace")
     try:
-      # Tuples of pairs for objects: a key that comes twice is seen, and arrays stay lists.
+      # Objects become tuples of pairs, so that repeated keys are kept. Arrays remain lists.
       pairs = json.loads(text, object_pairs_hook=tuple)
     except json.JSONDecodeError as error:
-      faults.append(f"{file.name}:{error.lineno}: not JSON: {error.msg}")
+      errors.append(f"{file.name}:{error.lineno}: not JSON: {error.msg}")
       continue
     if not isinstance(pairs, tuple):
-      faults.append(f"{file.name}:1: not a JSON object of scores")
+      errors.append(f"{file.name}:1: not a JSON object of scores")
       continue
     lines = _lines_of_keys(text)
     for key, value in pairs:
       where = f"{file.name}:{lines[key].popleft()}"
       if isinstance(value, tuple):
-        judged = [(f"{file.name}:{lines[name].popleft()}", key, name, v) for name, v in value]
+        entries = [(f"{file.name}:{lines[name].popleft()}", key, name, v) for name, v in value]
       else:
-        judged = [(where, None, key, value)]
-      for where, image_id, name, said in judged:
+        entries = [(where, None, key, value)]
+      for where, image_id, name, entry in entries:
         if (
-          isinstance(said, list)
-          and len(said) == 2
-          and all(_is_number(number) and math.isfinite(number) for number in said)
+          isinstance(entry, list)
+          and len(entry) == 2
+          and all(_is_number(number) and math.isfinite(number) for number in entry)
         ):
           name = name.removesuffix(".png")
           image_id = name.rpartition("_")[0] if image_id is None else image_id
-          yield where, image_id, name, "", (float(said[0]),)
+          yield where, image_id, name, "", (float(entry[0]),)
         else:
-          faults.append(f"{where}: {name!r} is not [score, rank], two finite numbers")
+          errors.append(f"{where}: {name!r} is not [score, rank], two finite numbers")
 
 
-def _read_lists(
-  folder: Path, prompts: Mapping[str, _Prompt], faults: list[str]
+def read_lists(
+  folder: Path, prompts: Mapping[str, PromptEntry], errors: list[str]
 ) -> dict[str, frozenset[str]]:
-  """{split: its IDs} of the lists that are there."""
+  """Reads train.txt and test.txt if they exist.
+
+  Returns:
+    {split: the image IDs in its list}, without the splits that have no list.
+  """
   lists, places = {}, {}
   for split in SPLITS:
     file = folder / f"{split}.txt"
@@ -175,17 +206,20 @@ def _read_lists(
       if not image_id:
         continue
       if image_id not in prompts:
-        faults.append(f"{where}: unknown image id {image_id!r}")
+        errors.append(f"{where}: unknown image id {image_id!r}")
       elif image_id in places and image_id not in ids:
-        faults.append(f"{where}: {image_id!r} is in {places[image_id]} too: keep it in one split")
+        errors.append(f"{where}: {image_id!r} is also in {places[image_id]}; keep it in one split")
       places.setdefault(image_id, where)
       ids.add(image_id)
     lists[split] = frozenset(ids)
   return lists
 
 
-def _rows(file: Path, fields: Sequence[str], faults: list[str]) -> Iterator[tuple[str, dict]]:
-  """("FILE:LINE", object) of each line that is an object with these fields, texts as strings."""
+def _rows(file: Path, fields: Sequence[str], errors: list[str]) -> Iterator[tuple[str, dict]]:
+  """Yields ("FILE:LINE", object) of each line that holds a JSON object with all `fields`.
+
+  Fields outside `_NUMBERS` are converted to strings.
+  """
   for number, line in enumerate(file.read_bytes().splitlines(), 1):
     if not line.strip():
       continue
@@ -193,37 +227,44 @@ def _rows(file: Path, fields: Sequence[str], faults: list[str]) -> Iterator[tupl
     try:
       row = json.loads(line)
     except ValueError as error:
-      faults.append(f"{where}: not JSON: {getattr(error, 'msg', 'not UTF-8')}")
+      errors.append(f"{where}: not JSON: {getattr(error, 'msg', 'not UTF-8')}")
       continue
     if not isinstance(row, dict):
-      faults.append(f"{where}: not a JSON object")
+      errors.append(f"{where}: not a JSON object")
       continue
     missing = [name for name in fields if name not in row]
     texts = {name: row[name] for name in fields if name in row and name not in _NUMBERS}
     wrong = [name for name, text in texts.items() if type(text) not in (str, int) or text == ""]
     if missing:
-      faults.append(f"{where}: missing {', '.join(missing)}")
+      errors.append(f"{where}: missing {', '.join(missing)}")
     if wrong:
-      faults.append(f"{where}: {', '.join(wrong)}: give a string that is not empty")
+      errors.append(f"{where}: {', '.join(wrong)}: expected a non-empty string")
     if not missing and not wrong:
       yield where, row | {name: str(text) for name, text in texts.items()}
 
 
-def _belongs(
-  where: str, name: str, image_id: str, prompts: Mapping[str, _Prompt], faults: list[str]
+def _is_candidate_of(
+  where: str,
+  name: str,
+  image_id: str,
+  prompts: Mapping[str, PromptEntry],
+  errors: list[str],
 ) -> bool:
-  """Whether the image ID is known and the candidate's name is ID_<k>; else it is a fault."""
+  """Returns whether the image ID is known and the candidate is named ID_<k>.
+
+  If not, it appends an error.
+  """
   if image_id not in prompts:
-    faults.append(f"{where}: unknown image id {image_id!r}")
+    errors.append(f"{where}: unknown image id {image_id!r}")
   elif name.rpartition("_")[0] != image_id:
-    faults.append(f"{where}: candidate {name!r} is not one of image id {image_id!r}")
+    errors.append(f"{where}: candidate {name!r} does not belong to image id {image_id!r}")
   else:
     return True
   return False
 
 
 def _lines_of_keys(text: str) -> dict[str, deque[int]]:
-  """{key: the lines of a JSON text where it is one}, in order."""
+  """Returns {key: numbers of the lines that hold this key} of a JSON text, in order."""
   lines, line, end = defaultdict(deque), 1, 0
   for string in re.finditer(r'("(?:[^"\\]|\\.)*")(\s*:)?', text):
     line, end = line + text.count("\n", end, string.start()), string.start()

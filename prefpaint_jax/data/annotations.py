@@ -1,24 +1,27 @@
-"""Human scores of inpaintings: read, checked against the pictures, and joined by prompt.
+"""Human scores of inpaintings: reads them, checks the images, and joins the scores by prompt.
 
-A folder holds the mask of every prompt, its whole picture or the one with the hole blacked, and its
-candidates:
+A folder holds the images of every prompt:
 
-  masks/ID_mask.png    images/ID.png or masks_color/ID_mask_color.png    inpaint/ID_<k>.png
+  masks/ID_mask.png               the mask, white = missing
+  images/ID.png                   the whole image, or instead of it
+  masks_color/ID_mask_color.png   the image with the missing pixels black
+  inpaint/ID_<k>.png              the candidates
 
-and what was said of them, in one of two layouts.
+and their scores, in one of two layouts.
 
-A candidates folder has a line of JSON for each of
-  prompts.jsonl      {"image_id", "source", "kind"}, and "picture" where several IDs share one
+A candidates folder has three files with one JSON object per line:
+  prompts.jsonl      {"image_id", "source", "kind"}, and "picture" if several IDs share one image
   candidates.jsonl   {"image_id", "candidate", "policy"}
   annotations.jsonl  {"image_id", "candidate", "annotator", "structure", "texture", "overall"}
-of which the first two may be missing: the prompts are then those with a mask, the candidates those
-in inpaint/. A released folder has JSON files of {candidate: [score, rank]} or
-{image_id: {candidate: [score, rank]}} instead, with one combined score, often normalised already.
+The first two are optional. Without them, every mask is a prompt and every image in inpaint/ is a
+candidate. A released folder has JSON files of {candidate: [score, rank]} or
+{image_id: {candidate: [score, rank]}} instead, with one combined score per candidate, which is
+often normalised already.
 
-train.txt and test.txt may list the IDs of the splits, one a line. Faults are never skipped: all of
-them are collected, and refused in one report that names the file and line of each.
+train.txt and test.txt may list the IDs of the splits, one per line. The reader skips no errors: it
+collects all of them and raises one report that names the file and the line of each.
 """
-# Shapes: U units (candidates), R ratings of one.
+# Shapes: U units (candidates), R ratings of one unit.
 
 from __future__ import annotations
 
@@ -32,27 +35,27 @@ from typing import NamedTuple
 import numpy as np
 
 from prefpaint_jax.data import images, masks
-from prefpaint_jax.data.agreement import _agreement
+from prefpaint_jax.data.agreement import agreement_by_criterion
 from prefpaint_jax.data.annotation_files import (
-  _Prompt,
-  _Rating,
-  _read_candidates,
-  _read_lists,
-  _read_prompts,
-  _read_ratings,
+  PromptEntry,
+  Rating,
+  read_candidates,
+  read_lists,
+  read_prompts,
+  read_ratings,
 )
 from prefpaint_jax.data.examples import CRITERIA
 
-MAX_FAULTS = 50  # of a report; the others are counted
+MAX_ERRORS = 50  # that a report lists; it counts the others
 
 
 class Candidate(NamedTuple):
-  """One inpainting and what was said of it; NaN where only a combined score is known."""
+  """One inpainting and its scores. A criterion is NaN if only a combined score is known."""
 
   name: str
   policy: str
   file: Path
-  structure: float  # this and the next two: the annotators' mean, 0 to 7
+  structure: float  # mean over the annotators, 0 to 7; so are the next two
   texture: float
   overall: float
   score: float  # the combined score
@@ -60,101 +63,111 @@ class Candidate(NamedTuple):
 
 
 class ScoredPrompt(NamedTuple):
-  """One prompt and its scored candidates, in the order of their file or else of their number."""
+  """One prompt and its scored candidates, in the order of their file, else of their numbers."""
 
   image_id: str
   source: str
   kind: int  # index into masks.KINDS
-  picture: str  # what the prompt was cut from: prompts of one picture belong in one split
-  image: Path  # the whole picture where that is known, else the one with the hole blacked
+  picture: str  # ID of the image the prompt was drawn from; its prompts belong in one split
+  image: Path  # the whole image if there is one, else the image with the missing pixels black
   mask: Path
   candidates: tuple[Candidate, ...]
 
 
 class Annotations(NamedTuple):
+  """The content of a folder of scores."""
+
   prompts: tuple[ScoredPrompt, ...]
-  lists: dict[str, frozenset[str]]  # the IDs in train.txt and test.txt, as far as these are there
+  lists: dict[str, frozenset[str]]  # the IDs in train.txt and test.txt, if these files exist
   agreement: dict[str, float]  # Krippendorff's alpha of each criterion, and of the combined score
-  annotators: int  # people; 0 where nothing is said of them
+  annotators: int  # number of annotators; 0: unknown
   left_out: dict[str, int]  # candidates without a score, prompts without a scored candidate
 
 
 class BadAnnotations(ValueError):
-  """Faults in a folder of scores: a line that counts them, then one for each."""
+  """The errors in a folder of scores: a line that counts them, then one line for each."""
 
-  def __init__(self, folder: Path, faults: Sequence[str]):
-    more = len(faults) - MAX_FAULTS
-    lines = [f"{folder}: {len(faults)} faults; mend them all, nothing is skipped"]
-    lines += faults[:MAX_FAULTS] + ([f"and {more} more"] if more > 0 else [])
+  def __init__(self, folder: Path, errors: Sequence[str]):
+    more = len(errors) - MAX_ERRORS
+    lines = [f"{len(errors)} errors in the annotations of {folder}. Fix all of them and rerun:"]
+    lines += errors[:MAX_ERRORS] + ([f"and {more} more"] if more > 0 else [])
     super().__init__("\n".join(lines))
 
 
 def read_annotations(folder: str | Path, weights: Mapping[str, float] = CRITERIA) -> Annotations:
-  """Everything in a folder of scores; `weights` of the criteria make the combined score.
+  """Reads a folder of scores and decodes all of its images once to check them.
 
-  Several annotators of one candidate are averaged. Candidates that nobody scored are left out, and
-  so are prompts that have no others; they are counted, they are no fault.
+  The scores of several annotators are averaged. Candidates without a score are left out and
+  counted, and so are prompts without a scored candidate.
+
+  Args:
+    folder: in one of the two layouts that the module describes.
+    weights: of the criteria in the combined score; only their ratios matter.
 
   Raises:
-    BadAnnotations: lists every fault.
+    BadAnnotations: the folder has errors. The message lists them.
+    ValueError: the weights are invalid, or the folder has no scores.
   """
-  folder, faults = Path(folder), []
+  folder, errors = Path(folder), []
   weights = _check_weights(weights)
   if not folder.is_dir():
-    raise ValueError(f"{folder}: no such folder: give one with masks/, inpaint/ and scores")
-  prompts = _read_prompts(folder, faults)
-  painted = _read_candidates(folder, prompts, faults)
-  ratings = _read_ratings(folder, prompts, painted, faults)
-  lists = _read_lists(folder, prompts, faults)
+    raise ValueError(f"{folder}: no such folder; give a folder with masks/, inpaint/ and scores")
+  prompts = read_prompts(folder, errors)
+  candidates = read_candidates(folder, prompts, errors)
+  ratings = read_ratings(folder, prompts, candidates, errors)
+  lists = read_lists(folder, prompts, errors)
 
   scored = defaultdict(list)
-  for name, candidate in painted.items():
+  for name, candidate in candidates.items():
     if name in ratings:
       scored[candidate.image_id].append(name)
   joined, places = [], []
   for image_id, names in ((id_, scored[id_]) for id_ in prompts if id_ in scored):
-    said = [painted[name].where or next(iter(ratings[name].values())).where for name in names]
-    places.append([prompts[image_id].where or said[0], *said])
-    candidates = [
-      _join(folder, name, painted[name].policy, list(ratings[name].values()), weights)
+    where = [candidates[name].where or next(iter(ratings[name].values())).where for name in names]
+    places.append([prompts[image_id].where or where[0], *where])
+    rated = [
+      _join(folder, name, candidates[name].policy, list(ratings[name].values()), weights)
       for name in names
     ]
-    joined.append(_scored_prompt(folder, image_id, prompts[image_id], candidates))
-  with ThreadPoolExecutor() as pool:  # decoders let go of the interpreter's lock
+    joined.append(_scored_prompt(folder, image_id, prompts[image_id], rated))
+  with ThreadPoolExecutor() as pool:  # PIL's decoders release the GIL
     checked = list(pool.map(lambda prompt, at: _check(folder, prompt, at), joined, places))
-  faults += [fault for _, found in checked for fault in found]
-  if faults:
-    raise BadAnnotations(folder, faults)
+  errors += [error for _, found in checked for error in found]
+  if errors:
+    raise BadAnnotations(folder, errors)
   if not joined:
-    raise ValueError(f"{folder}: none of {len(painted)} candidates has a score: annotate them")
+    raise ValueError(f"{folder}: none of {len(candidates)} candidates has a score; annotate them")
   everyone = {annotator for rated in ratings.values() for annotator in rated}
   return Annotations(
     prompts=tuple(prompt for prompt, _ in checked),
     lists=lists,
-    agreement=_agreement(ratings, weights),
+    agreement=agreement_by_criterion(ratings, weights),
     annotators=len(everyone - {""}),
     left_out={
-      "candidates": len(painted) - len(ratings),
+      "candidates": len(candidates) - len(ratings),
       "prompts": len(prompts) - len(joined),
     },
   )
 
 
-# ----------------------------------------------------------------------------------------- pictures
 def _check(
   folder: Path, prompt: ScoredPrompt, places: Sequence[str]
 ) -> tuple[ScoredPrompt, list[str]]:
-  """Decodes the pictures of a prompt; its kind, seen from the mask where nobody said; faults.
+  """Decodes the images of a prompt and collects the errors.
 
-  places: FILE:LINE that speaks of the prompt, and of each of its candidates.
+  Args:
+    places: FILE:LINE of the prompt, then of each of its candidates.
+
+  Returns:
+    The prompt, with its kind derived from the mask if no file names it; and the errors.
   """
-  faults = []
+  errors = []
 
   def load(where: str, function, *arguments) -> np.ndarray | None:
     try:
       return function(*arguments)
     except ValueError as error:
-      faults.append(f"{where}: {str(error).replace(f'{folder}/', '')}")
+      errors.append(f"{where}: {str(error).replace(f'{folder}/', '')}")
       return None
 
   image = load(places[0], images.load_image, prompt.image)
@@ -163,32 +176,31 @@ def _check(
   if size is None and mask is not None:
     size = mask.shape[:2]
   for candidate, where in zip(prompt.candidates, places[1:], strict=True):
-    painted = load(where, images.load_image, candidate.file)
-    if painted is not None and size is not None and painted.shape[:2] != size:
-      found, expected = ("x".join(map(str, x)) for x in (painted.shape[:2], size))
+    sample = load(where, images.load_image, candidate.file)
+    if sample is not None and size is not None and sample.shape[:2] != size:
+      found, expected = ("x".join(map(str, x)) for x in (sample.shape[:2], size))
       name = candidate.file.relative_to(folder)
-      faults.append(f"{where}: {name} is {found}, its prompt {expected}: give both the same size")
+      errors.append(f"{where}: {name} is {found}, its prompt is {expected}; give both one size")
   if prompt.kind is None and mask is not None:
     prompt = prompt._replace(kind=masks.mask_kind(mask))
-  return prompt, faults
+  return prompt, errors
 
 
-# ------------------------------------------------------------------------------------------- scores
 def _check_weights(weights: Mapping[str, float]) -> np.ndarray:
-  """[3], in the order of the criteria, of sum 1."""
+  """Returns the weights as an array [3] in the order of the criteria, with sum 1."""
   values = np.array([weights.get(name, math.nan) for name in CRITERIA], np.float64)
   good = set(weights) == set(CRITERIA) and np.isfinite(values).all() and (values >= 0).all()
   if not good or values.sum() <= 0:
     raise ValueError(
-      f"weights are {dict(weights)}: give {', '.join(CRITERIA)}, none below 0 and one above"
+      f"weights are {dict(weights)}; give {', '.join(CRITERIA)}, none negative and not all 0"
     )
   return values / values.sum()
 
 
 def _scored_prompt(
-  folder: Path, image_id: str, prompt: _Prompt, candidates: Sequence[Candidate]
+  folder: Path, image_id: str, prompt: PromptEntry, candidates: Sequence[Candidate]
 ) -> ScoredPrompt:
-  """Says where the pictures of a prompt must lie."""
+  """Adds the paths of the image and of the mask to a prompt."""
   whole = folder / "images" / f"{image_id}.png"
   masked = folder / "masks_color" / f"{image_id}_mask_color.png"
   return ScoredPrompt(
@@ -203,9 +215,9 @@ def _scored_prompt(
 
 
 def _join(
-  folder: Path, name: str, policy: str, rated: Sequence[_Rating], weights: np.ndarray
+  folder: Path, name: str, policy: str, rated: Sequence[Rating], weights: np.ndarray
 ) -> Candidate:
-  """A candidate with the mean of what its annotators said."""
+  """Averages the scores of a candidate's annotators."""
   means = np.mean([rating.scores for rating in rated], axis=0)
   combined = float(means[0]) if len(means) == 1 else float(means @ weights)
   criteria = [math.nan] * len(CRITERIA) if len(means) == 1 else means.tolist()

@@ -1,4 +1,4 @@
-"""Depth maps: read, complete, or make up."""
+"""Depth maps: reads them, fills in unknown depth, and draws synthetic ones."""
 # Shapes: H W pixels.
 
 from __future__ import annotations
@@ -15,15 +15,21 @@ from prefpaint_jax.data.images import SIXTEEN_BIT_MODES
 from prefpaint_jax.runtime.text import first_line
 
 
-# -------------------------------------------------------------------------------------------- depth
 def load_depth(
   path: str | os.PathLike[str], size: tuple[int, int] | None = None, scale: float = 1 / 256
 ) -> np.ndarray:
-  """A depth map as float32 [H, W], all of it known.
+  """Reads a depth map as float32 [H, W].
 
-  A .npy file holds floats; a PNG of 16 bits holds the depth divided by `scale`, which is KITTI's
-  metres by default. 0 (and NaN) stand for unknown depth, which is taken from the nearest known.
-  `size` is the (height, width) of the depth map's image; another size is refused.
+  In the file, 0 and NaN mean unknown depth. A pixel of unknown depth gets the depth of the nearest
+  pixel whose depth is known.
+
+  Args:
+    path: a .npy file of floats, or a 16-bit PNG of depth divided by `scale`.
+    size: (height, width) of the image that the depth map belongs to; None: any size.
+    scale: the default is the scale of KITTI, whose unit is the metre.
+
+  Raises:
+    ValueError: the file cannot be read, has another size, or holds no known depth.
   """
   name = os.fspath(path)
   try:
@@ -32,31 +38,31 @@ def load_depth(
     else:
       with Image.open(path) as file:
         if file.mode not in SIXTEEN_BIT_MODES:
-          raise ValueError(f"pixels of mode {file.mode}, not of 16 bits")
+          raise ValueError(f"the pixels have mode {file.mode}, not 16 bits")
         depth = np.asarray(file) * scale
   except FileNotFoundError:
     raise ValueError(f"{name}: no such file") from None
   except (OSError, ValueError, SyntaxError, EOFError) as error:
     raise ValueError(
-      f"{name}: the depth cannot be read ({first_line(error)}): give a grey 16-bit PNG, or a .npy "
+      f"{name}: the depth cannot be read ({first_line(error)}); give a grey 16-bit PNG, or a .npy "
       "of floats"
     ) from None
   if depth.ndim != 2 or not np.issubdtype(depth.dtype, np.floating):
-    raise ValueError(f"{name}: {depth.dtype} of shape {depth.shape}: give floats [H, W]")
+    raise ValueError(f"{name}: {depth.dtype} of shape {depth.shape}; expected floats [H, W]")
   if size is not None and depth.shape != tuple(size):
     raise ValueError(
-      f"{name}: the depth is {depth.shape[0]}x{depth.shape[1]}, its image {size[0]}x{size[1]}: "
+      f"{name}: the depth is {depth.shape[0]}x{depth.shape[1]}, its image {size[0]}x{size[1]}; "
       "give both the same height and width"
     )
   unknown = np.isnan(depth) | (depth == 0)
   if (depth < 0).any() or np.isinf(depth).any():
     low, high = np.nanmin(depth), np.nanmax(depth)
-    raise ValueError(f"{name}: depths from {low:g} to {high:g}: give 0 where it is unknown")
+    raise ValueError(f"{name}: depths from {low:g} to {high:g}; give 0 for unknown depth")
   if unknown.all():
-    raise ValueError(f"{name}: no depth is known, all of it is 0: give the depth of some pixels")
+    raise ValueError(f"{name}: every depth is unknown (0); give the depth of some pixels")
   if unknown.any():
     logging.warning(
-      "%s: the depth of %.1f %% of the pixels is unknown and taken from the nearest known one",
+      "%s: the depth of %.1f %% of the pixels is unknown; the nearest known depth replaces it",
       name,
       100 * unknown.mean(),
     )
@@ -64,27 +70,27 @@ def load_depth(
 
 
 def fill_unknown(depth: np.ndarray) -> np.ndarray:
-  """[H, W] with every depth that is 0 or NaN replaced by that of the nearest known pixel."""
+  """Replaces every depth that is 0 or NaN by the depth of the nearest known pixel, [H, W]."""
   unknown = ~(depth > 0)
   nearest = ndimage.distance_transform_edt(unknown, return_distances=False, return_indices=True)
   return depth[tuple(nearest)]
 
 
 def synthetic_depth(rng: int | np.random.Generator, height: int, width: int) -> np.ndarray:
-  """A simple scene for a picture without depth, float32 [H, W] from 1 to 4.
+  """Draws the depth map of a simple scene, for an image without one: float32 [H, W], 1 to 4.
 
-  A ground at depth 1 below and 4 at the horizon, a far wall that leans somewhat, and two to five
-  roundish things that stand upright on the ground, the near ones in front.
+  The scene has a ground plane, from depth 1 at the bottom to 4 at the horizon; a slightly slanted
+  back wall; and two to five upright, roundish objects on the ground.
   """
   rng = np.random.default_rng(rng)
   x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
   horizon = rng.uniform(0.35, 0.6)
-  # Inverse depth is linear on planes.
+  # On a plane, inverse depth is linear in pixel coordinates.
   ground = 0.25 + 0.75 * (y - horizon) / (1 - horizon)
   wall = 0.25 + rng.uniform(0.0, 0.1) * np.abs(x - rng.integers(2))
   inverse = np.maximum(ground, wall)
   feet = np.sort(rng.uniform(horizon + 0.1, 0.95, rng.integers(2, 6)))
-  for foot in feet:  # from far to near
+  for foot in feet:  # from far to near, so that near objects hide far ones
     nearness = 0.25 + 0.75 * (foot - horizon) / (1 - horizon)
     half_width, half_height = nearness * rng.uniform(0.1, 0.2), nearness * rng.uniform(0.15, 0.35)
     across, up = (x - rng.uniform(0, 1)) / half_width, (y - (foot - half_height)) / half_height

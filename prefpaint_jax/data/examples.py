@@ -1,5 +1,5 @@
-"""What all datasets share: splits, prompts and their batches, the criteria of annotators."""
-# Shapes: b prompts of a batch, H W pixels.
+"""Definitions that all datasets share: splits, prompts, batches, criteria of annotators."""
+# Shapes: b prompts in a batch, H W pixels.
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CRITERIA = {"structure": 0.3, "texture": 0.3, "overall": 0.4}
 
 
 class Prompt(TypedDict):
-  """An image and its mask. Under the mask the image is the true content if known, else black."""
+  """An image and its mask. The missing pixels hold the true content if known, else black."""
 
   id: str
   kind: int  # index into masks.KINDS
@@ -25,20 +25,20 @@ class Prompt(TypedDict):
   mask: np.ndarray  # float32 [H, W, 1], 1 = missing
   source: NotRequired[str]
   picture: NotRequired[str]  # id of the image that the prompt was drawn from
-  complete: NotRequired[bool]  # whether the image is known under the mask
+  complete: NotRequired[bool]  # the missing pixels of `image` hold the true content
 
 
 def stack(prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
   """Stacks prompts of one size: id [b], kind int32 [b], image [b, H, W, 3], mask [b, H, W, 1].
 
   Raises:
-    ValueError: two prompts differ in size; names them.
+    ValueError: two prompts differ in size. The message names them.
   """
   first = prompts[0]
   for prompt in prompts:
     if prompt["image"].shape != first["image"].shape:
       sizes = [f"{p['id']} is {p['image'].shape[0]}x{p['image'].shape[1]}" for p in (first, prompt)]
-      raise ValueError(f"prompts of two sizes in one batch: {', '.join(sizes)}: give a size")
+      raise ValueError(f"prompts of two sizes in one batch: {', '.join(sizes)}; give a size")
   return {
     "id": np.array([prompt["id"] for prompt in prompts]),
     "kind": np.array([prompt["kind"] for prompt in prompts], np.int32),
@@ -53,6 +53,6 @@ def concatenate(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.nda
 
 
 def in_test(name: str, test_share: float) -> bool:
-  """Whether the image called `name` is held out: a hash of the name decides, and nothing else."""
+  """Returns whether the image called `name` is held out. Only a hash of the name decides."""
   digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
   return int.from_bytes(digest[:8], "big") < test_share * 2**64

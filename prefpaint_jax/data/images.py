@@ -1,6 +1,7 @@
-"""Read, check, resize and join pictures and masks; a bad file ends in one line that names it.
+"""Reads, checks, resizes and combines images and masks.
 
-Images are float32 in [0, 1], masks float32 in {0, 1} with 1 = missing, channels last.
+Images are float32 in [0, 1]; masks are float32 in {0, 1} with 1 = missing; channels come last. An
+error is one line that names the file.
 """
 # Shapes: H W pixels.
 
@@ -21,19 +22,31 @@ SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 def load_image(source: Source) -> np.ndarray:
-  """Any picture as float32 [H, W, 3] in [0, 1].
+  """Loads an image as float32 [H, W, 3] in [0, 1].
 
-  The EXIF orientation is applied, grey is repeated over the channels, 16-bit values keep their
-  depth, transparent pixels are laid on white. Arrays are uint8, uint16, bool, or floats in [0, 1].
+  The loader applies the EXIF orientation, repeats grey over the channels, keeps all 16 bits of
+  16-bit values, and composites transparent pixels on white.
+
+  Args:
+    source: a path, a PIL image, or an array of uint8, uint16, bool, or floats in [0, 1].
+
+  Raises:
+    ValueError: the source is no image. The message names it.
   """
   return _load_rgb(source, background=1.0)
 
 
 def load_mask(source: Source, size: tuple[int, int] | None = None) -> np.ndarray:
-  """Any picture as a mask, float32 [H, W, 1]: 1 (missing) where it is at least half white, else 0.
+  """Loads a mask, float32 [H, W, 1]: 1 (missing) for pixels of at least half white, else 0.
 
-  Transparent pixels count as black. `size` is the (height, width) of the mask's image; a mask of
-  another size, without any missing pixel, or without any known one is refused.
+  Transparent pixels count as black.
+
+  Args:
+    source: as for `load_image`.
+    size: (height, width) of the mask's image; None: any size.
+
+  Raises:
+    ValueError: the mask has another size, no missing pixel, or no known pixel.
   """
   mask = (_load_rgb(source, background=0.0).mean(-1, keepdims=True) >= 0.5).astype(np.float32)
   check_mask(mask, size, _name(source, "mask"))
@@ -43,21 +56,23 @@ def load_mask(source: Source, size: tuple[int, int] | None = None) -> np.ndarray
 def load_pairs(
   image: Source | Sequence[Source], mask: Source | Sequence[Source]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """One picture and its mask, or B (lists or arrays): images [B, H, W, 3], masks [B, H, W, 1].
+  """Loads B images of one size and their masks: [B, H, W, 3] and [B, H, W, 1].
 
-  One mask serves all images; they are all of one size.
+  Args:
+    image: one image (B = 1), or a list or an array of B images.
+    mask: B masks, or one mask for all images.
   """
   sources, mask_sources = _listed(image), _listed(mask)
   if not sources or len(mask_sources) not in (1, len(sources)):
     raise ValueError(
-      f"{len(mask_sources)} masks for {len(sources)} images: give one for all, or one for each"
+      f"{len(mask_sources)} masks for {len(sources)} images; give one for all, or one for each"
     )
   images = [load_image(source) for source in sources]
   for source, other in zip(sources, images, strict=True):
     if other.shape != images[0].shape:
       raise ValueError(
         f"{_name(source, 'image')}: the image is {_extent(other.shape)}, the first of the list "
-        f"{_extent(images[0].shape)}: give images of one size, or one at a time"
+        f"{_extent(images[0].shape)}; give images of one size, or one at a time"
       )
   masks = [load_mask(source, images[0].shape[:2]) for source in mask_sources]
   return np.stack(images), np.stack(masks * (len(images) // len(masks)))
@@ -69,23 +84,34 @@ def _listed(source: Source | Sequence[Source]) -> list[Source]:
 
 
 def check_mask(mask: np.ndarray, size: tuple[int, int] | None = None, name: str = "mask") -> None:
-  """Raises unless a mask [H, W, 1] has this (height, width), missing pixels, and known ones."""
+  """Checks a mask [H, W, 1].
+
+  Args:
+    size: the expected (height, width); None: any size.
+    name: of the mask, for the message.
+
+  Raises:
+    ValueError: the mask has another size, no missing pixel, or no known pixel.
+  """
   if size is not None and mask.shape[:2] != tuple(size):
     raise ValueError(
-      f"{name}: the mask is {_extent(mask.shape)}, its image {_extent(size)}: "
+      f"{name}: the mask is {_extent(mask.shape)}, its image {_extent(size)}; "
       "give both the same height and width"
     )
   missing = float(np.mean(mask))
   if missing == 0.0:
     raise ValueError(
-      f"{name}: the mask is empty (no white pixel): paint what is missing white (255)"
+      f"{name}: the mask is empty (no white pixel); make the missing pixels white (255)"
     )
   if missing == 1.0:
-    raise ValueError(f"{name}: the mask is full (all white): leave the pixels to keep black (0)")
+    raise ValueError(f"{name}: the mask is full (all white); make the known pixels black (0)")
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """[H, W, C] in [0, 1] -> [*size, C] by Lanczos, antialiased; its overshoot is clipped."""
+  """Resizes [H, W, C] in [0, 1] to [*size, C] with an antialiased Lanczos filter.
+
+  Values are clipped to [0, 1], because the filter overshoots at edges.
+  """
   if image.shape[:2] == tuple(size):
     return image
   height, width = size
@@ -97,21 +123,24 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """[H, W, 1] -> [*size, 1] by the nearest pixel, so that a mask stays a mask."""
+  """Resizes [H, W, 1] to [*size, 1] by the nearest pixel, so that the mask stays binary."""
   rows, columns = (
-    (2 * np.arange(new) + 1) * old // (2 * new)  # the old pixel under each new one's centre
+    (2 * np.arange(new) + 1) * old // (2 * new)  # the old pixel under the centre of each new pixel
     for new, old in zip(size, mask.shape[:2], strict=True)
   )
   return mask[rows][:, columns]
 
 
 def paste_back(result, image, mask):
-  """The known pixels of `image`, the missing ones of `result`; NumPy or JAX, batched or not."""
+  """Combines the missing pixels of `result` with the known pixels of `image`.
+
+  All are NumPy arrays or all are JAX arrays: [..., H, W, 3], and the mask [..., H, W, 1].
+  """
   return mask * result + (1 - mask) * image
 
 
 def _load_rgb(source: Source, background: float) -> np.ndarray:
-  """[H, W, 3] in [0, 1], transparent pixels laid on a grey level of `background`."""
+  """Loads [H, W, 3] in [0, 1], composited on the grey level `background`."""
   if isinstance(source, str | os.PathLike):
     pixels = _pil_to_float(_open(source))
   elif isinstance(source, Image.Image):
@@ -122,8 +151,8 @@ def _load_rgb(source: Source, background: float) -> np.ndarray:
     pixels = pixels[..., None]
   if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4) or 0 in pixels.shape:
     raise ValueError(
-      f"{_name(source, 'image')}: the shape is {pixels.shape}: "
-      "give [H, W], or [H, W, C] with 1, 3 or 4 channels"
+      f"{_name(source, 'image')}: the shape is {pixels.shape}; "
+      "expected [H, W], or [H, W, C] with 1, 3 or 4 channels"
     )
   if pixels.shape[-1] == 4:
     alpha = pixels[..., 3:]
@@ -132,25 +161,25 @@ def _load_rgb(source: Source, background: float) -> np.ndarray:
 
 
 def _open(path: str | os.PathLike) -> Image.Image:
-  """The decoded, upright picture of a file."""
+  """Decodes an image file and applies its EXIF orientation."""
   if not os.path.exists(path):
     raise ValueError(f"{os.fspath(path)}: no such file")
   if not os.path.isfile(path):
-    raise ValueError(f"{os.fspath(path)}: a folder, not a file: name one picture")
+    raise ValueError(f"{os.fspath(path)}: a folder, not a file; give one image")
   try:
     with Image.open(path) as image:
       image.load()
       return ImageOps.exif_transpose(image)
   except UnidentifiedImageError:
-    raise ValueError(f"{os.fspath(path)}: not a picture: give a PNG, JPEG or the like") from None
-  except (OSError, SyntaxError, EOFError, ValueError) as error:  # what PIL's decoders raise
+    raise ValueError(f"{os.fspath(path)}: not an image; give a PNG or JPEG") from None
+  except (OSError, SyntaxError, EOFError, ValueError) as error:  # PIL's decoders raise all four
     raise ValueError(
-      f"{os.fspath(path)}: the picture is truncated or damaged ({first_line(error)}): copy it again"
+      f"{os.fspath(path)}: the image is truncated or damaged ({first_line(error)}); copy it again"
     ) from None
 
 
 def _pil_to_float(image: Image.Image) -> np.ndarray:
-  """[H, W] or [H, W, C] in [0, 1]."""
+  """Converts a PIL image to an array [H, W] or [H, W, C] in [0, 1]."""
   if image.mode in SIXTEEN_BIT_MODES:
     return np.clip(np.asarray(image).astype(np.float32) / 65535, 0.0, 1.0)
   if image.mode == "F":
@@ -160,32 +189,32 @@ def _pil_to_float(image: Image.Image) -> np.ndarray:
 
 
 def _array_to_float(array: np.ndarray) -> np.ndarray:
-  """The same shape in [0, 1]."""
+  """Converts an array to float32 in [0, 1] of the same shape."""
   if array.dtype == bool:
     return array.astype(np.float32)
   if array.dtype in (np.uint8, np.uint16):
     return array.astype(np.float32) / np.iinfo(array.dtype).max
   if not np.issubdtype(array.dtype, np.floating):
-    raise ValueError(f"image: an array of {array.dtype}: give uint8, uint16, or floats in [0, 1]")
+    raise ValueError(f"image: the dtype is {array.dtype}; give uint8, uint16, or floats in [0, 1]")
   low, high = float(array.min(initial=0.0)), float(array.max(initial=0.0))
-  if not (low >= 0.0 and high <= 1.0):  # written so that NaN fails too
-    raise ValueError(f"image: values from {low:g} to {high:g}: give uint8, or floats in [0, 1]")
+  if not (low >= 0.0 and high <= 1.0):  # also true for NaN
+    raise ValueError(f"image: values from {low:g} to {high:g}; give uint8, or floats in [0, 1]")
   return array.astype(np.float32)
 
 
 def _name(source: Source, otherwise: str) -> str:
-  """What to call a source in an error."""
+  """Returns the path of a source for an error message, or `otherwise` if it has none."""
   if isinstance(source, str | os.PathLike):
     return os.fspath(source)
   return getattr(source, "filename", "") or otherwise
 
 
-def _extent(shape) -> str:
+def _extent(shape: Sequence[int]) -> str:
   return f"{shape[0]}x{shape[1]}"
 
 
 def to_bytes(image: np.ndarray) -> np.ndarray:
-  """Rounds values in [0, 1] to uint8; values outside are clipped."""
+  """Converts values in [0, 1] to uint8, rounded to the nearest; clips values outside."""
   return np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
 
 
@@ -196,18 +225,18 @@ def image_grid(
   padding: int = 2,
   labels: Sequence[str] | None = None,
 ) -> np.ndarray:
-  """Pictures row by row on white, as uint8 [grid height, grid width, 3].
+  """Arranges images row by row on a white background: uint8 [grid height, grid width, 3].
 
   Args:
     images: [N, H, W, 3] in [0, 1]; values outside are clipped.
-    columns: pictures per row; the last row is filled up with white.
-    scale: every pixel becomes scale × scale of them.
-    padding: white pixels around every picture.
-    labels: N short texts, each written under its picture and cut off at its width.
+    columns: images per row; the last row is filled up with white.
+    scale: every pixel becomes a square of scale × scale pixels.
+    padding: white pixels around every image.
+    labels: N short texts, written under the images and truncated to their width.
   """
   count, height, width, _ = images.shape
   if labels is not None and len(labels) != count:
-    raise ValueError(f"image_grid: {len(labels)} labels for {count} images: give one for each")
+    raise ValueError(f"image_grid: {len(labels)} labels for {count} images; give one for each")
   pixels = to_bytes(images)
   pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
   if labels is not None:
@@ -231,7 +260,11 @@ def _label(text: str, width: int) -> np.ndarray:
 def save_png(
   path: str | os.PathLike[str], image: np.ndarray, text: Mapping[str, str] | None = None
 ) -> None:
-  """Writes a uint8 picture [H, W, 3], with `text` as PNG text fields; whole or not at all."""
+  """Writes a uint8 image [H, W, 3] as a PNG, whole or not at all.
+
+  Args:
+    text: {keyword: text} of the PNG's text chunks.
+  """
   fields = PngImagePlugin.PngInfo()
   for name, value in (text or {}).items():
     fields.add_text(name, value)
@@ -240,5 +273,5 @@ def save_png(
 
 
 def luma(images: np.ndarray) -> np.ndarray:
-  """[..., 3] -> [...], the brightness of RGB (Rec. 601)."""
+  """Computes the luma of RGB images (Rec. 601): [..., 3] -> [...]."""
   return images @ np.array([0.299, 0.587, 0.114], np.float32)

@@ -1,13 +1,13 @@
-"""Random masks: the border cropped away, holes such as a change of view leaves, a box, and brush
-strokes. (Holes that a change of view truly leaves, together with the moved picture, are drawn by
-`warping.draw_view`.)
+"""Random masks: a missing border, imitated holes of a new camera view, a box, and brush strokes.
 
-A mask is drawn from an integer seed or a NumPy generator and depends on nothing else. It is float32
-[H, W, 1], 1 = missing, never empty and never full.
+`warping.draw_view` draws the true holes of a new camera view, together with the warped image.
+
+A mask depends only on its size and an integer seed or NumPy generator. It is float32 [H, W, 1],
+1 = missing. A mask always has missing pixels and known pixels.
 
   python -m prefpaint_jax.data.masks --image=PHOTO --output=sheet.png
 
-shows what each kind makes of a picture.
+writes a contact sheet, an image grid with examples of each kind of mask.
 """
 # Shapes: H W pixels.
 
@@ -20,17 +20,17 @@ import numpy as np
 Seed = int | np.random.Generator
 Range = tuple[float, float]
 
-# The kind of a prompt, stored with it as an index.
+# The kinds of prompts. Datasets store a kind as its index.
 OUTPAINTING, WARPING, BOX, BRUSH = range(4)
 KINDS = ("outpainting", "warping", "box", "brush")
 SIDES = ("left", "right", "top", "bottom")
 
 
 def mask_kind(mask: np.ndarray) -> int:
-  """The kind that an unknown mask [H, W, 1] looks like.
+  """Classifies a mask [H, W, 1] by its shape.
 
-  OUTPAINTING if the known pixels fill a rectangle, as if cropped; BOX if the missing ones do;
-  else WARPING.
+  The kind is OUTPAINTING if the known pixels fill a rectangle, BOX if the missing pixels fill a
+  rectangle, else WARPING.
   """
   missing = mask[..., 0] >= 0.5
   if _is_rectangle(~missing):
@@ -39,7 +39,7 @@ def mask_kind(mask: np.ndarray) -> int:
 
 
 def _is_rectangle(pixels: np.ndarray) -> bool:
-  """Whether the true pixels of [H, W] fill a rectangle."""
+  """Returns whether the true pixels of [H, W] fill a rectangle."""
   rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
   return bool(pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all())
 
@@ -51,16 +51,18 @@ def outpainting_mask(
   missing: Range = (0.15, 0.40),
   sides: Collection[str] = SIDES,
 ) -> np.ndarray:
-  """Keeps a rectangle; what lies around it, a share of the pixels drawn from `missing`, is cropped.
+  """Draws a mask of a missing border: the known pixels fill a rectangle.
 
-  The picture loses some of its width, of its height, or of both, on one side or on opposite ones;
-  only on those named in `sides`.
+  Args:
+    missing: range of the share of missing pixels, drawn uniformly.
+    sides: the sides on which pixels may be missing. The mask has missing columns, missing rows or
+      both, on one side or on opposite sides.
   """
   _check(height, width, missing)
   if not sides or not set(sides) <= set(SIDES):
-    raise ValueError(f"mask: sides {sorted(sides)}: name some of {', '.join(SIDES)}")
+    raise ValueError(f"mask: sides are {sorted(sides)}; expected some of {', '.join(SIDES)}")
   rng = np.random.default_rng(rng)
-  # By axis: may its beginning be cropped, may its end?
+  # For each axis: whether pixels may be missing at its start, and at its end.
   croppable = [("top" in sides, "bottom" in sides), ("left" in sides, "right" in sides)]
   choices = [axes for axes in ((0,), (1,), (0, 1)) if all(any(croppable[a]) for a in axes)]
   axes = choices[rng.integers(len(choices))]
@@ -82,15 +84,20 @@ def outpainting_mask(
 
 
 def box_mask(rng: Seed, height: int, width: int, missing: Range = (0.10, 0.40)) -> np.ndarray:
-  """One missing rectangle with a share of the pixels drawn from `missing`, as near as whole rows
-  and columns allow. Its shape is the picture's, stretched up to twofold; it lies anywhere in it
-  but never reaches from one side to the opposite one.
+  """Draws a mask of one missing rectangle at a random position.
+
+  Its aspect ratio differs from that of the image by a factor of at most 2. It never spans the whole
+  width or the whole height.
+
+  Args:
+    missing: range of the share of missing pixels, drawn uniformly. The mask has whole rows and
+      columns, so its share is rounded.
   """
   _check(height, width, missing)
   rng = np.random.default_rng(rng)
   area = rng.uniform(*missing) * height * width
   stretch = np.exp(rng.uniform(-np.log(2), np.log(2)))
-  # At least so many rows that the columns fit.
+  # The lower bound on the rows keeps the columns below the width.
   rows = round(np.sqrt(area * stretch * height / width))
   rows = int(np.clip(rows, min(np.ceil(area / (width - 1)), height - 1), height - 1))
   columns = int(np.clip(round(area / rows), 1, width - 1))
@@ -101,47 +108,56 @@ def box_mask(rng: Seed, height: int, width: int, missing: Range = (0.10, 0.40)) 
 
 
 def brush_mask(rng: Seed, height: int, width: int, missing: Range = (0.10, 0.50)) -> np.ndarray:
-  """Strokes of a round brush that wanders about, stopped at the pixel where a share drawn from
-  `missing` is painted over.
+  """Draws a mask of strokes of a round brush.
+
+  Args:
+    missing: range of the share of missing pixels, drawn uniformly. The last stroke stops at the
+      pixel that completes the share.
   """
   _check(height, width, missing)
   rng = np.random.default_rng(rng)
   wanted = int(np.clip(round(rng.uniform(*missing) * height * width), 1, height * width - 1))
-  painted = np.zeros((height, width), bool)
-  while painted.sum() < wanted:
-    _stroke(rng, painted, wanted)
-  return painted[..., None].astype(np.float32)
+  missing_pixels = np.zeros((height, width), bool)
+  while missing_pixels.sum() < wanted:
+    _stroke(rng, missing_pixels, wanted)
+  return missing_pixels[..., None].astype(np.float32)
 
 
-def _stroke(rng: np.random.Generator, painted: np.ndarray, wanted: int) -> None:
-  """One stroke into `painted` [H, W]: pieces of a line with kinks, as a row of discs.
+def _stroke(rng: np.random.Generator, missing: np.ndarray, wanted: int) -> None:
+  """Adds one stroke to `missing` [H, W] in place: a polyline, drawn as a row of discs.
 
-  It ends with its last piece, where it leaves the picture, or once `wanted` pixels are painted.
+  The stroke ends after its last segment, outside the image, or when `wanted` pixels are missing.
   """
-  height, width = painted.shape
+  height, width = missing.shape
   side = min(height, width)
-  radius = max(0.75, rng.uniform(0.025, 0.075) * side)  # at least the pixel that it is on
+  radius = max(0.75, rng.uniform(0.025, 0.075) * side)  # a disc contains its centre's pixel
   y, x = rng.uniform(0, height), rng.uniform(0, width)
   heading, bend = rng.uniform(0, 2 * np.pi), rng.choice([-1, 1])
-  left = wanted - int(painted.sum())
+  left = wanted - int(missing.sum())
   for _ in range(rng.integers(3, 11)):
-    # Mostly to and fro, as a hand blots something out; the middle of the range is a right angle.
+    # Mostly alternating turns of about 90 degrees, like a hand that scribbles over an object.
     heading += bend * rng.uniform(0.4, 2.7)
     bend = -bend if rng.random() < 0.7 else bend
     for _ in range(max(1, round(rng.uniform(0.1, 0.5) * side / (radius / 2)))):
-      left -= _disc(painted, y, x, radius, left)
+      left -= _disc(missing, y, x, radius, left)
       y, x = y + radius / 2 * np.sin(heading), x + radius / 2 * np.cos(heading)
       if left == 0 or not (0 <= y < height and 0 <= x < width):
         return
 
 
-def _disc(painted: np.ndarray, y: float, x: float, radius: float, most: int) -> int:
-  """Paints a disc, of its fresh pixels the `most` next to its centre; returns how many they were.
+def _disc(missing: np.ndarray, y: float, x: float, radius: float, most: int) -> int:
+  """Adds a disc to `missing` [H, W] in place.
 
   Pixel (i, j) is the square from (i, j) to (i + 1, j + 1).
+
+  Args:
+    most: the largest number of pixels to add; the nearest to the centre come first.
+
+  Returns:
+    The number of added pixels.
   """
   top, left = max(0, int(y - radius)), max(0, int(x - radius))
-  window = painted[top : int(y + radius) + 1, left : int(x + radius) + 1]
+  window = missing[top : int(y + radius) + 1, left : int(x + radius) + 1]
   rows, columns = np.ogrid[: window.shape[0], : window.shape[1]]
   distance = np.hypot(rows + top + 0.5 - y, columns + left + 0.5 - x)
   fresh = np.argwhere((distance <= radius) & ~window)
@@ -151,10 +167,11 @@ def _disc(painted: np.ndarray, y: float, x: float, radius: float, most: int) -> 
 
 
 def warping_mask(rng: Seed, height: int, width: int) -> np.ndarray:
-  """Holes like those of a picture seen from a new place: a ragged band along one edge, which the
-  old view did not reach, and two to five bent strips, where something near hid what is behind.
+  """Draws a mask that imitates the holes of a new camera view.
 
-  Between 8 and 55 % of the pixels are missing.
+  The mask has a ragged band along one edge, like pixels outside the old view, and two to five bent
+  strips, like pixels that near objects occluded in the old view. 8 % to 55 % of the pixels are
+  missing.
   """
   _check(height, width)
   rng = np.random.default_rng(rng)
@@ -162,13 +179,15 @@ def warping_mask(rng: Seed, height: int, width: int) -> np.ndarray:
     mask = _warping_candidate(rng, height, width)
     if 0.08 <= mask.mean() <= 0.55 and mask_kind(mask) != OUTPAINTING:
       return mask
-  raise ValueError(f"warping mask: no holes fit into {height}x{width} pixels: use a larger size")
+  raise ValueError(
+    f"warping mask: the size is {height}x{width}, too small for holes; use a larger size"
+  )
 
 
 def _warping_candidate(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-  """One draw, in unit coordinates where the camera moved along x and the band lies at x = 0."""
+  """Draws one mask, in unit coordinates in which the camera moves along x from a band at x = 0."""
   x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
-  if rng.random() < 0.25:  # now and then the camera moves up or down
+  if rng.random() < 0.25:  # with probability 1/4 the camera moves up or down
     x, y = y, x
   if rng.random() < 0.5:
     x = 1 - x
@@ -181,7 +200,7 @@ def _warping_candidate(rng: np.random.Generator, height: int, width: int) -> np.
 
 
 def _strip(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """A spindle: long in y, leaning and bent, thinner towards its ends."""
+  """Draws a strip [H, W]: long in y, slanted and bent, thinner towards its ends."""
   centre_x, centre_y = rng.uniform(0.1, 1.0), rng.uniform(0.1, 0.9)
   half_length, half_width = rng.uniform(0.15, 0.45), rng.uniform(0.02, 0.06)
   along = (y - centre_y) / half_length
@@ -190,14 +209,15 @@ def _strip(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray
 
 
 def _check(height: int, width: int, missing: Range = (0.5, 0.5)) -> None:
+  """Raises ValueError for an image below 2x2 pixels or a range of shares outside (0, 1)."""
   if min(height, width) < 2:
-    raise ValueError(f"mask: {height}x{width} pixels: give at least 2x2")
+    raise ValueError(f"mask: the size is {height}x{width}; give at least 2x2 pixels")
   if not 0 < missing[0] <= missing[1] < 1:
-    raise ValueError(f"mask: missing {missing}: give the least and the greatest share, in (0, 1)")
+    raise ValueError(f"mask: missing is {missing}; give the least and the largest share, in (0, 1)")
 
 
-# What to draw by its name: the kind to store with a prompt, and how to draw (rng, height, width).
-# "holes" imitate a change of view without moving the picture.
+# {name: (kind that a prompt stores, function of (rng, height, width) that draws the mask)}.
+# "holes" imitates a new camera view and does not warp the image.
 DRAW: dict[str, tuple[int, Callable[[Seed, int, int], np.ndarray]]] = {
   "outpainting": (OUTPAINTING, outpainting_mask),
   "holes": (WARPING, warping_mask),
@@ -206,11 +226,10 @@ DRAW: dict[str, tuple[int, Callable[[Seed, int, int], np.ndarray]]] = {
 }
 
 
-# ------------------------------------------------------------------------------------ contact sheet
 def contact_sheet(image: np.ndarray, number: int, seed: int) -> np.ndarray:
-  """`number` draws of each kind on a picture [H, W, 3], a row each, holes grey; uint8.
+  """Draws a contact sheet, uint8: a row of `number` examples for each kind of mask, holes grey.
 
-  The first row moves the camera, before a synthetic scene.
+  The first row shows new camera views of the image [H, W, 3] with a synthetic depth map.
   """
   from prefpaint_jax.data import warping
   from prefpaint_jax.data.images import image_grid
@@ -219,23 +238,24 @@ def contact_sheet(image: np.ndarray, number: int, seed: int) -> np.ndarray:
   draws = [("warping", view.image, view.mask) for view in views]
   for name, (_, draw) in DRAW.items():
     draws += [(name, image, draw(seed + i, *image.shape[:2])) for i in range(number)]
-  pictures = [picture * (1 - mask) + 0.5 * mask for _, picture, mask in draws]
+  examples = [drawn * (1 - mask) + 0.5 * mask for _, drawn, mask in draws]
   labels = [f"{name} {mask.mean():.0%}" for name, _, mask in draws]
-  return image_grid(np.stack(pictures), columns=number, labels=labels)
+  return image_grid(np.stack(examples), columns=number, labels=labels)
 
 
 def _command() -> None:
-  # Flags are of the whole process: defined here, they stay out of the commands that import this.
+  # absl flags are global. Defined at module level, they would appear in every command that imports
+  # this module.
   from absl import flags
 
   from prefpaint_jax.data import images
   from prefpaint_jax.data.images import save_png
   from prefpaint_jax.runtime import cli as app
 
-  source = flags.DEFINE_string("image", None, "Picture to draw on.", required=True)
+  source = flags.DEFINE_string("image", None, "Image to draw on.", required=True)
   output = flags.DEFINE_string("output", None, "PNG to write.", required=True)
-  size = flags.DEFINE_integer("size", 256, "Side of the square cut from its middle.", lower_bound=2)
-  number = flags.DEFINE_integer("number", 6, "Draws of each kind.", lower_bound=1)
+  size = flags.DEFINE_integer("size", 256, "Side of the centred square crop.", lower_bound=2)
+  number = flags.DEFINE_integer("number", 6, "Examples of each kind.", lower_bound=1)
   seed = flags.DEFINE_integer("seed", 0, "The same seed draws the same masks.", lower_bound=0)
 
   def main() -> None:

@@ -1,13 +1,13 @@
-"""Pictures of folders and tfds data sets, and prompts drawn from them.
+"""Sources of images: folders and tfds datasets.
 
-A source of pictures is written as
-  FOLDER                                  pictures in it, at any depth;
-  tfds:NAME[/CONFIG][:VERSION][:SPLIT]    a prepared tfds data set with images, such as tfds:kitti;
-  tfds:FOLDER[:SPLIT]                     the same, where its folder is known;
-  "mini"                                  the embedded photographs;
-and a mixture of several as "2*FOLDER,1*tfds:kitti": two of three prompts from the first.
+A source is written as
+  FOLDER                                  the image files in a folder, at any depth;
+  tfds:NAME[/CONFIG][:VERSION][:SPLIT]    a prepared tfds dataset of images, such as tfds:kitti;
+  tfds:FOLDER[:SPLIT]                     the same dataset, given by its folder;
+  "mini"                                  the embedded photographs.
+A mixture is written as "2*FOLDER,1*tfds:kitti": two thirds of the prompts come from FOLDER.
 """
-# Shapes: H W pixels of a picture, h w of a prompt, N pictures of a source, n prompts.
+# Shapes: H W pixels of an image.
 
 from __future__ import annotations
 
@@ -36,22 +36,23 @@ with epy.lazy_imports():
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-class Picture(NamedTuple):
-  id: str  # the same on every machine: a path within the folder, or a number within the tfds split
+class SourceImage(NamedTuple):
+  """One image of a source."""
+
+  id: str  # path relative to the folder, or number in the tfds split; the same on every machine
   source: str
   image: np.ndarray  # float32 [H, W, 3] in [0, 1]
 
 
-# --------------------------------------------------------------------------------------------- open
 def open_pictures(source: str | Path) -> FolderPictures | RecordPictures:
-  """The pictures of one source, `Sequence[Picture]`, decoded when asked for."""
+  """Opens one source as a sequence of `SourceImage`. Indexing decodes an image."""
   if str(source).startswith("tfds:"):
     return RecordPictures(str(source))
   return FolderPictures(source)
 
 
 def open_mixture(mixture: str | Path) -> list[tuple[float, FolderPictures | RecordPictures]]:
-  """(weight, pictures) of every source of a mixture; a weight that is left out is 1."""
+  """Opens every source of a mixture: a list of (weight, images). The default weight is 1."""
   if Path(mixture).is_dir():
     return [(1.0, open_pictures(mixture))]
   parts = []
@@ -63,21 +64,21 @@ def open_mixture(mixture: str | Path) -> list[tuple[float, FolderPictures | Reco
       number = np.nan
     if not 0.0 < number < np.inf:
       raise ValueError(
-        f"pictures {part.strip()!r}: the weight is {weight!r}: give a positive number, 2*SOURCE"
+        f"pictures {part.strip()!r}: the weight is {weight!r}; give a positive number, as 2*SOURCE"
       )
     parts.append((number, open_pictures(source)))
   return parts
 
 
 class FolderPictures(Sequence):
-  """The picture files of a folder and of those in it, by name; hidden ones stay out."""
+  """The image files of a folder and its subfolders, sorted by path, without hidden files."""
 
   def __init__(self, source: str | Path):
     self.source = str(source)
     self._folder = Path(mini.locate(source, "photos"))
     if not self._folder.is_dir():
       raise ValueError(
-        f"pictures: {self.source!r} is not a folder: give a folder, tfds:NAME, or a mixture of both"
+        f"pictures: {self.source!r} is not a folder; give a folder, tfds:NAME, or a mixture of both"
       )
     root = f"{self._folder}{os.sep}"
     paths = (
@@ -89,8 +90,8 @@ class FolderPictures(Sequence):
     self._files = sorted(path for path in paths if f"{os.sep}." not in f"{os.sep}{path}")
     if not self._files:
       raise ValueError(
-        f"{self._folder}: no {', '.join(PHOTO_SUFFIXES)} in it: give a folder of pictures "
-        "(a tfds data set is opened as tfds:FOLDER)"
+        f"{self._folder}: contains no {', '.join(PHOTO_SUFFIXES)}; give a folder of images "
+        "(or tfds:FOLDER for a tfds dataset)"
       )
 
   def __len__(self) -> int:
@@ -99,15 +100,15 @@ class FolderPictures(Sequence):
   def id(self, index: int) -> str:
     return Path(self._files[index]).with_suffix("").as_posix()
 
-  def __getitem__(self, index: int) -> Picture:
+  def __getitem__(self, index: int) -> SourceImage:
     image = images.load_image(self._folder / self._files[index])
-    return Picture(self.id(index), self.source, image)
+    return SourceImage(self.id(index), self.source, image)
 
 
 class RecordPictures(Sequence):
-  """The images of a tfds data set, read without TensorFlow.
+  """The images of a tfds dataset, read without TensorFlow.
 
-  Of several images in a record it is the one called "image", or else "hr".
+  If a record has several images, this class reads the feature "image", or else "hr".
   """
 
   def __init__(self, source: str):
@@ -116,10 +117,10 @@ class RecordPictures(Sequence):
     builder, split = _open_builder(source, name), split or "train"
     if split not in builder.info.splits:
       raise ValueError(
-        f"{source}: no split {split!r}: it has {', '.join(builder.info.splits) or 'none'}"
+        f"{source}: no split {split!r}; it has {', '.join(builder.info.splits) or 'none'}"
       )
     self._name, self._feature = f"{builder.name}_{split}", _image_feature(source, builder)
-    # Only the image is read from a record, as the bytes of its file.
+    # Of a record, only the encoded bytes of the image are read.
     self._features = tfds.features.FeaturesDict(
       {self._feature: builder.info.features[self._feature]}
     )
@@ -129,10 +130,10 @@ class RecordPictures(Sequence):
         deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
         file_format="array_record",
       )
-    except (NotImplementedError, ValueError):  # tfds, of formats without random access
+    except (NotImplementedError, ValueError):  # tfds raises these for formats without random access
       raise ValueError(
-        f"{source}: prepared as {builder.info.file_format.value}, not as array_record, which can "
-        f"be read in any order: {_how_to_prepare(builder)} --overwrite"
+        f"{source}: the file format is {builder.info.file_format.value}; expected array_record, "
+        f"which has random access: {_how_to_prepare(builder)} --overwrite"
       ) from None
 
   def __len__(self) -> int:
@@ -141,53 +142,54 @@ class RecordPictures(Sequence):
   def id(self, index: int) -> str:
     return f"{self._name}_{range(len(self))[index]:07d}"
 
-  def __getitem__(self, index: int) -> Picture:
+  def __getitem__(self, index: int) -> SourceImage:
     record = self._features.deserialize_example_np(
       self._records[range(len(self))[index]],
       decoders={self._feature: tfds.decode.SkipDecoding()},
     )
     try:
       image = images.load_image(Image.open(io.BytesIO(record[self._feature])))
-    except (OSError, SyntaxError, EOFError, ValueError) as error:  # what PIL's decoders raise
+    except (OSError, SyntaxError, EOFError, ValueError) as error:  # PIL's decoders raise all four
       raise ValueError(
-        f"{self.source}: image {self.id(index)} is damaged ({first_line(error)}): prepare the "
+        f"{self.source}: image {self.id(index)} is damaged ({first_line(error)}); prepare the "
         "dataset again"
       ) from None
-    return Picture(self.id(index), self.source, image)
+    return SourceImage(self.id(index), self.source, image)
 
 
 def _open_builder(source: str, name: str) -> tfds.core.DatasetBuilder:
-  """The prepared data set of a name or a folder."""
+  """Opens a prepared dataset, given by its name or its folder."""
   folders = find_records(Path(name)) if name else []
   if len(folders) > 1:
     raise ValueError(
-      f"{source}: {len(folders)} data sets are in that folder: name the folder of one"
+      f"{source}: the folder contains {len(folders)} datasets; give the folder of one"
     )
   if folders:
     return tfds.builder_from_directory(folders[0])
   try:
     builder = tfds.builder(name)
-  except (ValueError, AssertionError, RuntimeError, ImportError) as error:  # what tfds raises
+  except (ValueError, AssertionError, RuntimeError, ImportError) as error:  # tfds raises all four
     raise ValueError(
-      f"{source}: tfds cannot open it ({first_line(error)}): give the name of a data set "
-      "of tensorflow_datasets or the folder of a prepared one"
+      f"{source}: tfds cannot open it ({first_line(error)}); give the name of a dataset of "
+      "tensorflow_datasets or the folder of a prepared dataset"
     ) from None
   if not builder.is_prepared():
     raise ValueError(
-      f"{source}: not prepared, {builder.data_dir} is empty: {_how_to_prepare(builder)}, or set "
-      "TFDS_DATA_DIR to where it is"
+      f"{source}: not prepared, {builder.data_dir} is empty; {_how_to_prepare(builder)}, or set "
+      "TFDS_DATA_DIR to the folder that contains it"
     )
   return builder
 
 
 def _image_feature(source: str, builder: tfds.core.DatasetBuilder) -> str:
+  """Returns the name of the feature to read: "image", "hr", or the only image of a record."""
   features = dict(builder.info.features or {})
   names = sorted(name for name in features if isinstance(features[name], tfds.features.Image))
   choices = [name for name in ("image", "hr") if name in names][:1] or names
   if len(choices) != 1:
     raise ValueError(
-      f"{source}: of its features {', '.join(sorted(features))} these are images: "
-      f"{', '.join(names) or 'none'}: give a data set with one, or with one called image or hr"
+      f"{source}: has the features {', '.join(sorted(features))}, of which these are images: "
+      f"{', '.join(names) or 'none'}; give a dataset with one image, or with one named image or hr"
     )
   return choices[0]
 
@@ -198,25 +200,25 @@ def _how_to_prepare(builder: tfds.core.DatasetBuilder) -> str:
 
 
 class Cached(Sequence):
-  """Pictures of which the last used stay decoded, up to a number of bytes."""
+  """A source with a cache of the most recently used images, of at most `limit` bytes."""
 
-  def __init__(self, pictures: FolderPictures | RecordPictures, limit: int = 2**29):
-    self.id, self.source, self._pictures = pictures.id, pictures.source, pictures
+  def __init__(self, source: FolderPictures | RecordPictures, limit: int = 2**29):
+    self.id, self.source, self._images = source.id, source.source, source
     self._limit, self._bytes, self._kept, self._lock = limit, 0, OrderedDict(), Lock()
 
   def __len__(self) -> int:
-    return len(self._pictures)
+    return len(self._images)
 
-  def __getitem__(self, index: int) -> Picture:
+  def __getitem__(self, index: int) -> SourceImage:
     with self._lock:
       if index in self._kept:
         self._kept.move_to_end(index)
         return self._kept[index]
-    picture = self._pictures[index]  # outside the lock: several threads decode at a time
+    image = self._images[index]  # outside the lock, so that several threads decode at a time
     with self._lock:
       if index not in self._kept:
-        self._kept[index] = picture
-        self._bytes += picture.image.nbytes
+        self._kept[index] = image
+        self._bytes += image.image.nbytes
       while self._bytes > self._limit:
         self._bytes -= self._kept.popitem(last=False)[1].image.nbytes
-    return picture
+    return image

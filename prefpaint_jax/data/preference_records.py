@@ -1,5 +1,5 @@
 """Builds a tfds dataset of preferences from a folder of human scores."""
-# Shapes: H W pixels, C candidates of one prompt.
+# Shapes: C candidates of one prompt.
 
 from __future__ import annotations
 
@@ -25,27 +25,37 @@ with epy.lazy_imports():
   import tensorflow_datasets as tfds
 
 
-# -------------------------------------------------------------------------------------------- build
 def build_preferences(
   source: str | Path,
   output_dir: str | Path,
   weights: Mapping[str, float] = CRITERIA,
   test_share: float = 0.1,
 ) -> Path:
-  """Turns a folder of human scores into a tfds data set in `output_dir`; returns its folder.
+  """Builds a tfds dataset from a folder of human scores.
 
-  `weights` of the criteria make the combined score; `test_share` of the prompts are held out where
-  no lists say which. The same scores give the same data set.
+  The result is deterministic.
+
+  Args:
+    source: a folder of scores (see `data.annotations`).
+    output_dir: the folder in which the dataset's folder is made.
+    weights: of the criteria in the combined score; only their ratios matter.
+    test_share: share of the images held out if `source` has neither train.txt nor test.txt.
+
+  Returns:
+    The dataset's folder.
+
+  Raises:
+    BadAnnotations: the folder of scores has errors. The message lists them.
   """
   if not 0 <= test_share < 1:
-    raise ValueError(f"test_share is {test_share}: give a share of the prompts, below 1")
+    raise ValueError(f"test_share is {test_share}; expected a share from 0 to below 1")
   annotations = read_annotations(source, weights)
   splits = assign_splits(annotations, test_share)
   metadata = describe(annotations, splits, weights)
   return write_records(
     output_dir,
     "preferences",
-    "Inpaintings of incomplete pictures, and what people think of them.",
+    "Inpaintings of incomplete images, with human scores.",
     _features(),
     {split: map(functools.partial(_record, metadata), ps) for split, ps in splits.items()},
     metadata,
@@ -53,11 +63,17 @@ def build_preferences(
 
 
 def assign_splits(annotations: Annotations, test_share: float) -> dict[str, list[ScoredPrompt]]:
-  """{split: its prompts}, each prompt in one at most; splits without any are left out.
+  """Assigns each prompt to at most one split.
 
-  Lists of IDs are taken at their word: with both, what neither names is left out; with one, the
-  other split is the rest. Without lists a split is drawn from a hash of the picture, so that it
-  stays the same when other prompts are added, and crops of one picture are never parted.
+  With lists of both splits, a prompt in neither list is left out. With a list of one split, the
+  other split gets all other prompts. Without lists, a hash of the image's ID decides. Therefore
+  new prompts do not change the splits of the old ones, and all crops of an image share a split.
+
+  Returns:
+    {split: its prompts}, without empty splits.
+
+  Raises:
+    ValueError: the training split is empty.
   """
   lists = annotations.lists
 
@@ -75,7 +91,7 @@ def assign_splits(annotations: Annotations, test_share: float) -> dict[str, list
   }
   if not splits["train"]:
     raise ValueError(
-      f"none of {len(chosen)} prompts is for training, {len(splits['test'])} are for testing: "
+      f"none of {len(chosen)} prompts is for training, {len(splits['test'])} are for testing; "
       "list some in train.txt, annotate more, or lower test_share"
     )
   return {split: prompts for split, prompts in splits.items() if prompts}
@@ -86,20 +102,20 @@ def describe(
   splits: Mapping[str, Sequence[ScoredPrompt]],
   weights: Mapping[str, float],
 ) -> dict[str, Any]:
-  """The metadata of a data set.
+  """Returns the metadata of a dataset.
 
-  mean, std      of the combined scores of the training split, by which all are normalised
-  weights        of the criteria in the combined score
-  alpha          Krippendorff's, of each criterion and of the combined score; None: not known
-  annotators     how many people; 0: not known
-  num_candidates the most of any prompt
-  counts         {split: {"prompts": {kind: number}, "candidates": number, "ratings": number}}
-  left_out       candidates and prompts without scores, prompts in no list
+  mean, std       of the combined scores of the training split; they normalise all scores
+  weights         of the criteria in the combined score
+  alpha           Krippendorff's alpha of each criterion and of the combined score; None: unknown
+  annotators      number of annotators; 0: unknown
+  num_candidates  largest number of candidates of a prompt
+  counts          {split: {"prompts": {kind: number}, "candidates": number, "ratings": number}}
+  left_out        number of candidates and prompts without scores, and of prompts in no list
   """
   scores = np.array([c.score for prompt in splits["train"] for c in prompt.candidates])
   if np.ptp(scores) < 1e-6:
     raise ValueError(
-      f"all {len(scores)} scores for training are {scores[0]:g}: they prefer nothing; "
+      f"all {len(scores)} training scores are {scores[0]:g}, so they express no preference; "
       "annotate more candidates"
     )
   counts = {}
@@ -126,15 +142,17 @@ def describe(
 
 
 def ranks(scores: Sequence[float]) -> np.ndarray:
-  """int [C]: 1 for the best; ties share the best rank of theirs, and the next ranks stay empty.
+  """Ranks scores [C]: int [C], 1 for the highest. Ties share their best rank, as in 1, 2, 2, 4.
 
-  Means that differ by less than 1e-6 are a tie: those of equal scores differ by rounding.
+  Scores that differ by less than 1e-6 are a tie, because the means of equal scores can differ by
+  rounding.
   """
   scores = np.asarray(scores, np.float64)
   return 1 + np.sum(scores[None, :] > scores[:, None] + 1e-6, axis=1)
 
 
 def _features() -> dict[str, Any]:
+  """Returns the tfds features of a record, by name."""
   text, image = tfds.features.Text, tfds.features.Image
   return {
     "id": text(),
@@ -159,16 +177,17 @@ def _features() -> dict[str, Any]:
 
 
 def _record(metadata: Mapping[str, Any], prompt: ScoredPrompt) -> dict[str, Any]:
+  """Reads the images of a prompt and returns its record."""
   mask = images.load_mask(prompt.mask)
   order = ranks([candidate.score for candidate in prompt.candidates])
 
   def record(candidate: Candidate, rank: int) -> dict[str, Any]:
-    said = candidate._asdict()
+    fields = candidate._asdict()
     return {
-      "image": _stored(said.pop("file")),
+      "image": _stored(fields.pop("file")),
       "normalised_score": (candidate.score - metadata["mean"]) / metadata["std"],
       "rank": rank,
-      **said,
+      **fields,
     }
 
   return {
@@ -183,16 +202,15 @@ def _record(metadata: Mapping[str, Any], prompt: ScoredPrompt) -> dict[str, Any]
 
 
 def _stored(file: Path) -> io.BytesIO:
-  """A picture file as it is where that is a plain RGB PNG, else its picture as one."""
-  with Image.open(file) as picture:
-    plain = picture.format == "PNG" and picture.mode == "RGB"
-    plain = plain and not {"transparency", "exif"} & set(picture.info)
+  """Returns the bytes of an image file as an RGB PNG; re-encodes it only if it is not one."""
+  with Image.open(file) as image:
+    plain = image.format == "PNG" and image.mode == "RGB"
+    plain = plain and not {"transparency", "exif"} & set(image.info)
   return io.BytesIO(file.read_bytes()) if plain else encode_png(images.load_image(file))
 
 
-# --------------------------------------------------------------------------------------------- main
 def summary(metadata: Mapping[str, Any]) -> str:
-  """The metadata in a few lines."""
+  """Formats the metadata of a preference dataset as text: counts, score statistics, agreement."""
   kinds = masks.KINDS
   table = [("", *kinds, "prompts", "candidates", "ratings")]
   for split, counts in metadata["counts"].items():
@@ -201,7 +219,7 @@ def summary(metadata: Mapping[str, Any]) -> str:
     table.append(tuple(map(str, row)))
   lines = align_columns(table, right=True)
   alphas = ", ".join(
-    f"{name} {'not known' if alpha is None else format(alpha, '.3f')}"
+    f"{name} {'unknown' if alpha is None else format(alpha, '.3f')}"
     for name, alpha in metadata["alpha"].items()
   )
   left_out = metadata["left_out"]

@@ -1,12 +1,12 @@
-"""Preferences: prompts with their candidates and what people think of these, to build, open, feed.
+"""Preferences: prompts with candidates and their human scores. Builds, opens and batches them.
 
   python -m prefpaint_jax.data.preferences --config=configs/preferences.py --workdir=DIR \\
       --config.source=FOLDER
 
-reads a folder of human scores (data/annotations.py says which), refuses all of its faults in one
-report, and writes a tfds data set into DIR that a reward is trained on.
+reads a folder of human scores (see `data.annotations`), reports all of its errors at once, and
+writes a tfds dataset into DIR. `prefpaint_jax.train_reward` trains a reward model on it.
 """
-# Shapes: H W pixels, C candidates of one prompt, b prompts of one process.
+# Shapes: H W pixels, C candidates of one prompt, b prompts of a batch on one process.
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from PIL.PngImagePlugin import PngImageFile
 
 from prefpaint_jax.data import images
 from prefpaint_jax.data.annotations import BadAnnotations
+from prefpaint_jax.data.images import to_bytes
 from prefpaint_jax.data.preference_records import build_preferences, summary
-from prefpaint_jax.data.records import endless_batches, find_records, to_bytes
+from prefpaint_jax.data.records import endless_batches, find_records
 from prefpaint_jax.runtime import cli
 from prefpaint_jax.runtime.workdir import open_workdir
 
@@ -36,36 +37,40 @@ with epy.lazy_imports():
 
 
 class Preference(TypedDict):
+  """One prompt with its candidates and their scores."""
+
   id: str
   kind: int  # index into masks.KINDS
-  masked_image: np.ndarray  # uint8 [H, W, 3], the hole black
+  masked_image: np.ndarray  # uint8 [H, W, 3], missing pixels black
   mask: np.ndarray  # uint8 [H, W, 1], 1 = missing
   candidates: np.ndarray  # uint8 [C, H, W, 3]
   scores: np.ndarray  # float32 [C], normalised over the training split
-  raw_scores: np.ndarray  # float32 [C], combined from the criteria, as people gave them
+  raw_scores: np.ndarray  # float32 [C], combined scores before normalisation
 
 
-# --------------------------------------------------------------------------------------------- open
 def open_preferences(
   folder: str | Path, split: str, size: int | tuple[int, int] | None = None
 ) -> StoredPreferences:
-  """The preferences of one split, to be indexed in any order; decoded when asked for.
+  """Opens the preferences of one split as a sequence. Indexing decodes a preference.
 
-  `folder` is what `build_preferences` wrote, or the folder that this lies in. `size`, a side or
-  (height, width), resizes what is read: pictures antialiased, masks by the nearest pixel.
+  Args:
+    folder: the dataset's folder, or the `output_dir` of `build_preferences`.
+    split: "train" or "test".
+    size: a side or (height, width) to resize to; None: the stored size. Images are antialiased;
+      masks take the nearest pixel.
   """
   return StoredPreferences(folder, split, (size, size) if isinstance(size, int) else size)
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:
-  """What was found out when the data set was built: see `describe`."""
+  """Reads the metadata of a dataset (see `preference_records.describe`)."""
   return json.loads((_find(folder) / "metadata.json").read_text())
 
 
 class StoredPreferences(Sequence[Preference]):
-  """Preferences of a tfds folder, read without TensorFlow."""
+  """Preferences of a tfds dataset, read without TensorFlow."""
 
-  num_candidates: int  # the most that any prompt of the data set has, in whatever split
+  num_candidates: int  # largest number of candidates of a prompt, over all splits
 
   def __init__(self, folder: str | Path, split: str, size: tuple[int, int] | None = None):
     folder = _find(folder)
@@ -73,9 +78,9 @@ class StoredPreferences(Sequence[Preference]):
     builder = tfds.builder_from_directory(folder)
     if split not in builder.info.splits:
       raise ValueError(
-        f"preferences: {folder} has no split {split!r}: it has {', '.join(builder.info.splits)}"
+        f"preferences: {folder} has no split {split!r}; it has {', '.join(builder.info.splits)}"
       )
-    # tfds' own reader takes ten times as long, for all the features that are not asked for.
+    # Raw bytes: the reader of tfds is ten times slower, because it decodes every feature.
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     self._records = builder.as_data_source(split=split, deserialize_method=raw)
     self._size = size
@@ -84,7 +89,7 @@ class StoredPreferences(Sequence[Preference]):
     return len(self._records)
 
   def __getitem__(self, index: int) -> Preference:
-    from tensorflow_datasets.proto import tf_example_pb2  # slow
+    from tensorflow_datasets.proto import tf_example_pb2  # here, because the import is slow
 
     record = self._records[range(len(self))[index]]
     feature = tf_example_pb2.Example.FromString(record).features.feature
@@ -97,7 +102,7 @@ class StoredPreferences(Sequence[Preference]):
       resize = lambda image: to_bytes(images.resize_image(image / np.float32(255), self._size))
       mask = images.resize_mask(mask, self._size)
       images.check_mask(mask, self._size, f"preference {id_} at {self._size[0]}x{self._size[1]}")
-      # From the whole picture, so that the hole's black does not run into what is known.
+      # Resizing the masked image would blend the black of the hole into the known pixels.
       masked_image = resize(_decode(feature["image"].bytes_list.value[0])) * (1 - mask)
     return Preference(
       id=id_,
@@ -113,23 +118,22 @@ class StoredPreferences(Sequence[Preference]):
 
 
 def _find(folder: str | Path) -> Path:
-  """The data set in a folder, or in one that this lies in."""
-  # Other data sets have no metadata.
+  """Finds the preference dataset in a folder: the folder itself, or at most two levels below."""
+  # Only preference datasets have metadata.json.
   found = [path for path in find_records(folder) if (path / "metadata.json").exists()]
   if len(found) != 1:
     raise ValueError(
-      f"preferences: {folder} holds {len(found)} data sets: name the folder of one, "
-      "as prefpaint_jax.data.preferences writes it"
+      f"preferences: {folder} contains {len(found)} datasets; give the folder of one that "
+      "prefpaint_jax.data.preferences wrote"
     )
   return found[0]
 
 
 def _decode(png: bytes) -> np.ndarray:
-  """uint8 [H, W, 3] or [H, W]; Image.open would try several formats first."""
+  """Decodes a PNG to uint8 [H, W, 3] or [H, W]. Image.open would try other formats first."""
   return np.asarray(PngImageFile(io.BytesIO(png)))
 
 
-# --------------------------------------------------------------------------------------------- feed
 def preference_loader(
   preferences: Sequence[Preference],
   batch_size: int,
@@ -139,10 +143,12 @@ def preference_loader(
   shuffle: bool = True,
   num_candidates: int | None = None,
 ) -> grain.DatasetIterator:
-  """Endless batches, as `stack` makes them; b is batch_size / process_count.
+  """Makes an endless iterator of the batches that `stack` returns; b = batch_size / process_count.
 
-  Where `num_candidates` is not given C is the data set's, the same for all splits and processes.
-  See `records.endless_batches` for order, shares and resuming.
+  `records.endless_batches` describes the order, the share of each process, and how to resume.
+
+  Args:
+    num_candidates: C; by default the largest number of the dataset, equal for all splits.
   """
   if num_candidates is None:
     num_candidates = preferences.num_candidates
@@ -159,10 +165,15 @@ def preference_loader(
 
 
 def stack(preferences: Sequence[Preference], num_candidates: int) -> dict[str, np.ndarray]:
-  """Preferences of one size as one batch, padded with zeros to C = num_candidates.
+  """Stacks preferences of one size to a batch, padded with zeros to C = num_candidates.
 
-  {id: str [b], kind: int32 [b], masked_image: uint8 [b, H, W, 3], candidates: uint8
-  [b, C, H, W, 3], scores: float32 [b, C], normalised, valid: bool [b, C], False for padding}
+  Returns:
+    {id: str [b], kind: int32 [b], masked_image: uint8 [b, H, W, 3],
+     candidates: uint8 [b, C, H, W, 3], scores: float32 [b, C], normalised,
+     valid: bool [b, C], False for padding}.
+
+  Raises:
+    ValueError: two preferences differ in size, or one has more than C candidates.
   """
   shape = preferences[0]["masked_image"].shape
   number = len(preferences)
@@ -175,10 +186,10 @@ def stack(preferences: Sequence[Preference], num_candidates: int) -> dict[str, n
       names = [
         f"{p['id']} is {x[0]}x{x[1]}" for p, x in ((preferences[0], shape), (preference, found))
       ]
-      raise ValueError(f"preferences of two sizes in one batch: {', '.join(names)}: give a size")
+      raise ValueError(f"preferences of two sizes in one batch: {', '.join(names)}; give a size")
     if count > num_candidates:
       raise ValueError(
-        f"{preference['id']} has {count} candidates, num_candidates is {num_candidates}: raise it"
+        f"{preference['id']} has {count} candidates, num_candidates is {num_candidates}; raise it"
       )
     candidates[row, :count] = preference["candidates"]
     scores[row, :count] = preference["scores"]
@@ -194,12 +205,13 @@ def stack(preferences: Sequence[Preference], num_candidates: int) -> dict[str, n
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
+  """Builds a preference dataset in the workdir and prints its metadata."""
   if not config.source:
-    raise ValueError("config.source is empty: name the folder with the scores")
+    raise ValueError("config.source is empty; give --config.source=FOLDER of scores")
   try:
     folder = build_preferences(config.source, workdir, config.weights.to_dict(), config.test_share)
   except BadAnnotations as error:
-    sys.exit(f"error: {error}")  # its lines, where other errors have one
+    sys.exit(f"error: {error}")  # cli would print only one line
   open_workdir(config, workdir)
   print(summary(read_metadata(folder)))
   print(f"{folder}: read it with prefpaint_jax.data.preferences.open_preferences")

@@ -1,11 +1,11 @@
-"""Prompts: incomplete pictures with their masks, to open, to feed, and to write as a data set.
+"""Prompts, images with their masks: opens them, batches them, and writes them as a dataset.
 
 A prompt is a dict {id: str, kind: int (index into masks.KINDS), image: float32 [H, W, 3] in [0, 1],
-mask: float32 [H, W, 1], 1 = missing}. Under the mask the image holds the true content where that is
-known, else black: whoever conditions on a prompt must multiply it by (1 - mask). Prompts drawn from
-pictures (`pictures.DrawnPrompts`) also say where they come from.
+mask: float32 [H, W, 1], 1 = missing}. The missing pixels of the image hold the true content if it
+is known, else black. Code that conditions on a prompt must multiply the image by (1 - mask).
+`drawn_prompts.DrawnPrompts` adds fields for the origin of a prompt.
 """
-# Shapes: H W pixels, b prompts of one process.
+# Shapes: H W pixels, b prompts of a batch on one process.
 
 from __future__ import annotations
 
@@ -30,26 +30,29 @@ with epy.lazy_imports():
   import tensorflow_datasets as tfds
 
 
-# --------------------------------------------------------------------------------------------- open
 def open_prompts(
   source: str | Path, split: str, size: int | tuple[int, int] | None = None
 ) -> Sequence[Prompt]:
-  """The prompts of one split, to be indexed in any order; decoded when asked for.
+  """Opens the prompts of one split as a sequence. Indexing decodes a prompt.
 
   `source` is one of
-    "mini"            the embedded 32x32 set;
-    FOLDER            what `build_prompts` wrote, or any tfds data set with its features;
-    FOLDER            masks/ID_mask.png with, for each, images/ID.png (the whole picture) or
-                      masks_color/ID_mask_color.png (the hole blacked). train.txt and test.txt in
-                      it list the IDs of the splits, one a line; with neither, any split is all.
-                      prompts.jsonl may name the kinds of masks, else they are seen from them;
-    FOLDER:LIST.txt   the same with the IDs of that list (in the folder, or a path);
-    FOLDER            pictures, at any depth, to draw prompts from, one of each;
-    tfds:NAME         the pictures of a tfds data set likewise;
-    2*A,1*B           a mixture of pictures; see `pictures` for more, and for other ways to draw.
+    "mini"            the embedded 32x32 prompts;
+    FOLDER            a dataset of `build_prompts`, or a tfds dataset with the same features;
+    FOLDER            with masks/ID_mask.png, and for each mask images/ID.png (the whole image) or
+                      masks_color/ID_mask_color.png (the image with the missing pixels black).
+                      train.txt and test.txt list the IDs of the splits, one per line; without both,
+                      every split has all prompts. prompts.jsonl may list the kinds of the masks,
+                      which are otherwise derived from the masks;
+    FOLDER:LIST.txt   the same, with the IDs in LIST.txt, a file in the folder or a path;
+    FOLDER            images at any depth; one prompt is drawn from each;
+    tfds:NAME         the images of a tfds dataset; one prompt is drawn from each;
+    2*A,1*B           a mixture of sources of images (see `data.pictures`).
 
-  `size`, a side or (height, width), resizes what is read: images antialiased, masks by the nearest
-  pixel. Pictures are cut to it in the middle; a tenth of them is held out as "test".
+  Args:
+    source: as above.
+    split: "train" or "test". One tenth of the images of a source is "test".
+    size: a side or (height, width) to resize to; None: the stored size. Images are antialiased;
+      masks take the nearest pixel. Prompts drawn from images are cropped at the centre.
   """
   size = (size, size) if isinstance(size, int) else size
   folder, listing = Path(mini.locate(source, "prompts")), None
@@ -62,30 +65,30 @@ def open_prompts(
     return _RecordPrompts(folder, records, split, size)
   if folder.is_dir() or str(source).startswith("tfds:") or any(c in str(source) for c in "*,"):
     if size is None:
-      raise ValueError(f"prompts: {source} holds pictures: give the size to draw prompts at")
+      raise ValueError(f"prompts: {source} contains images; give the size of the prompts to draw")
     return DrawnPrompts(source, split, None, size)
   raise ValueError(
-    f"prompts: {folder} is not a folder: give 'mini', a folder, FOLDER:LIST.txt, or tfds:NAME"
+    f"prompts: {folder} is not a folder; give 'mini', a folder, FOLDER:LIST.txt, or tfds:NAME"
   )
 
 
 class _RecordPrompts(Sequence):
-  """Prompts of a tfds folder, read without TensorFlow."""
+  """Prompts of a tfds dataset, read without TensorFlow."""
 
   def __init__(self, folder: Path, found: list[Path], split: str, size: tuple[int, int] | None):
     if len(found) > 1:
       raise ValueError(
-        f"prompts: {folder} holds {len(found)} tfds data sets: name the folder of one"
+        f"prompts: {folder} contains {len(found)} tfds datasets; give the folder of one"
       )
     builder = tfds.builder_from_directory(found[0])
     if missing := {"id", "kind", "image", "mask"} - set(builder.info.features):
       raise ValueError(
-        f"prompts: {found[0]} has no {', '.join(sorted(missing))}: "
-        f"if it holds pictures to draw prompts from, say tfds:{folder}"
+        f"prompts: {found[0]} has no {', '.join(sorted(missing))}; "
+        f"give tfds:{folder} to draw prompts from its images"
       )
     if split not in builder.info.splits:
       raise ValueError(
-        f"prompts: {found[0]} has no split {split!r}: it has {', '.join(builder.info.splits)}"
+        f"prompts: {found[0]} has no split {split!r}; it has {', '.join(builder.info.splits)}"
       )
     as_stored = {name: tfds.decode.SkipDecoding() for name in ("image", "mask")}
     self._records = builder.as_data_source(split=split, decoders=as_stored)
@@ -102,7 +105,7 @@ class _RecordPrompts(Sequence):
 
 
 class _FolderPrompts(Sequence):
-  """Prompts of a folder of picture files."""
+  """Prompts of a folder of image files and mask files."""
 
   def __init__(self, folder: Path, ids: list[str], size: tuple[int, int] | None):
     mask_files, whole, masked = (
@@ -113,8 +116,8 @@ class _FolderPrompts(Sequence):
     for id_ in ids:
       if f"{id_}_mask.png" not in mask_files:
         raise ValueError(
-          f"{folder / 'masks' / id_}_mask.png: no such file, but {id_} is listed: "
-          "add the mask or drop the ID"
+          f"{folder / 'masks' / id_}_mask.png: no such file, but {id_} is listed; "
+          "add the mask or remove the ID"
         )
       if f"{id_}.png" in whole:
         image = folder / "images" / f"{id_}.png"
@@ -122,8 +125,8 @@ class _FolderPrompts(Sequence):
         image = folder / "masks_color" / f"{id_}_mask_color.png"
       else:
         raise ValueError(
-          f"{folder}: neither images/{id_}.png nor masks_color/{id_}_mask_color.png is there: "
-          f"add one or drop {id_}"
+          f"{folder}: neither images/{id_}.png nor masks_color/{id_}_mask_color.png exists; "
+          f"add one or remove {id_}"
         )
       self._files.append((id_, image, folder / "masks" / f"{id_}_mask.png", kinds.get(id_)))
     self._size = size
@@ -144,7 +147,7 @@ def _prompt(
   size: tuple[int, int] | None,
   kind: int | None = None,
 ) -> Prompt:
-  """A prompt at `size`; its kind is seen from the mask when it is not known."""
+  """Makes a prompt and resizes it to `size`; derives the kind from the mask if it is None."""
   kind = masks.mask_kind(mask) if kind is None else kind
   if size is not None and size != image.shape[:2]:
     image, mask = images.resize_image(image, size), images.resize_mask(mask, size)
@@ -153,7 +156,7 @@ def _prompt(
 
 
 def _read_ids(folder: Path, split: str, listing: str | None) -> list[str]:
-  """The IDs of a split, in the order of their list."""
+  """Returns the IDs in `listing`, in the list of the split, or of all masks if there is no list."""
   if listing is not None:
     file = folder / listing if (folder / listing).exists() else Path(listing)
   else:
@@ -161,18 +164,18 @@ def _read_ids(folder: Path, split: str, listing: str | None) -> list[str]:
     if not any((folder / f"{name}.txt").exists() for name in SPLITS):
       ids = sorted(path.name.removesuffix("_mask.png") for path in folder.glob("masks/*_mask.png"))
       if not ids:
-        raise ValueError(f"{folder / 'masks'}: no ID_mask.png in it: put the masks there")
+        raise ValueError(f"{folder / 'masks'}: contains no ID_mask.png; add the masks")
       return ids
   if not file.is_file():
-    raise ValueError(f"{file}: no such list of prompts: write one ID a line into it")
+    raise ValueError(f"{file}: no such list of prompts; write one ID per line to it")
   ids = [line.strip() for line in file.read_text().splitlines() if line.strip()]
   if not ids:
-    raise ValueError(f"{file}: the list of prompts is empty: write one ID a line into it")
+    raise ValueError(f"{file}: the list of prompts is empty; write one ID per line to it")
   return ids
 
 
 def _read_kinds(folder: Path) -> dict[str, int]:
-  """{ID: kind} as prompts.jsonl says, as far as it does."""
+  """Reads {ID: kind} from prompts.jsonl; empty without that file."""
   file, kinds = folder / "prompts.jsonl", {}
   if not file.is_file():
     return kinds
@@ -182,13 +185,12 @@ def _read_kinds(folder: Path) -> dict[str, int]:
       kinds[entry["image_id"]] = masks.KINDS.index(entry["kind"])
     except (ValueError, KeyError, TypeError):
       raise ValueError(
-        f'{file}, line {number}: not {{"image_id": ID, "kind": one of {", ".join(masks.KINDS)}}}: '
+        f'{file}, line {number}: not {{"image_id": ID, "kind": one of {", ".join(masks.KINDS)}}}; '
         "correct it or delete the file"
       ) from None
   return kinds
 
 
-# --------------------------------------------------------------------------------------------- feed
 def prompt_loader(
   prompts: Sequence[Prompt],
   batch_size: int,
@@ -197,16 +199,16 @@ def prompt_loader(
   process_count: int = 1,
   shuffle: bool = True,
 ) -> grain.DatasetIterator:
-  """Endless batches {id: str [b], kind: int32 [b], image: [b, H, W, 3], mask: [b, H, W, 1]}.
+  """Makes an endless iterator of the batches that `examples.stack` returns.
 
-  b is batch_size / process_count; see `records.endless_batches` for order, shares and resuming.
+  A batch has b = batch_size / process_count prompts. `records.endless_batches` describes the order,
+  the share of each process, and how to resume.
   """
   return endless_batches(
     prompts, batch_size, seed, process_index, process_count, shuffle, stack, name="prompts"
   )
 
 
-# -------------------------------------------------------------------------------------------- write
 def build_prompts(
   output_dir: str | Path,
   photos: str | Path,
@@ -217,9 +219,21 @@ def build_prompts(
   test_share: float = 0.22,
   crop: tuple[int, int] = (48, 176),
 ) -> Path:
-  """Draws prompts from photographs into a tfds data set and returns its folder.
+  """Draws prompts from photographs and writes them as a tfds dataset.
 
-  Random crops of both kinds of the paper, in turn; the same arguments give the same prompts.
+  The prompts are random crops with alternating masks "outpainting" and "holes". The result is
+  deterministic.
+
+  Args:
+    output_dir: the folder in which the dataset's folder is made.
+    photos: a source or mixture of images (see `data.pictures`).
+    num_train: prompts of the split "train".
+    num_test: prompts of the split "test".
+    size: side of a prompt in pixels.
+    seed, test_share, crop: see `DrawnPrompts`.
+
+  Returns:
+    The dataset's folder.
   """
   numbers = {"train": num_train, "test": num_test}
   drawn = {
@@ -236,21 +250,22 @@ def build_prompts(
     )
     for split, number in numbers.items()
   }
-  picture = lambda C: tfds.features.Image(shape=(None, None, C), encoding_format="png")
+  image = lambda C: tfds.features.Image(shape=(None, None, C), encoding_format="png")
   return write_records(
     output_dir,
     "prompts",
-    "Incomplete pictures and the masks of what is missing (white).",
+    "Images and masks of their missing pixels (white).",
     {
       "id": tfds.features.Text(),
       "kind": tfds.features.ClassLabel(names=list(masks.KINDS)),
-      "image": picture(3),
-      "mask": picture(1),
+      "image": image(3),
+      "mask": image(1),
     },
     {split: map(_record, prompts) for split, prompts in drawn.items()},
   )
 
 
 def _record(prompt: Prompt) -> dict[str, Any]:
+  """Returns the tfds record of a prompt."""
   image, mask = encode_png(prompt["image"]), encode_png(prompt["mask"][..., 0])
   return {"id": prompt["id"], "kind": prompt["kind"], "image": image, "mask": mask}

@@ -1,4 +1,5 @@
-"""tfds data sets without TensorFlow: find them, write them, and feed what is in them."""
+"""tfds datasets without TensorFlow: finds them, writes them, and batches their examples."""
+# Shapes: H W pixels.
 
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ with epy.lazy_imports():
   import tensorflow_datasets as tfds
 
 
-ENDLESS = 2**31  # epochs; grain's own endless repetition overflows for a batch of one
+ENDLESS = 2**31  # epochs; the endless repetition of grain overflows for batches of one
 
 
 def find_records(folder: str | Path) -> list[Path]:
-  """The folders of the tfds data sets in a folder: NAME/VERSION, VERSION, or the folder itself."""
+  """Finds the tfds datasets in a folder: NAME/VERSION, VERSION, or the folder itself."""
   return [
     info.parent
     for depth in ("", "*/", "*/*/")
@@ -40,16 +41,27 @@ def write_records(
   splits: Mapping[str, Iterable[Mapping[str, Any]]],
   metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-  """Writes a tfds data set (array_record) of examples in their order; returns its folder.
+  """Writes examples, in their order, as a tfds dataset in the format array_record.
 
-  That is `output_dir`/`kind`/1.0.0, which must be new. `features` are those of tfds, by name.
+  Args:
+    output_dir: the folder in which the dataset's folder is made.
+    kind: name of the dataset.
+    features: tfds features, by name.
+    splits: {split: its examples}; an example is {feature: value}.
+    metadata: JSON object to write to metadata.json.
+
+  Returns:
+    The dataset's folder, output_dir/kind/1.0.0.
+
+  Raises:
+    ValueError: that folder exists.
   """
 
   class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     name = kind
     VERSION = tfds.core.Version("1.0.0")
-    # Where tfds would look for the checksums of downloads, of which there are none; its own search
-    # imports a package that it does not install.
+    # The path of checksums, which this dataset does not need. The default of tfds imports a package
+    # that tfds does not install.
     code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -70,10 +82,10 @@ def write_records(
   builder = Records(data_dir=output_dir, file_format="array_record")
   folder = Path(builder.data_dir)
   if folder.exists():
-    raise ValueError(f"{folder}: {kind} are there already: give another folder or delete that one")
+    raise ValueError(f"{folder}: already contains {kind}; give another folder or delete this one")
   with (
-    tempfile.TemporaryDirectory() as downloads,  # stays empty
-    contextlib.redirect_stdout(io.StringIO()),  # tfds announces a download
+    tempfile.TemporaryDirectory() as downloads,  # remains empty
+    contextlib.redirect_stdout(io.StringIO()),  # hides the message of tfds about a download
   ):
     tfds.disable_progress_bar()
     builder.download_and_prepare(download_dir=downloads)
@@ -81,7 +93,10 @@ def write_records(
 
 
 def encode_png(image: np.ndarray) -> io.BytesIO:
-  """[H, W] or [H, W, 3] in [0, 1] as an encoded PNG; raw arrays would need TensorFlow."""
+  """Encodes an image [H, W] or [H, W, 3] in [0, 1] as a PNG.
+
+  tfds would need TensorFlow to encode an array.
+  """
   file = io.BytesIO()
   Image.fromarray(to_bytes(image)).save(file, "png")
   file.seek(0)
@@ -98,21 +113,32 @@ def endless_batches(
   stack: Callable[[Sequence[Any]], dict[str, np.ndarray]],
   name: str,
 ) -> grain.DatasetIterator:
-  """Batches as `stack` makes them of examples; `name` says what these are, should there be few.
+  """Makes an endless iterator of batches of examples.
 
-  Every epoch is shuffled anew from `seed`. The order is one for all processes: global batch i is
-  the i-th run of `batch_size` examples, of which this process reads and stacks its own part, so
-  that the parts in order of process are the batch. The iterator's `get_state()` and `set_state()`
-  resume exactly; the state is that of every process, whatever their number.
+  All processes share one order of the examples. A process reads and stacks only its share of each
+  global batch; the shares in the order of the processes are the global batch. `get_state()` and
+  `set_state()` of the iterator resume exactly. The state is equal on all processes and does not
+  depend on their number.
+
+  Args:
+    examples: the dataset; the iterator reads single examples by index.
+    batch_size: examples in a global batch; a multiple of `process_count`.
+    seed: of the random order.
+    process_index: index of this process.
+    process_count: number of processes.
+    shuffle: whether each epoch has its own random order; False: every epoch keeps the order of
+      `examples`.
+    stack: function that makes a batch of a list of examples.
+    name: plural noun for the examples, for error messages.
   """
   if batch_size < 1 or batch_size % process_count:
     raise ValueError(
-      f"batch_size is {batch_size} over {process_count} processes: "
+      f"batch_size is {batch_size} for {process_count} processes; "
       f"give a positive multiple of {process_count}"
     )
   if len(examples) < batch_size:
     raise ValueError(
-      f"{len(examples)} {name} are fewer than batch_size {batch_size}: "
+      f"{len(examples)} {name} are fewer than batch_size {batch_size}; "
       f"add {name} or lower batch_size"
     )
   order = grain.MapDataset.range(len(examples)).seed(seed)
@@ -122,5 +148,5 @@ def endless_batches(
   mine = slice(process_index * share, (process_index + 1) * share)
   read = lambda indices: stack([examples[int(i)] for i in indices[mine]])
   batches = order.repeat(ENDLESS).batch(batch_size).map(read)
-  # An element is a whole batch: a few in flight hide the decoding; grain's default is 500.
+  # Four batches in flight hide the decoding. The default of grain, 500, would hold 500 batches.
   return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)))

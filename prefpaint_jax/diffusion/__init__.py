@@ -1,1 +1,1 @@
-"""Noise schedules and the DDIM sampler; no network here."""
+"""Noise schedules and the DDIM sampler."""

@@ -1,4 +1,4 @@
-"""Noise schedules, as scheduler_config.json of diffusers defines them."""
+"""Noise schedules, as defined by scheduler_config.json of diffusers."""
 # Shapes: N training timesteps.
 
 import dataclasses
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 _CHOICES = {
   "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -15,7 +16,7 @@ _CHOICES = {
   "timestep_spacing": ("leading", "trailing", "linspace"),
 }
 
-# Classes whose missing betas mean diffusers' default betas; others may have no betas at all.
+# Configs of these classes may omit the betas; diffusers' defaults then apply.
 _BETA_CLASSES = (
   *("DDIM", "DDPMScheduler", "PNDM", "LMS", "Euler", "Heun"),
   *("DPMSolver", "KDPM2", "DEIS", "UniPC"),
@@ -25,9 +26,9 @@ _BETA_FIELDS = {"beta_start", "beta_end", "beta_schedule", "trained_betas"}
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """What a scheduler_config.json says about noise; hashable, so it can be a static argument.
+  """A noise schedule with the field names and defaults of diffusers' DDIMScheduler.
 
-  Field names and defaults are those of diffusers' DDIMScheduler.
+  It is hashable, so it can be a static argument of a jitted function.
   """
 
   num_train_timesteps: int = 1000
@@ -47,47 +48,54 @@ class Schedule:
     for field, choices in _CHOICES.items():
       value = getattr(self, field)
       if value not in choices:
-        raise ValueError(f"scheduler {field} is {value!r}: use one of {', '.join(choices)}")
+        raise ValueError(f"scheduler {field} is {value!r}; expected one of {', '.join(choices)}")
     for field, least in (("num_train_timesteps", 1), ("steps_offset", 0)):
       if getattr(self, field) < least:
-        raise ValueError(f"scheduler {field} is {getattr(self, field)}: use {least} or more")
+        raise ValueError(f"scheduler {field} is {getattr(self, field)}; expected {least} or more")
     if self.trained_betas is None:
       for field in ("beta_start", "beta_end"):
         if not 0 < getattr(self, field) < 1:
-          raise ValueError(f"scheduler {field} is {getattr(self, field)}: betas lie in (0, 1)")
+          raise ValueError(
+            f"scheduler {field} is {getattr(self, field)}; expected a value in (0, 1)"
+          )
     else:
       if len(self.trained_betas) != self.num_train_timesteps:
         raise ValueError(
-          f"scheduler trained_betas has {len(self.trained_betas)} entries and num_train_timesteps "
-          f"is {self.num_train_timesteps}: give one beta per timestep"
+          f"scheduler trained_betas has {len(self.trained_betas)} entries; expected "
+          f"{self.num_train_timesteps}, one per timestep (num_train_timesteps)"
         )
       if not all(0 < beta <= 1 for beta in self.trained_betas):
-        raise ValueError("scheduler trained_betas has a value outside (0, 1]: give betas in (0, 1]")
+        raise ValueError("scheduler trained_betas has a value outside (0, 1]; give betas in (0, 1]")
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
-    """The schedule of any diffusers scheduler that is built on betas; the sampler is always DDIM.
+    """Reads the config of any diffusers scheduler that is defined by betas.
 
-    Fields that belong to another sampler are ignored; what would change the result and is not
-    done here is an error. The one departure from `DDIMScheduler.from_config`: a missing
-    `clip_sample` or `set_alpha_to_one` gets the default of the class that wrote the file, not
-    DDIM's, because clipping the latents of a PNDM config to ±1 would ruin them.
+    Fields of other samplers are ignored, because this package always samples with DDIM. Unlike
+    `DDIMScheduler.from_config`, a missing `clip_sample` or `set_alpha_to_one` gets the default of
+    the class that wrote the file: DDIM's default would clip the latents of a PNDM config to ±1.
+
+    Raises:
+      ValueError: the config has no betas, or a field that changes the result is not supported.
     """
     given = {field: value for field, value in config.items() if value is not None}
     class_name = given.get("_class_name", "DDIMScheduler").removeprefix("Flax")
     if not class_name.startswith(_BETA_CLASSES) and not _BETA_FIELDS & given.keys():
       raise ValueError(
-        f"scheduler _class_name is {class_name}, without beta_schedule: use a checkpoint whose "
+        f"scheduler _class_name is {class_name}, without beta_schedule; use a checkpoint whose "
         "scheduler is defined by betas (DDIM, PNDM, DDPM, Euler, ...)"
       )
     if given.get("thresholding"):
-      raise ValueError("scheduler thresholding is true: not done here, set it to false")
+      raise ValueError("scheduler thresholding is true, which is not supported; set it to false")
     if given.get("use_flow_sigmas"):
-      raise ValueError("scheduler use_flow_sigmas is true: flow matching is not done here")
+      raise ValueError(
+        "scheduler use_flow_sigmas is true, and flow matching is not supported; use a checkpoint "
+        "that predicts noise"
+      )
     if str(given.get("variance_type", "")).startswith("learned"):
       raise ValueError(
-        f"scheduler variance_type is {given['variance_type']!r}: a network that also predicts the "
-        "variance is not done here, use one with a fixed variance"
+        f"scheduler variance_type is {given['variance_type']!r}; a network that also predicts the "
+        "variance is not supported; use one with a fixed variance"
       )
     values = {
       "set_alpha_to_one": class_name != "PNDMScheduler",
@@ -99,26 +107,27 @@ class Schedule:
     return cls(**values)
 
   def to_config(self) -> dict[str, Any]:
-    """scheduler_config.json of the same schedule for stock diffusers (a DDIMScheduler)."""
+    """Returns scheduler_config.json of this schedule, as a DDIMScheduler of diffusers."""
     config = {"_class_name": "DDIMScheduler", **dataclasses.asdict(self), "thresholding": False}
     if self.trained_betas is not None:
       config["trained_betas"] = list(self.trained_betas)
     return config
 
   @functools.cached_property
-  def alphas_cumprod(self) -> np.ndarray:
-    """ᾱ [N] float32, the product of 1 − β up to each timestep.
+  def alphas_cumprod(self) -> Float[np.ndarray, " N"]:
+    """Computes ᾱ, the product of 1 − β up to each timestep, in float32.
 
-    Equal to diffusers' to the bit; with `rescale_betas_zero_snr` to the rounding of float32.
+    It equals diffusers' bit for bit; with `rescale_betas_zero_snr`, to float32 rounding.
     """
     alphas_cumprod = np.cumprod(np.float32(1) - self._betas(), dtype=np.float64)
     if self.rescale_betas_zero_snr:
       alphas_cumprod = _rescale_to_zero_snr(alphas_cumprod)
     alphas_cumprod = alphas_cumprod.astype(np.float32)
-    alphas_cumprod.setflags(write=False)  # One array is shared by all callers.
+    alphas_cumprod.setflags(write=False)  # all callers share this array
     return alphas_cumprod
 
   def _betas(self) -> np.ndarray:
+    """Computes β [N] in float32."""
     if self.trained_betas is not None:
       return np.asarray(self.trained_betas, np.float32)
     if self.beta_schedule == "linear":
@@ -135,9 +144,10 @@ class Schedule:
 
 
 def _linspace(start: float, stop: float, num: int) -> np.ndarray:
-  """Float32 linspace with torch's rounding: each half is counted from its own end, rounded once.
+  """Computes linspace in float32 with the rounding of torch.
 
-  A last-bit difference in β is worth having right: 1 − ᾱ of the last steps is small.
+  torch computes the first half from `start` and the second half from `stop`, rounding once. A
+  difference in the last bit of β would matter, because 1 − ᾱ of the first timesteps is small.
   """
   start, stop = np.float32(start), np.float32(stop)
   width = np.float64((stop - start) / np.float32(max(num - 1, 1)))
@@ -148,6 +158,6 @@ def _linspace(start: float, stop: float, num: int) -> np.ndarray:
 
 
 def _rescale_to_zero_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
-  """Shift and scale sqrt(ᾱ) so that it keeps its start and ends at 0 (Lin et al. 2024, alg. 1)."""
+  """Shifts and scales sqrt(ᾱ) to end at 0 and keep its start (Lin et al. 2024, alg. 1)."""
   root = np.sqrt(alphas_cumprod)
   return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2

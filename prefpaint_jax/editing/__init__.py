@@ -1,1 +1,1 @@
-"""Image extension and new views, on top of an inpainter."""
+"""Image extension and new views with an inpainter."""

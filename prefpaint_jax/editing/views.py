@@ -1,7 +1,7 @@
-"""A picture seen from new places: warped by its depth, and what opens up there painted.
+"""Renders new views of an image: warps it by its depth and inpaints the pixels that it uncovers.
 
-What is painted stays: it gets a depth, that of the background it is painted on, and later views of
-a sweep show it warped along, so that they agree with each other.
+Inpainted pixels get the depth of the background beside them. Later views of a sweep warp these
+pixels too, so that all views show the same scene.
 """
 # Shapes: H W pixels.
 
@@ -16,20 +16,18 @@ from scipy import ndimage
 
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.data.depth import fill_unknown
-from prefpaint_jax.data.warping import Intrinsics, camera_pose, warp
-from prefpaint_jax.editing.extension import fill
+from prefpaint_jax.data.warping import Intrinsics, Pose, camera_pose, warp
+from prefpaint_jax.editing.extension import inpaint_seamlessly
 from prefpaint_jax.inpainter import Inpainter
-
-Pose = tuple[np.ndarray, np.ndarray]  # rotation [3, 3] and place [3] of a camera in the first one
 
 
 class Layer(NamedTuple):
-  """What one camera adds to the scene."""
+  """One view of the scene and the pixels that it adds to the earlier views."""
 
   image: np.ndarray  # float32 [H, W, 3]
-  depth: np.ndarray  # [H, W], of all its pixels
-  own: np.ndarray  # bool [H, W], the pixels that no layer before it has
-  pose: Pose
+  depth: np.ndarray  # [H, W], positive at every pixel
+  added: np.ndarray  # bool [H, W], the pixels that no earlier layer shows
+  pose: Pose  # of its camera, relative to that of the image
 
 
 def sweep(
@@ -44,89 +42,93 @@ def sweep(
   key: jax.Array | None = None,
   **options: Any,
 ) -> list[np.ndarray]:
-  """The picture from so many places on the way to a new one, the new one last.
+  """Renders views of an image along a camera path; the last view is at the end of the path.
 
-  Every view shows the picture wherever it can be seen from there, then what views before it
-  painted, the earliest first; only the rest is painted anew.
+  A pixel of a view comes from the image if the camera sees the image there, else from the earliest
+  view that inpainted it. The model inpaints the remaining pixels.
 
   Args:
+    inpainter: the model.
     image: PIL image, path or array [H, W, 3], of any size.
-    depth: [H, W], positive; see `warping.load_depth`, `warping.synthetic_depth`.
-    intrinsics: by default a horizontal field of view of 60 degrees.
-    move: (x, y, z), to the right, down and forward, in the unit of the depth.
+    depth: [H, W], positive; see `depth.load_depth` and `depth.synthetic_depth`.
+    intrinsics: of the camera; default: a horizontal field of view of 60 degrees.
+    move: (x, y, z) to the right, down and forward, in the unit of the depth.
     turn: (yaw, pitch) or (yaw, pitch, roll) in degrees, to the right, up and clockwise.
-    views: how many, at equal shares of the move and of the turn.
+    views: number of views, equally spaced along the path.
     key: `jax.random.key`; default `jax.random.key(0)`.
-    **options: num_steps, eta, text, guidance_scale and report, as `Inpainter` takes them.
+    **options: `num_steps`, `eta`, `text`, `guidance_scale` and `report` of `Inpainter`.
 
   Returns:
-    `views` pictures, float32 [H, W, 3] in [0, 1].
+    `views` images, float32 [H, W, 3] in [0, 1].
+
+  Raises:
+    ValueError: a view shows no pixel of the image.
   """
   image = image_io.load_image(image)
   intrinsics = intrinsics or Intrinsics.of_view(*image.shape[:2])
   key = jax.random.key(0) if key is None else key
   layers = [Layer(image, depth, np.ones(image.shape[:2], bool), camera_pose())]
-  pictures = []
+  rendered = []
   for number in range(1, views + 1):
     share = number / views
     pose = camera_pose(share * np.asarray(move), share * np.asarray(turn))
-    picture, seen_depth = look(layers, intrinsics, pose)
-    hole = seen_depth == 0
+    view, view_depth = render(layers, intrinsics, pose)
+    hole = view_depth == 0
     if hole.all():
       raise ValueError(
-        f"move {tuple(move)}, turn {tuple(turn)}: nothing of the picture is in sight at "
-        f"{share:.0%} of the way: move or turn less"
+        f"move {tuple(move)}, turn {tuple(turn)}: no pixel of the image is in sight at "
+        f"{share:.0%} of the way; move or turn less"
       )
     if hole.any():
-      behind = background_depth(seen_depth)
-      # What opens up behind something near does not take on its colour.
-      meets = behind <= 1.1 * fill_unknown(seen_depth)
-      (picture,) = fill(
+      behind = background_depth(view_depth)
+      # The background does not continue the colours of a nearer object beside it.
+      continuous = behind <= 1.1 * fill_unknown(view_depth)
+      (view,) = inpaint_seamlessly(
         inpainter,
-        picture[None],
+        view[None],
         hole[None, ..., None].astype(np.float32),
-        meets[None],
+        continuous[None],
         key=jax.random.fold_in(key, number),
         **options,
       )
-      layers.append(Layer(picture, behind, hole, pose))
-    pictures.append(picture)
-  return pictures
+      layers.append(Layer(view, behind, hole, pose))
+    rendered.append(view)
+  return rendered
 
 
-def look(
+def render(
   layers: Sequence[Layer], intrinsics: Intrinsics, pose: Pose
 ) -> tuple[np.ndarray, np.ndarray]:
-  """What a camera sees of the layers' own pixels: image [H, W, 3] and depth [H, W], 0 in holes.
+  """Renders the added pixels of the layers from a camera: image [H, W, 3] and depth [H, W].
 
-  Where several layers show something the first does, and not the nearest: what the photograph
-  shows is true, and what is painted behind it or before it is a guess.
+  The depth is 0 where no layer is visible. Where several layers are visible, the first wins, even
+  if a later one is nearer: the first layer is the image, and the depth of later layers is a guess.
   """
-  image, depth = np.zeros_like(layers[0].image), np.zeros(layers[0].own.shape, np.float32)
+  image, depth = np.zeros_like(layers[0].image), np.zeros(layers[0].added.shape, np.float32)
   for layer in layers:
-    seen = warp(layer.image, layer.depth, intrinsics, *_relative(layer.pose, pose))
-    new = (depth == 0) & (seen.source >= 0) & layer.own.ravel()[seen.source]
-    image[new], depth[new] = seen.image[new], seen.depth[new]
+    warped = warp(layer.image, layer.depth, intrinsics, *_relative(layer.pose, pose))
+    new = (depth == 0) & (warped.source >= 0) & layer.added.ravel()[warped.source]
+    image[new], depth[new] = warped.image[new], warped.depth[new]
   return image, depth
 
 
 def _relative(old: Pose, new: Pose) -> tuple[np.ndarray, np.ndarray]:
-  """The move and the turn in degrees (`camera_pose`) that take a camera from one to another."""
-  (old_rotation, old_place), (new_rotation, new_place) = old, new
+  """Computes the move and turn (in degrees, as `camera_pose`) from one camera to another."""
+  (old_rotation, old_position), (new_rotation, new_position) = old, new
   rotation = old_rotation.T @ new_rotation
   yaw = np.arctan2(rotation[0, 2], rotation[2, 2])
   pitch = -np.arcsin(np.clip(rotation[1, 2], -1, 1))
   roll = np.arctan2(rotation[1, 0], rotation[1, 1])
-  return old_rotation.T @ (new_place - old_place), np.degrees([yaw, pitch, roll])
+  return old_rotation.T @ (new_position - old_position), np.degrees([yaw, pitch, roll])
 
 
 def background_depth(depth: np.ndarray) -> np.ndarray:
-  """[H, W] with the holes (0) as far away as the background beside them.
+  """Fills the unknown pixels (0) of a depth map [H, W] with the depth of the nearby background.
 
-  What opens up between something near and something far belongs to the far. A missing pixel lies
-  in a gap of its row and in one of its column; of the shorter gap's two ends, known pixels both
-  unless it goes on to the picture's border, the farther gives the depth. A median over 5x5 pixels
-  then takes out the streaks where rows and columns disagree.
+  A hole between a near and a far object shows the far one. A missing pixel is in a gap of its row
+  and in a gap of its column. This function takes the shorter gap and, of the known pixels at its
+  two ends, the greater depth; a gap that reaches the border has one end. A 5x5 median removes the
+  streaks where rows and columns disagree.
   """
   (across, wide), (along, high) = _farther_end(depth), _farther_end(depth.T)
   filled = fill_unknown(np.where(depth > 0, depth, np.where(wide <= high.T, across, along.T)))
@@ -134,12 +136,12 @@ def background_depth(depth: np.ndarray) -> np.ndarray:
 
 
 def _farther_end(depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Of the gap in its row that each pixel lies in: the greater depth at its ends, and its width.
+  """Measures the gap of the row around each pixel: the greater depth at its ends, and its width.
 
-  Depth 0 and infinite width where nothing in the row is known.
+  Both are [H, W]. In a row without a known pixel the depth is 0 and the width infinite.
   """
   height, width = depth.shape
-  bordered = np.pad(depth, [(0, 0), (1, 1)])  # beyond the border nothing is known
+  bordered = np.pad(depth, [(0, 0), (1, 1)])  # pixels beyond the border are unknown
   columns = np.arange(width + 2)
   stops = (bordered > 0) | (columns == 0) | (columns == width + 1)
   before = np.maximum.accumulate(np.where(stops, columns, 0), axis=1)

@@ -1,1 +1,1 @@
-"""Comparisons of a policy with its base: WinRate, drift, report, curves."""
+"""Comparison of a policy with a baseline: WinRate, drift, report, curves."""

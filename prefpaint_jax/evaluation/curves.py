@@ -1,4 +1,4 @@
-"""Curves of runs from their metrics.jsonl."""
+"""Curves and tables of runs, from their metrics.jsonl."""
 # Shapes: N iterations that wrote a line, R runs of a group.
 
 import functools
@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from prefpaint_jax.runtime.workdir import flatten, read_workdir
 
-# What is drawn, in this order, before what was measured on held-out prompts.
+# Metrics and titles of the first panels; the panels of held-out metrics follow.
 PANELS = {
   "reward/mean": "reward",
   "ppo/approx_kl": "approximate KL of the updates",
@@ -28,24 +28,26 @@ PANELS = {
   "images_per_s": "images per second",
   "train/loss": "training loss",
 }
-HELD_OUT = "held_out/"  # written every so often: points, joined
+HELD_OUT = "held_out/"  # not written in every iteration, so drawn as joined points
 FROM_ZERO = ("ppo/clip_fraction", "images_per_s")
-LOGARITHMIC = ("ppo/approx_kl",)  # where all of it is positive
+LOGARITHMIC = ("ppo/approx_kl",)  # if all values are positive
 
-# Okabe and Ito's colours without their yellow, which is too pale for a line.
+# The colours of Okabe and Ito without yellow, which is too pale for a line.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-DASHES = ("-", "--", ":", "-.")  # the next one when the colours are used up
+DASHES = ("-", "--", ":", "-.")  # curves with the same colour differ in their dashes
 GREY = "#8a8f98"
 SHADE = 0.18  # opacity
-SHADED_RUNS = 3  # more shades on each other cannot be told apart
-STEPS = (1, 2, 2.5, 5, 10)  # between ticks
-WIDTH = 9.0  # inches; at 200 dpi 1800 pixels, to be shown at 900
+SHADED_RUNS = 3  # the largest number of runs with shades; more would overlap unreadably
+STEPS = (1, 2, 2.5, 5, 10)  # distances between ticks, times a power of 10
+WIDTH = 9.0  # inches: 1800 pixels at 200 dpi
 
 
 class Run(NamedTuple):
+  """Config and metrics of a run."""
+
   config: dict[str, Any]  # flat: {"trust.norm": "none"}
   iterations: np.ndarray  # ascending [N]
-  columns: dict[str, np.ndarray]  # by key, float64 [N]; NaN where null or not written
+  columns: dict[str, np.ndarray]  # by key, float64 [N]; NaN if null or not written
   workdir: Path
 
 
@@ -57,17 +59,19 @@ class Group(NamedTuple):
 
 
 class Curve(NamedTuple):
+  """Values of a metric over the iterations, with a shaded range."""
+
   iterations: np.ndarray  # [N]
   values: np.ndarray  # [N]
-  low: np.ndarray | None = None  # the shade [N]; None: there is none
+  low: np.ndarray | None = None  # ends of the shaded range [N]; None: no shade
   high: np.ndarray | None = None
 
 
 def load_run(workdir: str | Path) -> Run:
-  """Reads config.json and metrics.jsonl. A last line that a killed run wrote by half is left out.
+  """Reads config.json and metrics.jsonl, without an incomplete last line of a killed run.
 
   Raises:
-    ValueError: the folder is no run, or has written nothing yet, or a line is damaged.
+    ValueError: if the folder is not a workdir, has no metrics yet, or a line is damaged.
   """
   workdir = Path(workdir)
   if not workdir.is_dir():
@@ -75,9 +79,9 @@ def load_run(workdir: str | Path) -> Run:
   config = flatten(read_workdir(workdir).to_dict())
   file = workdir / "metrics.jsonl"
   if not file.is_file():
-    raise ValueError(f"{workdir}: no metrics.jsonl; the run has not finished an iteration")
+    raise ValueError(f"{workdir}: no metrics.jsonl; wait until the run has finished an iteration")
   lines = file.read_text().split("\n")
-  found: dict[int, dict[str, float]] = {}
+  by_iteration: dict[int, dict[str, float]] = {}
   for number, line in enumerate(lines, start=1):
     if not line:
       continue
@@ -86,20 +90,25 @@ def load_run(workdir: str | Path) -> Run:
       iteration = int(scalars.pop("iteration"))
       numbers = {key: np.nan if x is None else float(x) for key, x in scalars.items()}
     except (ValueError, TypeError, KeyError, AttributeError):
-      if number == len(lines):  # no line break after it
+      if number == len(lines):  # it has no line break, so a killed run wrote a part of it
         break
-      raise ValueError(f"{file}, line {number}: no line of metrics: {line[:40]!r}") from None
-    found.setdefault(iteration, {}).update(numbers)
-  if not found:
-    raise ValueError(f"{file}: no whole line; the run has not finished an iteration")
-  iterations = np.array(sorted(found))
-  keys = dict.fromkeys(key for numbers in found.values() for key in numbers)
-  columns = {key: np.array([found[i].get(key, np.nan) for i in iterations]) for key in keys}
+      raise ValueError(
+        f"{file}, line {number}: {line[:40]!r} is not a line of metrics; remove it"
+      ) from None
+    by_iteration.setdefault(iteration, {}).update(numbers)
+  if not by_iteration:
+    raise ValueError(f"{file}: no complete line; wait until the run has finished an iteration")
+  iterations = np.array(sorted(by_iteration))
+  keys = dict.fromkeys(key for numbers in by_iteration.values() for key in numbers)
+  columns = {key: np.array([by_iteration[i].get(key, np.nan) for i in iterations]) for key in keys}
   return Run(config, iterations, columns, workdir)
 
 
 def single_runs(runs: Sequence[Run]) -> list[Group]:
-  """Each run for itself, labelled by the fields in which the runs differ, else by its folder."""
+  """Makes one group per run.
+
+  Its label lists the config fields in which the runs differ; without any, it is the folder's name.
+  """
   labels = _differences([_settings(run) for run in runs])
   names = [run.workdir.resolve().name for run in runs]
   groups = []
@@ -112,12 +121,12 @@ def single_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-  """Runs that differ in their seed only, together; labelled by the fields in which groups differ.
+  """Groups runs that differ only in their seed. Labels have the fields in which groups differ.
 
-  How often a run saves, paints or evaluates (`*_every`) does not count as a difference.
+  Fields that end in `_every` do not count as a difference.
 
   Raises:
-    ValueError: two runs of a group have the same seed: one of them would count twice.
+    ValueError: if two runs of a group have the same seed, because the mean would count it twice.
   """
   members: list[list[Run]] = []
   for run in runs:
@@ -129,7 +138,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
       if other.config.get("seed") == run.config.get("seed"):
         raise ValueError(
           f"{other.workdir} and {run.workdir} have the same config and seed "
-          f"{run.config.get('seed')}: leave one of them out of the mean"
+          f"{run.config.get('seed')}; leave one of them out"
         )
     alike[0].append(run)
   groups = []
@@ -141,14 +150,14 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def curve(group: Group, key: str, smooth: int = 1) -> Curve:
-  """The key's values of a run, shaded by ± std; of several runs their mean, shaded by their range.
+  """Computes the curve of a metric: one run with ± std, or the mean of several with their range.
 
-  A mean is there only where all of its runs have a number: of fewer it would be another mean.
+  A mean is NaN where one of its runs has no value.
 
   Args:
-    group: one run, or several that are averaged.
-    key: column; of "x/mean" the standard deviation is "x/std".
-    smooth: iterations of a centred moving average of each run, odd; 1: none.
+    group: one run, or several to average.
+    key: the metric. The standard deviation of "x/mean" is "x/std".
+    smooth: odd number of iterations of each run's centred moving average; 1: no average.
   """
   iterations = functools.reduce(np.intersect1d, [run.iterations for run in group.runs])
 
@@ -170,14 +179,20 @@ def curve(group: Group, key: str, smooth: int = 1) -> Curve:
 
 
 def draw(groups: Sequence[Group], smooth: int = 1, only: str = "") -> Figure:
-  """A panel for each metric that any of the groups has, a curve in it for each that has it.
+  """Draws one panel per metric, with one curve per group that has the metric.
 
-  `only`: a regular expression that metrics must contain to be drawn.
-  Where a group is averaged, all shades are ranges over seeds and single runs have none; nor have
-  they where there are more than three.
+  If a group has several runs, shades are ranges over seeds, and single runs have no shade. More
+  than three single runs have no shade either.
+
+  Args:
+    smooth: odd number of iterations of a centred moving average; held-out metrics are not averaged.
+    only: regular expression; draws only the metrics that it is found in.
+
+  Raises:
+    ValueError: if `smooth` is not odd or there is no value to draw.
   """
   if smooth < 1 or smooth % 2 == 0:
-    raise ValueError(f"smooth={smooth}: give an odd number, to average as much before as after")
+    raise ValueError(f"smooth is {smooth}; give an odd number, for a centred average")
   titles = dict(PANELS)
   for key in (key for group in groups for run in group.runs for key in run.columns):
     if key.startswith(HELD_OUT) and not key.endswith("/std"):
@@ -191,7 +206,9 @@ def draw(groups: Sequence[Group], smooth: int = 1, only: str = "") -> Figure:
       panels[key] = curves
   if not panels:
     names = ", ".join(str(run.workdir) for group in groups for run in group.runs)
-    raise ValueError(f"{names}: nothing to draw, no number of {', '.join(PANELS)}, {HELD_OUT}*")
+    raise ValueError(
+      f"{names}: nothing to draw; expected values of {', '.join(PANELS)} or {HELD_OUT}*"
+    )
 
   averaged = any(len(group.runs) > 1 for group in groups)
   columns = len(panels) if len(panels) < 3 else 2 if len(panels) == 4 else 3
@@ -208,7 +225,7 @@ def draw(groups: Sequence[Group], smooth: int = 1, only: str = "") -> Figure:
       shaded |= one.low is not None
     _finish_axes(axes, key, curves)
     axes.set_title(titles[key], fontsize=10, loc="left")
-    if place + columns > len(panels):  # nothing below it
+    if place + columns > len(panels):  # no panel below
       axes.set_xlabel("iteration", fontsize=9)
     if smooth > 1 and not key.startswith(HELD_OUT):
       axes.set_ylabel(f"average of {smooth} iterations", fontsize=8, color="#555555")
@@ -230,13 +247,13 @@ def draw(groups: Sequence[Group], smooth: int = 1, only: str = "") -> Figure:
 
 
 def reached_at(run: Run, key: str, level: float) -> float:
-  """The iteration at which the metric first is at `level` or above; infinite if it never is.
+  """Returns the iteration at which a metric first reaches `level`; infinity if it never does.
 
-  Between two numbers of the metric it is taken to rise evenly.
+  Between two iterations with a value, the metric is interpolated linearly.
   """
   values = run.columns.get(key, np.empty(0))
-  there = np.isfinite(values)
-  iterations, values = run.iterations[there], values[there]
+  finite = np.isfinite(values)
+  iterations, values = run.iterations[finite], values[finite]
   above = np.flatnonzero(values >= level)
   if not len(above):
     return np.inf
@@ -250,11 +267,15 @@ def reached_at(run: Run, key: str, level: float) -> float:
 def table(
   groups: Sequence[Group], reach: Sequence[tuple[str, float]], last: Sequence[str]
 ) -> list[str]:
-  """Markdown lines: a row for each group, with mean and range over its runs.
+  """Makes a Markdown table: a row for each group, with mean and range over its runs.
 
   Args:
-    reach: (metric, level): iterations until the metric is there, and images painted until then.
-    last: metrics whose last number is shown.
+    reach: (metric, level) for columns with the number of iterations until the metric reaches the
+      level, and the number of images sampled until then.
+    last: metrics for columns with the last value.
+
+  Raises:
+    ValueError: if a run has no value of a metric.
   """
 
   def spread(numbers: Sequence[float], form: str) -> str:
@@ -266,7 +287,7 @@ def table(
   def effort(group: Group, key: str, level: float) -> str:
     iterations = [reached_at(run, key, level) for run in group.runs]
     if not np.isfinite(iterations).all():
-      return f"{np.isfinite(iterations).sum()} of {len(iterations)} got there"
+      return f"{np.isfinite(iterations).sum()} of {len(iterations)} reached it"
     per_iteration = math.prod(
       group.runs[0].config.get(field, 1) for field in ("batch_size", "samples_per_prompt")
     )
@@ -275,7 +296,7 @@ def table(
   for key in (*(key for key, _ in reach), *last):
     for run in (run for group in groups for run in group.runs):
       if not np.isfinite(run.columns.get(key, np.nan)).any():
-        raise ValueError(f"{run.workdir}: has no {key}")
+        raise ValueError(f"{run.workdir}: has no values of {key}; give another metric")
   titles = [f"iterations to {key} {level:g}" for key, level in reach] + [f"last {k}" for k in last]
   rows = [["", *titles], ["---"] * (1 + len(titles))]
   for group in groups:
@@ -288,7 +309,7 @@ def table(
 
 
 def _settings(run: Run, *ignored: str) -> dict[str, Any]:
-  """The fields that decide what a run learns, without `ignored`."""
+  """Returns the config fields that influence training, without `ignored`."""
   return {
     name: value
     for name, value in run.config.items()
@@ -297,10 +318,10 @@ def _settings(run: Run, *ignored: str) -> dict[str, Any]:
 
 
 def _differences(configs: Sequence[dict[str, Any]]) -> list[str]:
-  """Of each config "field=value, ..." over the fields that are not the same in all."""
+  """Returns "field=value, ..." for each config, with the fields that are not equal in all."""
 
   def text(name: str, config: dict[str, Any]) -> str:
-    if name not in config:  # another version's
+    if name not in config:  # the config of another version
       return f"no {name}"
     value = config[name]
     return f"{name}={value if isinstance(value, str) and value else json.dumps(value)}"
@@ -316,7 +337,7 @@ def _differences(configs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _moving_average(iterations: np.ndarray, values: np.ndarray, window: int) -> np.ndarray:
-  """Mean of the numbers at most window // 2 iterations away [N]; what is NaN stays NaN."""
+  """Computes the mean [N] of the values at most window // 2 iterations away; NaN stays NaN."""
   if window == 1:
     return values
   starts = np.searchsorted(iterations, iterations - window // 2, side="left")
@@ -328,21 +349,22 @@ def _moving_average(iterations: np.ndarray, values: np.ndarray, window: int) -> 
 
 
 def _style(index: int) -> dict[str, Any]:
-  """Of the curve with this index, in every panel."""
+  """Returns colour and dashes of the curve with this index, the same in every panel."""
   dash = DASHES[index // len(COLOURS) % len(DASHES)]
   return {"color": COLOURS[index % len(COLOURS)], "linestyle": dash, "linewidth": 1.4}
 
 
 def _draw_curve(axes: Axes, curve: Curve, label: str, index: int, sparse: bool) -> None:
-  there = np.isfinite(curve.values)
-  if not there.any():
+  """Draws a curve and its shade. A `sparse` curve has a marker at each value and no gaps."""
+  finite = np.isfinite(curve.values)
+  if not finite.any():
     return
-  if sparse:  # an iteration without an evaluation is no gap
-    curve = Curve(*(None if field is None else field[there] for field in curve))
-    marked = np.ones(there.sum(), bool)
-  else:  # a number between gaps has no line to be seen by
-    before, after = np.append(False, there[:-1]), np.append(there[1:], False)
-    marked = there & ~before & ~after
+  if sparse:
+    curve = Curve(*(None if field is None else field[finite] for field in curve))
+    marked = np.ones(finite.sum(), bool)
+  else:  # mark isolated values, which no line shows
+    before, after = np.append(False, finite[:-1]), np.append(finite[1:], False)
+    marked = finite & ~before & ~after
   style = _style(index)
   axes.plot(
     curve.iterations,
@@ -359,6 +381,7 @@ def _draw_curve(axes: Axes, curve: Curve, label: str, index: int, sparse: bool) 
 
 
 def _finish_axes(axes: Axes, key: str, curves: Sequence[Curve]) -> None:
+  """Sets scales, ticks, grid and reference lines of a panel."""
   axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=STEPS, integer=True, min_n_ticks=1))
   axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=STEPS))
   drawn = np.concatenate([one.values for one in curves])
@@ -367,7 +390,7 @@ def _finish_axes(axes: Axes, key: str, curves: Sequence[Curve]) -> None:
   if key in FROM_ZERO:
     axes.set_ylim(bottom=0)
   if key.startswith(HELD_OUT) and "winrate" in key:
-    axes.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":", zorder=0)  # no better than the base
+    axes.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":", zorder=0)  # as good as the base
   axes.margins(x=0.02)
   axes.grid(color="#e4e6ea", linewidth=0.6)
   axes.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""Drift: measures of samples that no score shows, and which of them changed."""
+"""Drift: properties of samples that the rewards do not show, and tests whether they changed."""
 # Shapes: N prompts, S samples of each, B images, H W pixels, D features.
 
 from collections.abc import Mapping
@@ -11,30 +11,32 @@ from prefpaint_jax.data.images import luma
 
 MEASURES = {
   "brightness": "mean luma of the hole",
-  "contrast": "standard deviation of its luma",
-  "saturation": "mean distance of its strongest from its weakest channel",
-  "sharpness": "mean step of luma between neighbours in it",
-  "seam": "log of the mean step across its border over that between visible pixels near it",
-  "known_pixels": "largest change of a pixel that was known",
+  "contrast": "standard deviation of the hole's luma",
+  "saturation": "mean of the largest minus the smallest colour channel in the hole",
+  "sharpness": "mean step of luma between neighbouring pixels of the hole",
+  "seam": "log ratio of the mean step across the hole's border to that of visible pixels near it",
+  "known_pixels": "largest change of a known pixel",
   "diversity": "mean cosine distance between the features of two samples of a prompt",
 }
 SEEDS, SPREADS = 3.0, 0.2
 RULE = (
   f"A change is flagged when it is larger than {SEEDS:g} times the seed variation (how far another "
   f"seed moves the baseline's mean over the prompts) and than {SPREADS:g} times the spread (the "
-  "standard deviation between the baseline's pictures)."
+  "standard deviation over the baseline's samples)."
 )
 
-# "Near" the hole is this share of the picture's shorter side; a smaller step is not seen.
+# The distance that is "near" the hole, as a share of the image's shorter side, and the smallest
+# visible step.
 _NEAR, _JUST_SEEN = 0.08, 0.015
 
 
-# ------------------------------------------------------------------------------------------- drift
 def measure(images: np.ndarray, masks: np.ndarray, originals: np.ndarray) -> dict[str, np.ndarray]:
-  """Each of MEASURES but diversity, [B], of finished pictures.
+  """Computes all MEASURES except diversity, each [B]; 0 if the mask leaves no pixels for one.
 
-  images, originals: [B, H, W, 3] in [0, 1], the latter the prompts' own, of which only the known
-  pixels count; masks: [B, H, W, 1], 1 = filled in. What a mask leaves no pixels for is 0.
+  Args:
+    images: samples [B, H, W, 3] in [0, 1].
+    masks: [B, H, W, 1], 1 = inpainted.
+    originals: the prompts' images [B, H, W, 3]; only their known pixels are used.
   """
   images, hole = np.asarray(images, np.float32), np.asarray(masks, np.float32)[..., 0]
   grey = luma(images)
@@ -44,7 +46,8 @@ def measure(images: np.ndarray, masks: np.ndarray, originals: np.ndarray) -> dic
   changed = np.abs(images - originals) * (1 - masks)
   reach = max(1, round(_NEAR * min(hole.shape[1:])))
   near = ndimage.maximum_filter(hole, size=(1, 2 * reach + 1, 2 * reach + 1))
-  in_hole, close = (_over_pairs(region, np.add) for region in (hole, near))  # how many of the two
+  # For each pair of neighbours, the number of its pixels in the hole, and near it.
+  in_hole, close = (_over_pairs(region, np.add) for region in (hole, near))
   step = np.abs(_over_pairs(images, np.subtract)).mean(-1)
   across, beside = _mean(step, in_hole == 1), _mean(step, (in_hole == 0) & (close == 2))
   return {
@@ -58,25 +61,29 @@ def measure(images: np.ndarray, masks: np.ndarray, originals: np.ndarray) -> dic
 
 
 def diversity(features: np.ndarray) -> np.ndarray:
-  """[N] Mean cosine distance between two of the S samples of a prompt, features [N, S, D].
+  """Computes the mean cosine distance [N] between two of the S ≥ 2 samples of a prompt.
 
-  0 where all point the same way; S is at least 2.
+  `features` are [N, S, D]. The distance is 0 if all features of a prompt have one direction.
   """
   features = np.asarray(features, np.float64)
   samples = features.shape[1]
   length = np.linalg.norm(features, axis=-1, keepdims=True)
   directions = features / np.maximum(length, 1e-12)
-  # |Σ u|² = S + the sum over ordered pairs of their cosine.
+  # |Σ u|² = S + the sum of the cosines of all ordered pairs.
   pairs = np.sum(directions.sum(1) ** 2, axis=-1) - np.sum(directions**2, axis=(1, 2))
   return 1 - pairs / (samples * (samples - 1))
 
 
 def seed_variation(values: np.ndarray) -> float:
-  """How far another seed moves the mean over prompts of a measure [N, S]: a standard deviation.
+  """Estimates the standard deviation over seeds of a measure's mean over prompts.
 
-  The larger of that of the S means over prompts, which sees what all prompts of a seed share, and
-  of what the variance within prompts makes of it, which is not small by chance when S is. With one
-  sample there is only the bootstrap's over prompts (its closed form), which is larger than both.
+  There are two estimates: the standard deviation of the S means over prompts, which includes
+  effects that all prompts of a seed share, and the estimate from the variance within prompts,
+  which is reliable even for small S. The result is the larger one. For S = 1 it is the
+  standard error over prompts, which is larger than both.
+
+  Args:
+    values: a measure [N, S].
   """
   number, samples = values.shape
   if samples == 1:
@@ -90,28 +97,36 @@ def drift(
   baseline: Mapping[str, np.ndarray],
   originals: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
-  """Which measures, [N, S] or [N] on each side, have changed by more than seeds change them.
+  """Finds the measures that differ between policy and baseline by more than seeds explain.
 
-  originals: the same of the prompts' own pictures, [N], where what was in the hole is known.
-  Returns {"rule": RULE, "measures": {name: {"baseline", "policy", "change", "seed_variation",
-  "spread", "flagged"}}}, with "original" where given; goes into JSON as it is.
+  Args:
+    policy: measures [N, S] or [N] of the policy's samples, by name.
+    baseline: measures of the baseline's samples, by name.
+    originals: measures [N] of the prompts' complete images, by name; None: unknown.
+
+  Returns:
+    {"rule": RULE, "measures": {name: {"baseline", "policy", "change", "seed_variation", "spread",
+    "flagged"}}}, and "original" for the names in `originals`. It can be written as JSON.
+
+  Raises:
+    ValueError: if a measure is finite for no prompt.
   """
   table = {}
   for name in policy:
-    ours, theirs = (
+    new, old = (
       np.reshape(np.asarray(side[name], np.float64), (len(side[name]), -1))
       for side in (policy, baseline)
     )
-    finite = np.isfinite(ours).all(1) & np.isfinite(theirs).all(1)
+    finite = np.isfinite(new).all(1) & np.isfinite(old).all(1)
     if not finite.any():
       raise ValueError(
-        f"{name}: none of {len(finite)} prompts has finite measures: look at the pictures"
+        f"{name}: none of {len(finite)} prompts has finite measures; check the samples"
       )
-    ours, theirs = ours[finite], theirs[finite]
-    change, variation, spread = ours.mean() - theirs.mean(), seed_variation(theirs), theirs.std()
+    new, old = new[finite], old[finite]
+    change, variation, spread = new.mean() - old.mean(), seed_variation(old), old.std()
     table[name] = {
-      "baseline": float(theirs.mean()),
-      "policy": float(ours.mean()),
+      "baseline": float(old.mean()),
+      "policy": float(new.mean()),
       "change": float(change),
       "seed_variation": variation,
       "spread": float(spread),
@@ -123,13 +138,13 @@ def drift(
 
 
 def _over_pairs(values: np.ndarray, combine: np.ufunc) -> np.ndarray:
-  """[B, H, W, ...] -> [B, pairs, ...]: `combine` of all neighbours, in columns and in rows."""
+  """Applies `combine` to all pairs of neighbours: [B, H, W, ...] -> [B, pairs, ...]."""
   pairs = (combine(values[:, 1:], values[:, :-1]), combine(values[:, :, 1:], values[:, :, :-1]))
   flat = [part.reshape(len(part), -1, *part.shape[3:]) for part in pairs]
   return np.concatenate(flat, axis=1)
 
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-  """[B, ...] -> [B]; 0 where there is no weight."""
+  """Computes the weighted mean [B] of values [B, ...]; 0 if all weights are 0."""
   axes = tuple(range(1, values.ndim))
   return (values * weights).sum(axes) / np.maximum(weights.sum(axes), 1e-12)

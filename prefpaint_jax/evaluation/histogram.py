@@ -1,4 +1,5 @@
-"""Histograms as SVG."""
+"""Histograms of an evaluation as SVG."""
+# Shapes: N prompts, S samples of each.
 
 from collections.abc import Mapping
 
@@ -8,11 +9,15 @@ from matplotlib.ticker import MaxNLocator
 from prefpaint_jax.evaluation.tables import show_typeset, typeset
 from prefpaint_jax.evaluation.winrate import Scores
 
-# -------------------------------------------------------------------------------------- histograms
-_WIDTH, _HEIGHT, _FOOT = 480, 190, 26  # of a drawing, and of the axis below it
+# Pixels: width and height of a drawing, and the height of the axis labels in it.
+_WIDTH, _HEIGHT, _FOOT = 480, 190, 26
 
 
 def histograms(scores: Scores) -> str:
+  """Draws two <figure> elements: rewards of all samples, and gains of all prompts.
+
+  Prompts with scores that are not finite are left out.
+  """
   policy, baseline = (np.asarray(side, np.float64) for side in scores)
   finite = np.isfinite(policy).all(1) & np.isfinite(baseline).all(1)
   sides = {"baseline": baseline[finite], "policy": policy[finite]}
@@ -25,16 +30,16 @@ def histograms(scores: Scores) -> str:
   return (
     f"<figure>{_histogram(sides)}<figcaption>Rewards of all samples: {legend}</figcaption></figure>"
     f"<figure>{_histogram({'policy': gains})}<figcaption>Gain of each prompt, mean over its "
-    f"samples; above 0 in {share} of them</figcaption></figure>"
+    f"samples; above 0 for {share} of them</figcaption></figure>"
   )
 
 
 def _histogram(series: Mapping[str, np.ndarray]) -> str:
-  """An SVG of the shares of each of `series` in common bins; 0 is always between two of them."""
+  """Draws an SVG of the share of each series in common bins; 0 is always an edge between bins."""
   low, high = min(map(np.min, series.values())), max(map(np.max, series.values()))
   if high - low < 1e-9 * max(abs(low), abs(high), 1e-9):
     low, high = low - 0.5, high + 0.5
-  # Rice's rule, for the smaller of the series.
+  # Rice's rule gives the number of bins for the smallest series.
   number = np.clip(2 * np.cbrt(min(map(np.size, series.values()))), 6, 40)
   bin_width = (high - low) / int(number)
   first, last = int(np.floor(low / bin_width)), int(np.floor(high / bin_width)) + 1

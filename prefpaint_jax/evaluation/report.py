@@ -1,6 +1,6 @@
-"""An evaluation as one page: report.html holds its style, drawings and pictures, and no scripts.
+"""The report of an evaluation: one HTML file with style, drawings and images, without scripts.
 
-The numbers are those of `comparison`: the page shows them, it computes none but the histograms.
+The numbers come from `winrate` and `drift`; this module computes only the histograms.
 """
 # Shapes: N prompts, S samples of each, H W pixels.
 
@@ -22,35 +22,41 @@ from prefpaint_jax.evaluation.tables import LABELS, show_typeset, typeset
 from prefpaint_jax.evaluation.winrate import Scores
 from prefpaint_jax.runtime.files import write_text
 
-SMALL = 96  # pixels of the longer side up to which a picture is enlarged, every pixel a square
-LARGEST = 320  # of the longer side of a picture on the page
+# Pixels of an image's longer side: images up to SMALL are shown enlarged, without smoothing; images
+# above LARGEST are reduced to it.
+SMALL = 96
+LARGEST = 320
 _READING = (
-  "In brackets: 95 % bootstrap intervals over prompts. The best of S wins more often by having "
-  "more tries: against one, a policy no better than the baseline gets the baseline's own rate if "
-  "it paints the very same pictures, and S / (S + 1) if it paints others."
+  "Brackets are 95 % bootstrap intervals over prompts. The best of S samples against one wins more "
+  "often, because it has more tries: a policy equal to the baseline gets the baseline's rate, and "
+  "an equally good policy with independent samples gets S / (S + 1)."
 )
 
 _STYLE = Path(__file__).with_name("report.css")
 
 
 class Example(NamedTuple):
-  """One prompt of the gallery, with the sample of each side that its scores belong to.
+  """One prompt of the gallery, with one sample of each side and their scores.
 
-  The pictures are [H, W, 3], floats in [0, 1] or uint8.
+  Images are [H, W, 3], floats in [0, 1] or uint8.
   """
 
   name: str
-  prompt: np.ndarray  # its hole already grey, or whatever tells it from black
+  prompt: np.ndarray  # the image with a grey hole
   baseline: np.ndarray
   policy: np.ndarray
-  scores: Mapping[str, tuple[float, float]]  # by judge: the policy's, the baseline's
+  scores: Mapping[str, tuple[float, float]]  # by judge: (policy's score, baseline's score)
 
 
 def choose(gains: np.ndarray, each: int = 6) -> dict[str, np.ndarray]:
-  """Which prompts to show: {section: indices of gains [N]}, each prompt at most once.
+  """Chooses prompts with the largest gains, gains near the median, and the smallest gains.
 
-  The largest gains, those about the median, and the smallest, largest first; fewer than `each`
-  where there are not enough, and none that is not finite.
+  Args:
+    gains: [N]; prompts whose gain is not finite are left out.
+    each: number of prompts in a section; fewer if N is small. No prompt is in two sections.
+
+  Returns:
+    {section: indices of prompts, largest gain first}.
   """
   gains = np.asarray(gains, np.float64)
   order = np.argsort(-gains, kind="stable")
@@ -60,7 +66,7 @@ def choose(gains: np.ndarray, each: int = 6) -> dict[str, np.ndarray]:
   middle = (number - each) // 2
   sections = {
     "Largest gains": order[:each],
-    "About the median": order[middle : middle + each] if number > 2 else order[:0],
+    "Near the median": order[middle : middle + each] if number > 2 else order[:0],
     "Smallest gains, or largest losses": order[max(each, number - each) :],
   }
   return {title: indices for title, indices in sections.items() if len(indices)}
@@ -74,12 +80,21 @@ def make_gallery(
   scores: Mapping[str, Scores],
   each: int = 6,
 ) -> dict[str, list[Example]]:
-  """The sections of `choose`, by what the first judge says of the first sample of each prompt.
+  """Makes the gallery: the sections of `choose` for the first samples' scores by the first judge.
 
-  names, pictures: N of each, the pictures those of the first samples; scores: as summarised.
+  Args:
+    names: N names of prompts.
+    prompts: N images with grey holes.
+    baseline: the baseline's first sample of each prompt.
+    policy: the policy's first sample of each prompt.
+    scores: by judge.
+    each: number of prompts in a section.
+
+  Returns:
+    {section: examples}.
   """
   first = {judge: [side[:, 0] for side in sides] for judge, sides in scores.items()}
-  ours, theirs = next(iter(first.values()))
+  policy_scores, baseline_scores = next(iter(first.values()))
   return {
     title: [
       Example(
@@ -91,7 +106,7 @@ def make_gallery(
       )
       for i in indices
     ]
-    for title, indices in choose(ours - theirs, each).items()
+    for title, indices in choose(policy_scores - baseline_scores, each).items()
   }
 
 
@@ -104,14 +119,16 @@ def write_report(
   drift: Mapping[str, Any] | None = None,
   gallery: Mapping[str, Sequence[Example]] | None = None,
 ) -> None:
-  """Writes the page; whole or not at all.
+  """Writes the report. The file is complete or does not exist.
 
   Args:
-    title: what was compared, in a few words.
-    about: what else to say at the top, in this order; "command" is set as code.
-    summary, drift: of `comparison.summarise` and `comparison.drift`.
-    scores: what the summary was made of, for the histograms.
-    gallery: examples by section (see `make_gallery`); 0.3 MB each, at most.
+    path: the HTML file to write.
+    title: names of policy and baseline.
+    about: facts for the top of the page, in order; "command" is formatted as code.
+    summary: result of `winrate.summarise`.
+    scores: scores by judge, for the histograms.
+    drift: result of `drift.drift`.
+    gallery: examples by section (see `make_gallery`); each adds at most 0.3 MB to the file.
   """
   body = [
     _header(title, about),
@@ -139,19 +156,19 @@ def write_report(
   write_text(path, page)
 
 
-# ---------------------------------------------------------------------------------------- sections
 def _header(title: str, about: Mapping[str, Any]) -> str:
+  """Renders the title and the list of facts."""
   facts = ""
   for name, fact in about.items():
     text = escape(str(fact))
-    if name == "command":  # broken between its words alone
+    if name == "command":  # lines break only between words
       text = f"<code>{' '.join(f'<span>{word}</span>' for word in text.split(' '))}</code>"
     facts += f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{text}</dd>"
   return f"<header><h1>{escape(title)}</h1><dl>{facts}</dl></header>"
 
 
 def _card(judge: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
-  """The headline of a judge: its WinRate over all prompts, as a number and on a scale."""
+  """Renders the headline of a judge: WinRate over all prompts, as a number and on a scale."""
   found, prompts = groups["all"]["winrate/s1"], groups["all"]["prompts"]
   value, low, high = (show_typeset("winrate/s1", found[key]) for key in ("value", "low", "high"))
   if found["low"] > 0.5:
@@ -159,19 +176,19 @@ def _card(judge: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
   elif found["high"] < 0.5:
     verdict = "The baseline is preferred."
   else:
-    verdict = "No preference is shown."
+    verdict = "No preference is significant."
   left, width = 100 * found["low"], 100 * (found["high"] - found["low"])
   return (
     f'<article class="card"><h2>{escape(judge)}</h2><p class="rate">{value}</p>'
     f'<div class="scale"><i style="left:{left:.2f}%;width:{width:.2f}%"></i>'
     f'<b style="left:{100 * found["value"]:.2f}%"></b></div>'
-    f"<p>WinRate over {prompts} prompts, one sample against one; 95 % interval {low} to {high}. "
+    f"<p>WinRate over {prompts} prompts, one sample each; 95 % interval {low} to {high}. "
     f"<strong>{verdict}</strong></p></article>"
   )
 
 
 def _judge(judge: str, groups: Mapping[str, Mapping[str, Any]], scores: Scores) -> str:
-  """The full table of a judge, and how its scores and gains are spread."""
+  """Renders the table of a judge, and the histograms of scores and gains."""
   columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in groups)
   counts = "".join(f"<td>{_count(group)}</td>" for group in groups.values())
   rows = [f'<tr><th scope="row">prompts</th>{counts}</tr>']
@@ -189,11 +206,13 @@ def _judge(judge: str, groups: Mapping[str, Mapping[str, Any]], scores: Scores) 
 
 
 def _count(group: Mapping[str, Any]) -> str:
+  """Renders the number of prompts, and the number of prompts that were left out."""
   left_out = group["left_out"]
   return f"{group['prompts']}<small>{left_out} left out</small>" if left_out else group["prompts"]
 
 
 def _interval(statistic: str, group: Mapping[str, Any]) -> str:
+  """Renders a statistic with its interval; a dash if the group does not have it."""
   if statistic not in group:
     return "–"
   value, low, high = (
@@ -203,7 +222,7 @@ def _interval(statistic: str, group: Mapping[str, Any]) -> str:
 
 
 def _drift(table: Mapping[str, Any]) -> str:
-  """What else has changed, with the flags."""
+  """Renders the table of drift measures with their flags."""
   measures = table["measures"]
   keys = ["baseline", "policy", "change", "seed_variation", "spread"]
   if any("original" in found for found in measures.values()):
@@ -224,12 +243,14 @@ def _drift(table: Mapping[str, Any]) -> str:
 
 
 def _measured(key: str, number: float | None) -> str:
+  """Renders a number of the drift table; a dash for None."""
   if number is None:
     return "–"
   return typeset(f"{number:+.4f}" if key == "change" else f"{number:.4f}")
 
 
 def _gallery(gallery: Mapping[str, Sequence[Example]]) -> str:
+  """Renders the gallery, section by section."""
   sections = "".join(
     f'<h3>{escape(title)}</h3><div class="gallery">{"".join(map(_example, examples))}</div>'
     for title, examples in gallery.items()
@@ -238,22 +259,22 @@ def _gallery(gallery: Mapping[str, Sequence[Example]]) -> str:
 
 
 def _example(example: Example) -> str:
-  """Three pictures side by side, and what each judge gave to two of them."""
-  pictures = "".join(
-    _picture(getattr(example, what), f"{example.name}: {what}")
-    for what in ("prompt", "baseline", "policy")
+  """Renders three images side by side, and the judges' scores of the two samples."""
+  images = "".join(
+    _image_tag(getattr(example, part), f"{example.name}: {part}")
+    for part in ("prompt", "baseline", "policy")
   )
   rows = ""
   for judge, (policy, baseline) in example.scores.items():
-    theirs, ours = (show_typeset("reward", score) for score in (baseline, policy))
-    ours = f"<b>{ours}</b>" if policy > baseline else f"<span>{ours}</span>"
-    theirs = f"<b>{theirs}</b>" if baseline > policy else f"<span>{theirs}</span>"
-    rows += f"<span>{escape(judge)}</span>{theirs}{ours}"
-  return f"<figure>{pictures}{rows}<figcaption>{escape(example.name)}</figcaption></figure>"
+    rows += f"<span>{escape(judge)}</span>"
+    for score, other in ((baseline, policy), (policy, baseline)):
+      tag = "b" if score > other else "span"
+      rows += f"<{tag}>{show_typeset('reward', score)}</{tag}>"
+  return f"<figure>{images}{rows}<figcaption>{escape(example.name)}</figcaption></figure>"
 
 
-def _picture(image: np.ndarray, what: str) -> str:
-  """An <img> that carries its data: small pictures as PNG, others reduced to LARGEST, as JPEG."""
+def _image_tag(image: np.ndarray, description: str) -> str:
+  """Renders an <img> with embedded data: PNG up to SMALL, else JPEG of at most LARGEST pixels."""
   height, width, _ = image.shape
   longer = max(height, width)
   image = image / 255 if image.dtype == np.uint8 else image
@@ -264,4 +285,4 @@ def _picture(image: np.ndarray, what: str) -> str:
   file = io.BytesIO()
   pixels.save(file, format=file_format, quality=88)
   data = base64.b64encode(file.getvalue()).decode()
-  return f'<img{style} alt="{escape(what)}" src="data:image/{file_format};base64,{data}">'
+  return f'<img{style} alt="{escape(description)}" src="data:image/{file_format};base64,{data}">'

@@ -1,4 +1,5 @@
-"""An evaluation's numbers as text."""
+"""The numbers of an evaluation as text."""
+# Shapes: N prompts.
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,14 +9,14 @@ import numpy as np
 from prefpaint_jax.evaluation.winrate import bootstrap_interval, wins
 from prefpaint_jax.runtime.text import align_columns
 
-# Every statistic, in the order in which it is shown.
+# Every statistic and its label, in the order of the tables.
 LABELS = {
-  "winrate/s1": "WinRate, one against one",
+  "winrate/s1": "WinRate, one sample each",
   "winrate/s3": "WinRate, best of 3 against one",
-  "baseline/winrate/s3": "baseline's own best of 3 against one",
+  "baseline/winrate/s3": "baseline, best of 3 against one",
   "winrate_paired/s3": "WinRate, best of 3 each",
   "winrate/s10": "WinRate, best of 10 against one",
-  "baseline/winrate/s10": "baseline's own best of 10 against one",
+  "baseline/winrate/s10": "baseline, best of 10 against one",
   "winrate_paired/s10": "WinRate, best of 10 each",
   "reward/gain": "gain in reward",
   "reward/mean": "reward",
@@ -25,9 +26,8 @@ LABELS = {
 }
 
 
-# ---------------------------------------------------------------------------------------- in words
 def describe(name: str, scores: np.ndarray, baseline: np.ndarray) -> str:
-  """One line: WinRate with its 95 % interval, and both means."""
+  """Returns one line: WinRate with its 95 % interval, and the means of scores [N] and baseline."""
   won = wins(scores, baseline)
   low, high = bootstrap_interval(won)
   return (
@@ -37,14 +37,19 @@ def describe(name: str, scores: np.ndarray, baseline: np.ndarray) -> str:
 
 
 def show(statistic: str, number: float) -> str:
-  """A number of this statistic to the digits that matter; a gain always with its sign."""
+  """Formats a number of a statistic; a gain always has its sign."""
   if statistic == "reward/gain":
     return f"{number:+.3f}"
   return f"{number:#.3g}" if statistic.endswith("/var") else f"{number:.3f}"
 
 
 def describe_table(judge: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
-  """A judge's part of the summary as lines for a terminal: statistics by kind of prompt."""
+  """Formats one judge's part of a summary as lines: statistics by kind of prompt.
+
+  Args:
+    judge: the title of the table.
+    groups: `winrate.summarise(...)[judge]`.
+  """
   rows = [[judge, *groups], ["prompts", *(str(group["prompts"]) for group in groups.values())]]
   for statistic in (name for name in LABELS if name in groups["all"]):
     cells = [
@@ -58,7 +63,7 @@ def describe_table(judge: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def describe_drift(table: Mapping[str, Any]) -> str:
-  """The table of `drift` as lines for a terminal."""
+  """Formats the result of `drift.drift` as lines."""
   rows = [["drift", "baseline", "policy", "change", "seed variation", "spread", ""]]
   for name, found in table["measures"].items():
     numbers = [f"{found[key]:.4f}" for key in ("baseline", "policy")]
@@ -72,8 +77,10 @@ _INTERVAL = ("value", "low", "high")
 
 
 def show_typeset(statistic: str, number: float) -> str:
+  """Formats a number like `show`, with a typographic minus sign."""
   return typeset(show(statistic, number))
 
 
 def typeset(number: str) -> str:
+  """Replaces hyphens by minus signs."""
   return number.replace("-", "−")

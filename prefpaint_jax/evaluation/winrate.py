@@ -1,29 +1,29 @@
-"""A policy beside a baseline that painted the same prompts from the same seeds: how often it wins,
-what it gains, and what else it changes.
+"""WinRate and rewards of a policy against a baseline.
 
-`summarise` gives what stands in `eval.json`, for each judge, for all prompts and for each kind of
-them that is present:
+Both inpaint the same prompts from the same seeds. `summarise` computes, for each judge, for all
+prompts and for each kind of prompts:
 
   {judge: {"all" | kind: {"prompts": 64, "left_out": 0, STATISTIC: {"value", "low", "high"}, ...}}}
 
-Every STATISTIC is the mean over prompts of a number per prompt (`per_prompt`), with its 95 %
-bootstrap interval over prompts. A prompt with a score that is not finite is left out, and counted.
+A STATISTIC is the mean over prompts of a number per prompt (`per_prompt`), with its 95 % bootstrap
+interval over prompts. Prompts with a score that is not finite are left out and counted.
 
-  winrate/sS           the best of S samples against one of the baseline, S in 1, 3, 10
-  baseline/winrate/sS  the same of the baseline itself: what a policy gets that changed nothing
-                       (one that is as good but paints other pictures gets S / (S + 1))
-  winrate_paired/sS    the best of S against the baseline's best of S
-  reward/gain          the policy's reward above the baseline's
-  reward/mean          the policy's reward, as the judge gives it; baseline/reward/mean
-  reward/var           variance over the samples of a prompt (unbiased); baseline/reward/var
+  winrate/sS           the policy's best of S samples against one sample of the baseline;
+                       S in 1, 3, 10
+  baseline/winrate/sS  the baseline's best of S samples against one of its own samples. A policy
+                       equal to the baseline gets this rate; a policy that is as good, with
+                       independent samples, gets S / (S + 1).
+  winrate_paired/sS    the policy's best of S against the baseline's best of S
+  reward/gain          the policy's reward minus the baseline's
+  reward/mean          the policy's reward; baseline/reward/mean: the baseline's
+  reward/var           the policy's variance over the samples of a prompt, unbiased;
+                       baseline/reward/var: the baseline's
 
-At S = 1 only `winrate/s1` is given: the others would be the same, and ½. Ties count half. What
-needs more samples than there are is absent.
-
-Drift is what the scores do not say. `measure` looks at single pictures, `diversity` at all of a
-prompt, and `drift` tells a change of policy from one of seeds.
+For S = 1 there is only `winrate/s1`, because `winrate_paired/s1` would be equal to it and
+`baseline/winrate/s1` would be ½. Ties count half. Statistics that need more samples than there are
+are left out.
 """
-# Shapes: N prompts, S samples of each, K statistics, B pictures, H W pixels, D features.
+# Shapes: N prompts, S samples of each, K statistics.
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -33,45 +33,50 @@ import numpy as np
 from prefpaint_jax.data.masks import KINDS
 
 BEST_OF = (1, 3, 10)
-_DRAWS = 2**20  # of the bootstrap, held at a time
+_DRAWS = 2**20  # draws of the bootstrap that are in memory at a time
 
 
 class Scores(NamedTuple):
-  """Of one judge; sample s of a prompt has the same seed on both sides."""
+  """Scores by one judge. Sample s of a prompt has the same seed on both sides."""
 
   policy: np.ndarray  # [N, S]
   baseline: np.ndarray  # [N, S]
 
 
-# -------------------------------------------------------------------------------------- statistics
 def wins(scores: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-  """1 where the policy's score beats the baseline's, 0 where it loses, ½ where they tie."""
+  """Compares scores of equal shapes: 1 where `scores` is higher, 0 where lower, ½ for ties."""
   return 0.5 * (1.0 + np.sign(np.asarray(scores, np.float64) - np.asarray(baseline, np.float64)))
 
 
 def best_of_wins(
   scores: np.ndarray, baseline: np.ndarray, best_of: int, paired: bool = False
 ) -> np.ndarray:
-  """[N] How often the best of `best_of` samples of a prompt beats one of the baseline.
+  """Computes the rate [N] at which the best of several samples beats the baseline, per prompt.
 
-  scores, baseline: [N, S], S at least `best_of`. The samples of a prompt fall into S // best_of
-  groups of consecutive ones; a rest is not used. In each group the best score stands against the
-  first of the baseline's, or against its best (`paired`); the result is the mean over groups. As
-  no sample is in two groups, every one of them is a fair best-of draw, and all weigh the same.
+  The samples of a prompt are split into S // best_of groups of consecutive samples; the remainder
+  is not used. The result is the mean over groups. The groups share no sample, so the estimate is
+  unbiased.
 
-  A policy that is no better gets ½ with one sample, or paired. Otherwise it gets S / (S + 1), with
-  S = best_of, if its samples are independent of the baseline's, and against itself, where a sample
-  stands against the best of a group that contains it, 1 − 1/(2S) (both where nothing ties).
+  A policy that is as good as the baseline gets ½ for `best_of` = 1 or `paired`. Otherwise it gets
+  n / (n + 1) for n = `best_of`, if its samples are independent of the baseline's, and
+  1 − 1 / (2n) if they are the baseline's own samples (both without ties).
+
+  Args:
+    scores: the policy's scores [N, S], S ≥ `best_of`.
+    baseline: the baseline's scores [N, S].
+    best_of: samples in a group.
+    paired: compare with the baseline's best score of the group instead of its first.
   """
   groups = scores.shape[1] // best_of
-  ours, theirs = (
+  policy_groups, baseline_groups = (
     side[:, : groups * best_of].reshape(len(side), groups, best_of) for side in (scores, baseline)
   )
-  return wins(ours.max(-1), theirs.max(-1) if paired else theirs[..., 0]).mean(1)
+  rivals = baseline_groups.max(-1) if paired else baseline_groups[..., 0]
+  return wins(policy_groups.max(-1), rivals).mean(1)
 
 
 def per_prompt(scores: Scores) -> dict[str, np.ndarray]:
-  """Each statistic [N] of the single prompts, whose mean over prompts is reported."""
+  """Computes every statistic [N] for each prompt."""
   policy, baseline = (np.asarray(side, np.float64) for side in scores)
   samples = policy.shape[1]
   values = {}
@@ -89,9 +94,13 @@ def per_prompt(scores: Scores) -> dict[str, np.ndarray]:
 
 
 def bootstrap_means(values: np.ndarray, resamples: int = 10_000, seed: int = 0) -> np.ndarray:
-  """Means of values [N] or [N, K] over N prompts drawn with replacement: [resamples, ...].
+  """Computes means of values [N] or [N, K] over N prompts drawn with replacement.
 
-  All K see the same draws. They are counted rather than looked up: one product for all K.
+  All K columns have the same draws. Each resample is a vector of counts, so that one matrix product
+  computes the means of all columns.
+
+  Returns:
+    [resamples] or [resamples, K].
   """
   values = np.asarray(values, np.float64)
   number = len(values)
@@ -109,7 +118,7 @@ def bootstrap_means(values: np.ndarray, resamples: int = 10_000, seed: int = 0) 
 def bootstrap_interval(
   values: np.ndarray, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-  """Percentile bootstrap interval of the mean of `values` [N], resampling prompts."""
+  """Computes the percentile bootstrap interval (low, high) of the mean of values [N]."""
   means = bootstrap_means(values, resamples, seed)
   low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
   return float(low), float(high)
@@ -118,9 +127,14 @@ def bootstrap_interval(
 def summarise(
   scores: Mapping[str, Scores], kinds: np.ndarray
 ) -> dict[str, dict[str, dict[str, Any]]]:
-  """{judge: {"all" or kind: {statistic: ...}}} of the module's docstring; goes into JSON as it is.
+  """Computes the summary that the module's docstring describes; it can be written as JSON.
 
-  kinds: int [N], indices of masks.KINDS.
+  Args:
+    scores: by judge.
+    kinds: kinds of the prompts, int [N], indices of masks.KINDS.
+
+  Raises:
+    ValueError: if shapes do not match or no prompt has finite scores. The message names the judge.
   """
   kinds = np.asarray(kinds)
   members = {"all": np.ones(len(kinds), bool)}
@@ -130,13 +144,13 @@ def summarise(
     policy, baseline = (np.asarray(side, np.float64) for side in sides)
     if policy.ndim != 2 or policy.shape != baseline.shape or len(policy) != len(kinds):
       raise ValueError(
-        f"{judge}: scores {policy.shape} of the policy and {baseline.shape} of the baseline for "
-        f"{len(kinds)} prompts: give [N, S] on both sides"
+        f"{judge}: the policy's scores are {policy.shape} and the baseline's {baseline.shape} for "
+        f"{len(kinds)} prompts; give [N, S] for both"
       )
     finite = np.isfinite(policy).all(1) & np.isfinite(baseline).all(1)
     if not finite.any():
       raise ValueError(
-        f"{judge}: none of {len(kinds)} prompts has finite scores: look at the pictures"
+        f"{judge}: none of {len(kinds)} prompts has finite scores; check the samples"
       )
     summary[judge] = {}
     for name, member in members.items():
@@ -148,7 +162,7 @@ def summarise(
 
 
 def _with_intervals(values: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-  """The mean and the interval of each statistic [N]."""
+  """Computes the mean and the 95 % interval of each statistic [N]."""
   if not values:
     return {}
   columns = np.stack(list(values.values()), axis=1)

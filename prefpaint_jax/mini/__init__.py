@@ -1,4 +1,4 @@
-"""The embedded mini world: a small pipeline, a reward with its bound, prompts, photographs."""
+"""The mini world, embedded in the package: a small pipeline, a reward model, prompts and photos."""
 
 from pathlib import Path
 
@@ -6,7 +6,12 @@ KINDS = ("policy", "reward", "prompts", "photos")
 
 
 def locate(name: str | Path, kind: str) -> str | Path:
-  """`name`, or the embedded folder of this kind if the name is "mini"."""
+  """Returns the embedded folder of a kind if `name` is "mini", and otherwise `name`.
+
+  Args:
+    name: a path or a hub name, or "mini".
+    kind: one of KINDS.
+  """
   if kind not in KINDS:
-    raise ValueError(f"mini has no {kind!r}; it has {', '.join(KINDS)}")
+    raise ValueError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}: correct the name")
   return Path(__file__).parent / kind if str(name) == "mini" else name

@@ -1,1 +1,1 @@
-"""Flax Linen modules: UNet, VAE, CLIP and the reward network; no diffusion here."""
+"""Flax Linen modules: UNet, VAE, CLIP and the reward network."""

@@ -1,4 +1,4 @@
-"""Architectures by name, as shapes or with random parameters: nothing is downloaded."""
+"""Configs of known and tiny models, and random parameters for them, without downloads."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,11 @@ import numpy as np
 
 from prefpaint_jax import mini
 from prefpaint_jax.models.config import RewardConfig
-from prefpaint_jax.models.pipeline import NETWORKS, Params
+from prefpaint_jax.models.pipeline import NETWORKS
 from prefpaint_jax.weights import folder as weights
+from prefpaint_jax.weights.names import Params
 
-### The programs of a config, from shapes.
-
-# Architectures of hub names, so that nothing is fetched: the generation of Stable Diffusion.
+# Hub name -> version of Stable Diffusion whose architecture the pipeline has.
 KNOWN = {
   "stable-diffusion-v1-5/stable-diffusion-inpainting": 1,
   "kd5678/prefpaint-v1.0": 1,
@@ -22,7 +21,17 @@ KNOWN = {
 
 
 def read_architecture(policy: str) -> tuple[dict[str, dict], str]:
-  """The configs of a policy's networks, and a word on where they come from."""
+  """Reads the configs of a policy's networks without its weights.
+
+  Args:
+    policy: folder of a pipeline, "mini", or a hub name in KNOWN, for which nothing is downloaded.
+
+  Returns:
+    The configs by network, with "scheduler", and a phrase that says where they come from.
+
+  Raises:
+    ValueError: the policy is neither a folder nor a known hub name.
+  """
   path = Path(mini.locate(policy, "policy")).expanduser()
   if (path / "model_index.json").is_file():
     configs = {part: weights.read_config(path / part) for part in NETWORKS}
@@ -30,7 +39,7 @@ def read_architecture(policy: str) -> tuple[dict[str, dict], str]:
     return configs, "read from its folder"
   if policy not in KNOWN:
     raise ValueError(
-      f"config.policy {policy}: no such pipeline folder, and not a hub name of known architecture; "
+      f"config.policy {policy}: not a pipeline folder, nor a hub name with a known architecture; "
       f"give a folder, or one of {', '.join(KNOWN)}"
     )
   configs = full_size_configs()
@@ -46,19 +55,20 @@ def read_architecture(policy: str) -> tuple[dict[str, dict], str]:
 
 
 def read_reward(reward: str) -> RewardConfig:
-  """The config of a reward folder; of any other name, the released reward's."""
+  """Reads the config of a reward model's folder; for other names, the released config."""
   path = Path(mini.locate(reward, "reward")).expanduser()
   return RewardConfig.from_dict(weights.read_config(path) if path.is_dir() else {})
 
 
-SIZE = 8  # pixels along each side of what the tiny pipeline paints
+SIZE = 8  # pixels along each side of the tiny pipeline's images
 
 
 def tiny_configs(generation: int = 1) -> dict[str, dict[str, Any]]:
-  """What a pipeline's folder says of unet, vae, text_encoder and scheduler.
+  """Makes the configs of a tiny pipeline: "unet", "vae", "text_encoder" and "scheduler".
 
-  `generation` is that of Stable Diffusion: 2 has linear projections, heads by level, another
-  activation in its text encoder, and predicts v; here it also has a second level.
+  Args:
+    generation: version of Stable Diffusion, 1 or 2. Version 2 has linear projections, a number of
+      heads per level, GELU in the text encoder, and predicts v; its tiny UNet has a second level.
   """
   second = generation == 2
   levels = 2 if second else 1
@@ -117,7 +127,7 @@ def tiny_configs(generation: int = 1) -> dict[str, dict[str, Any]]:
 
 
 def random_params(shapes: Params, seed: int = 0) -> Params:
-  """Parameters for a tree of shapes: layers that keep the size of what passes through them."""
+  """Draws parameters for a tree of shapes, scaled to keep activations of similar size."""
   rng = np.random.default_rng(seed)
 
   def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -132,7 +142,7 @@ def random_params(shapes: Params, seed: int = 0) -> Params:
 
 
 def full_size_configs() -> dict[str, dict[str, Any]]:
-  """Stable Diffusion 1.5 inpainting, but for the vocabulary, which is that of single bytes."""
+  """Makes the configs of Stable Diffusion 1.5 inpainting, with a vocabulary of single bytes."""
   configs = tiny_configs()
   configs["unet"] |= {
     "sample_size": 64,

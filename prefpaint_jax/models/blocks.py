@@ -1,7 +1,5 @@
-"""Blocks that the UNet and the VAE are made of, under the attribute names of diffusers.
-
-Shapes: B batch, H W height and width, C channels, L tokens, D context width, E time embedding.
-"""
+"""Blocks of the UNet and the VAE, under the attribute names of diffusers."""
+# Shapes: B batch, H W height and width, C channels, L M tokens, D context width, E time embedding.
 
 import functools
 import math
@@ -10,64 +8,50 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from prefpaint_jax.kernels.activations import gated, silu
 from prefpaint_jax.kernels.attention import attention
-from prefpaint_jax.kernels.convolution import convolve, enlarge_and_convolve
-from prefpaint_jax.kernels.dense import Dense, product
-from prefpaint_jax.kernels.dispatch import by_platform
-from prefpaint_jax.kernels.group_norm import _gain_and_offset, _Norm
-from prefpaint_jax.kernels.sums import moments, scale_and_shift
+from prefpaint_jax.kernels.convolution import conv2d
+from prefpaint_jax.kernels.dense import Dense
+from prefpaint_jax.kernels.group_norm import Norm, group_norm
 
 Dtype = jnp.dtype
 
 
 class GroupNorm(nn.Module):
-  """Group normalisation over [B, H, W, C] with float32 statistics.
-
-  The sums of x and x² per channel are all that touches the picture: their gradient costs a fifth
-  of that of a mean and a variance over reshaped groups, and the affine map is one multiply-add.
-  """
+  """Group normalisation of [B, H, W, C], with statistics in float32, followed by SiLU if `silu`."""
 
   num_groups: int
   epsilon: float
   dtype: Dtype = jnp.float32
+  silu: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    B, H, W, C = x.shape
-    G = self.num_groups
-    if C % G:
-      raise ValueError(f"GroupNorm: {C} channels do not divide into {G} groups")
+    C = x.shape[-1]
+    if C % self.num_groups:
+      raise ValueError(f"GroupNorm: {C} channels do not divide into {self.num_groups} groups")
     scale = self.param("scale", nn.initializers.ones, (C,))
     bias = self.param("bias", nn.initializers.zeros, (C,))
-    wide = x.astype(jnp.float32)
-    norm = _Norm(G, H * W * C // G, self.epsilon)
-    gain, offset = _gain_and_offset(norm, *moments(wide), scale, bias)
-    return scale_and_shift(wide, gain, offset).astype(self.dtype)
+    norm = Norm(self.num_groups, self.epsilon, self.silu)
+    return group_norm(norm, x, scale, bias).astype(self.dtype)
 
 
 def conv(
-  features: int,
-  kernel: int,
-  dtype: Dtype,
-  name: str,
-  stride: int = 1,
-  padding="SAME",
-  convolution=convolve,
-):
+  features: int, kernel: int, dtype: Dtype, name: str, stride: int = 1, padding="SAME"
+) -> nn.Conv:
+  """Makes a square 2-D convolution of [B, H, W, C]."""
   return nn.Conv(
     features,
     (kernel, kernel),
     (stride, stride),
     padding,
     dtype=dtype,
-    conv_general_dilated=convolution,
+    conv_general_dilated=conv2d,
     name=name,
   )
 
 
 class ResnetBlock2D(nn.Module):
-  """Two convolutions with a residual; the time embedding, if any, is added between them."""
+  """Two convolutions with a residual; the time embedding, if given, is added between them."""
 
   out_channels: int
   norm_num_groups: int
@@ -76,13 +60,13 @@ class ResnetBlock2D(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
-    norm = functools.partial(GroupNorm, self.norm_num_groups, self.norm_eps, self.dtype)
-    hidden = silu(norm(name="norm1")(x))
+    norm = functools.partial(GroupNorm, self.norm_num_groups, self.norm_eps, self.dtype, silu=True)
+    hidden = norm(name="norm1")(x)
     hidden = conv(self.out_channels, 3, self.dtype, "conv1", padding=1)(hidden)
     if temb is not None:
-      time = Dense(self.out_channels, dtype=self.dtype, name="time_emb_proj")(silu(temb))
+      time = Dense(self.out_channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))
       hidden = hidden + time[:, None, None, :]
-    hidden = silu(norm(name="norm2")(hidden))
+    hidden = norm(name="norm2")(hidden)
     hidden = conv(self.out_channels, 3, self.dtype, "conv2", padding=1)(hidden)
     if x.shape[-1] != self.out_channels:
       x = conv(self.out_channels, 1, self.dtype, "conv_shortcut")(x)
@@ -110,10 +94,13 @@ class Upsample2D(nn.Module):
   def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
     B, H, W, C = x.shape
     if size is None or size == (2 * H, 2 * W):
-      return conv(C, 3, self.dtype, "conv", padding=1, convolution=enlarge_and_convolve)(x)
-    rows = jnp.arange(size[0]) * H // size[0]
-    columns = jnp.arange(size[1]) * W // size[1]
-    return conv(C, 3, self.dtype, "conv", padding=1)(x[:, rows][:, :, columns])
+      x = jnp.broadcast_to(x[:, :, None, :, None, :], (B, H, 2, W, 2, C))
+      x = x.reshape(B, 2 * H, 2 * W, C)
+    else:
+      rows = jnp.arange(size[0]) * H // size[0]
+      columns = jnp.arange(size[1]) * W // size[1]
+      x = x[:, rows][:, :, columns]
+    return conv(C, 3, self.dtype, "conv", padding=1)(x)
 
 
 class Attention(nn.Module):
@@ -138,42 +125,21 @@ class Attention(nn.Module):
     return Dense(C, dtype=self.dtype, name="to_out_0")(y)
 
 
-class DensePair(nn.Module):
-  """The two halves of a dense layer's output [..., 2 features].
-
-  As products of their own, for which a GPU would cut the kernel in two each time.
-  """
-
-  features: int
-  dtype: Dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> list[jax.Array]:
-    shape = (x.shape[-1], 2 * self.features)
-    kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-    bias = self.param("bias", nn.initializers.zeros, shape[1:])
-    x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
-
-    def apart(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> list[jax.Array]:
-      halves = zip(jnp.split(kernel, 2, axis=1), jnp.split(bias, 2), strict=True)
-      return [product(x, half) + shift for half, shift in halves]
-
-    together = lambda x, kernel, bias: jnp.split(product(x, kernel) + bias, 2, axis=-1)
-    return by_platform(x, kernel, bias, cuda=together, default=apart)
-
-
 class GEGLU(nn.Module):
-  """Gated linear unit: [B, L, C] -> [B, L, 4C]."""
+  """Gated linear unit, hidden · gelu(gate): [B, L, C] -> [B, L, 4C]."""
 
   dtype: Dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    hidden, gate = DensePair(4 * x.shape[-1], self.dtype, name="proj")(x)
-    return gated(hidden, gate)
+    hidden, gate = jnp.split(Dense(8 * x.shape[-1], dtype=self.dtype, name="proj")(x), 2, -1)
+    # In float32, as PyTorch computes it for bfloat16 too.
+    return hidden * nn.gelu(gate.astype(jnp.float32), approximate=False).astype(self.dtype)
 
 
 class FeedForward(nn.Module):
+  """GEGLU and a projection back: [B, L, C] -> [B, L, C]."""
+
   dtype: Dtype = jnp.float32
 
   @nn.compact
@@ -227,7 +193,7 @@ class Transformer2DModel(nn.Module):
 def timestep_embedding(
   timesteps: jax.Array, width: int, flip_sin_to_cos: bool, freq_shift: float
 ) -> jax.Array:
-  """Sinusoids of the timestep (Vaswani et al. 2017): [B] -> [B, width], float32."""
+  """Computes sinusoids of the timestep (Vaswani et al. 2017): [B] -> [B, width], float32."""
   half = width // 2
   exponent = -math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
   angles = timesteps.astype(jnp.float32)[:, None] * jnp.exp(exponent)
@@ -236,12 +202,12 @@ def timestep_embedding(
 
 
 class TimestepEmbedding(nn.Module):
-  """[B, C] -> [B, E]."""
+  """Two dense layers: [B, C] -> [B, E]."""
 
   width: int
   dtype: Dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    hidden = silu(Dense(self.width, dtype=self.dtype, name="linear_1")(x))
+    hidden = nn.silu(Dense(self.width, dtype=self.dtype, name="linear_1")(x))
     return Dense(self.width, dtype=self.dtype, name="linear_2")(hidden)

@@ -1,7 +1,8 @@
-"""CLIP's text encoder and vision tower (Radford et al. 2021), with the names of transformers.
+"""CLIP's text encoder and vision tower (Radford et al. 2021).
 
-Shapes: B batch, L tokens, D width, P projection width, H W pixels.
+Modules have the attribute names of transformers, so that `weights.names` converts its checkpoints.
 """
+# Shapes: B batch, L tokens, D width, P projection width, H W pixels.
 
 import functools
 
@@ -18,13 +19,15 @@ CLIPConfig = CLIPTextConfig | CLIPVisionConfig
 
 
 def activation(name: str, x: jax.Array) -> jax.Array:
+  """Computes the activation `name`: "quick_gelu" (OpenAI's x σ(1.702 x)) or "gelu" (exact)."""
   return x * nn.sigmoid(1.702 * x) if name == "quick_gelu" else nn.gelu(x, approximate=False)
 
 
 class SelfAttention(nn.Module):
-  """Multi-head self-attention over [B, L, D], every projection with a bias.
+  """Multi-head self-attention over [B, L, D] with a bias in every projection.
 
-  `num_queries` asks for that many of the first tokens, [B, num_queries, D], instead of all.
+  With `num_queries` only the first `num_queries` tokens are queries and the output is
+  [B, num_queries, D].
   """
 
   num_heads: int
@@ -49,6 +52,8 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+  """Two dense layers with an activation between them: [B, L, D] -> [B, L, D]."""
+
   config: CLIPConfig
   dtype: Dtype = jnp.float32
 
@@ -60,6 +65,8 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
+  """A pre-norm transformer layer; `num_queries` as in `SelfAttention`."""
+
   config: CLIPConfig
   is_causal: bool
   dtype: Dtype = jnp.float32
@@ -75,7 +82,10 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-  """[B, L, D] -> [B, L, D], or of that the first `num_outputs` tokens alone, for less work."""
+  """A stack of transformer layers: [B, L, D] -> [B, L, D].
+
+  With `num_outputs` the last layer computes only the first `num_outputs` tokens.
+  """
 
   config: CLIPConfig
   is_causal: bool
@@ -91,6 +101,8 @@ class Encoder(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
+  """Token plus position embeddings: ids [B, L] -> [B, L, D]."""
+
   config: CLIPTextConfig
   dtype: Dtype = jnp.float32
 
@@ -104,6 +116,8 @@ class TextEmbeddings(nn.Module):
 
 
 class TextTransformer(nn.Module):
+  """Embeddings, causal encoder and final layer norm: ids [B, L] -> [B, L, D]."""
+
   config: CLIPTextConfig
   dtype: Dtype = jnp.float32
 
@@ -117,7 +131,7 @@ class TextTransformer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-  """Token ids [B, L] -> last hidden state [B, L, D] after the final normalisation."""
+  """CLIP's text encoder: token ids [B, L] -> last hidden state [B, L, D] after the final norm."""
 
   config: CLIPTextConfig
   dtype: Dtype = jnp.float32
@@ -128,6 +142,8 @@ class CLIPTextModel(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
+  """Class token and patch embeddings plus positions: [B, H, W, 3] -> [B, 1 + patches, D]."""
+
   config: CLIPVisionConfig
   dtype: Dtype = jnp.float32
 
@@ -154,6 +170,8 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionTransformer(nn.Module):
+  """The vision tower: [B, H, W, 3] -> class token [B, D] after the final layer norm."""
+
   config: CLIPVisionConfig
   dtype: Dtype = jnp.float32
 
@@ -162,13 +180,16 @@ class VisionTransformer(nn.Module):
     config = self.config
     norm = functools.partial(nn.LayerNorm, epsilon=config.layer_norm_eps, dtype=self.dtype)
     x = VisionEmbeddings(config, self.dtype, name="embeddings")(pixels)
-    x = norm(name="pre_layrnorm")(x)  # the misspelling is part of the file format
+    x = norm(name="pre_layrnorm")(x)  # transformers spells it so
     x = Encoder(config, False, self.dtype, name="encoder")(x, num_outputs=1)
     return norm(name="post_layernorm")(x[:, 0])
 
 
 class CLIPVisionModelWithProjection(nn.Module):
-  """Normalised pixels [B, H, W, 3] of the configured size -> image embedding [B, P], any length."""
+  """CLIP's image encoder: normalised pixels [B, H, W, 3] -> embedding [B, P].
+
+  H and W must be `config.image_size`. The embedding is not scaled to unit length.
+  """
 
   config: CLIPVisionConfig
   dtype: Dtype = jnp.float32
@@ -177,7 +198,9 @@ class CLIPVisionModelWithProjection(nn.Module):
   def __call__(self, pixels: jax.Array) -> jax.Array:
     size = self.config.image_size
     if pixels.shape[1:3] != (size, size):
-      raise ValueError(f"CLIP vision takes [B, {size}, {size}, 3]; got {pixels.shape}")
+      raise ValueError(
+        f"pixels are {pixels.shape}; expected [B, {size}, {size}, 3]; preprocess them first"
+      )
     pooled = VisionTransformer(self.config, self.dtype, name="vision_model")(pixels)
     project = Dense(
       self.config.projection_dim, use_bias=False, dtype=self.dtype, name="visual_projection"

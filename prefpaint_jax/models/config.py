@@ -1,7 +1,7 @@
-"""Configurations of the models, read from the `config.json` of diffusers and transformers.
+"""Configs of the models, read from the `config.json` of diffusers and transformers.
 
-Old files lack newer fields (their defaults apply) and carry fields unknown here (ignored). A field
-that would change the result in a way that is not implemented is refused by name.
+A missing field gets its default. An unknown field is ignored, unless it would change the model's
+output in a way that is not implemented; it then raises ValueError.
 """
 
 import dataclasses
@@ -9,22 +9,32 @@ from typing import Any
 
 
 def _read(cls, config: dict[str, Any], fixed: dict[str, Any], what: str):
-  """Builds dataclass `cls` from `config`; a field of `fixed` must be absent or hold its value."""
+  """Makes a dataclass from a config.
+
+  Args:
+    cls: the dataclass.
+    config: JSON object; unknown fields are ignored.
+    fixed: fields that must be absent or have this value, the only one implemented.
+    what: the model, with which an error begins.
+  """
   for name, value in fixed.items():
     if name in config and config[name] != value:
       raise ValueError(
         f"{what} config: {name}={config[name]!r} is not supported; only {value!r} is implemented"
       )
   names = {field.name for field in dataclasses.fields(cls)}
-  # Only the sequence-valued fields become tuples, so that the configuration can be hashed.
+  # Lists become tuples, so that the config is hashable and can be a static argument of jax.jit.
   values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
   return cls(**values)
 
 
 def _per_level(value: int | tuple[int, ...], levels: int, name: str, what: str) -> tuple[int, ...]:
+  """Repeats an integer for each level; raises ValueError if a tuple has another length."""
   values = (value,) * levels if isinstance(value, int) else tuple(value)
   if len(values) != levels:
-    raise ValueError(f"{what} config: {name} has {len(values)} entries for {levels} blocks")
+    raise ValueError(
+      f"{what} config: {name} has {len(values)} entries for {levels} blocks; give one per block"
+    )
   return values
 
 
@@ -40,7 +50,7 @@ class UNetConfig:
   block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
   layers_per_block: int | tuple[int, ...] = 2
   cross_attention_dim: int = 1280
-  # The number of heads, in spite of its name (a historic misnomer that the files keep).
+  # The number of heads in spite of the name, which diffusers keeps for old files.
   attention_head_dim: int | tuple[int, ...] = 8
   num_attention_heads: int | tuple[int, ...] | None = None
   transformer_layers_per_block: int = 1
@@ -53,6 +63,7 @@ class UNetConfig:
 
   @classmethod
   def from_dict(cls, config: dict[str, Any]) -> "UNetConfig":
+    """Reads a config; raises ValueError if the UNet needs a feature that is not implemented."""
     fixed = {
       "act_fn": "silu",
       "center_input_sample": False,
@@ -87,7 +98,7 @@ class UNetConfig:
     if not len(self.down_block_types) == len(self.up_block_types) == levels:
       raise ValueError(
         f"UNet config: {len(self.down_block_types)} down blocks, {len(self.up_block_types)} up "
-        f"blocks and {levels} block_out_channels; give as many of each"
+        f"blocks and {levels} block_out_channels; give equal numbers"
       )
     known = {
       "down": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -102,20 +113,20 @@ class UNetConfig:
     for name in ("cross_attention_dim", "transformer_layers_per_block"):
       if not isinstance(getattr(self, name), int):
         raise ValueError(
-          f"UNet config: {name}={getattr(self, name)!r} is not supported; one integer is"
+          f"UNet config: {name}={getattr(self, name)!r} is not supported; give one integer"
         )
     _ = self.heads, self.layers
     return self
 
   @property
   def heads(self) -> tuple[int, ...]:
-    """Attention heads at each level."""
+    """Number of attention heads at each level."""
     heads = self.num_attention_heads or self.attention_head_dim
     return _per_level(heads, len(self.block_out_channels), "attention_head_dim", "UNet")
 
   @property
   def layers(self) -> tuple[int, ...]:
-    """Residual blocks at each level of the way down (the way up has one more)."""
+    """Number of residual blocks at each level of the encoder (the decoder has one more)."""
     levels = len(self.block_out_channels)
     return _per_level(self.layers_per_block, levels, "layers_per_block", "UNet")
 
@@ -135,6 +146,7 @@ class VAEConfig:
 
   @classmethod
   def from_dict(cls, config: dict[str, Any]) -> "VAEConfig":
+    """Reads a config; raises ValueError if the VAE needs a feature that is not implemented."""
     levels = len(config.get("block_out_channels", (64,)))
     fixed = {
       "act_fn": "silu",
@@ -151,13 +163,16 @@ class VAEConfig:
 
   @property
   def factor(self) -> int:
-    """Pixels per latent along each side."""
+    """Number of pixels per latent along each side."""
     return 2 ** (len(self.block_out_channels) - 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-  """`text_encoder/config.json`; Stable Diffusion 2 has its penultimate layer as the last of 23."""
+  """`text_encoder/config.json` (transformers' CLIPTextModel).
+
+  Stable Diffusion 2 uses the penultimate layer of a CLIP model of 24; its files hold only 23.
+  """
 
   vocab_size: int = 49408
   hidden_size: int = 512
@@ -170,12 +185,13 @@ class CLIPTextConfig:
 
   @classmethod
   def from_dict(cls, config: dict[str, Any]) -> "CLIPTextConfig":
+    """Reads the config of a text encoder, or the `text_config` of a whole CLIP model."""
     return _check_activation(_read(cls, config.get("text_config", config), {}, "text encoder"))
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPVisionConfig:
-  """CLIP's vision tower with its projection; may be the `vision_config` of a whole CLIP model."""
+  """CLIP's vision tower and visual projection."""
 
   hidden_size: int = 768
   intermediate_size: int = 3072
@@ -189,6 +205,7 @@ class CLIPVisionConfig:
 
   @classmethod
   def from_dict(cls, config: dict[str, Any]) -> "CLIPVisionConfig":
+    """Reads the config of a vision tower, or the `vision_config` of a whole CLIP model."""
     if "vision_config" in config:
       outer = {k: config[k] for k in ("projection_dim",) if k in config}
       config = config["vision_config"] | outer
@@ -196,6 +213,7 @@ class CLIPVisionConfig:
 
 
 def _check_activation(config):
+  """Returns the config; raises ValueError if its activation is not implemented."""
   if config.hidden_act not in ("quick_gelu", "gelu"):
     raise ValueError(f"CLIP config: hidden_act={config.hidden_act!r}; give 'quick_gelu' or 'gelu'")
   return config
@@ -203,25 +221,30 @@ def _check_activation(config):
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-  """The reward network: a CLIP tower and a head. The defaults are the released PrefPaint reward."""
+  """The reward network: a CLIP vision tower, an encoder layer and a head.
+
+  The defaults describe the released PrefPaint reward model.
+  """
 
   vision: CLIPVisionConfig = CLIPVisionConfig()
-  # How the inpainted and the masked image meet. "late" (released): each is embedded by itself.
-  # "early": the tower sees one picture of 13 channels, the filling beside its surroundings.
+  # How the network combines the inpainted and the masked image. "late" (released): the tower embeds
+  # each image. "early": the tower embeds one image of 13 channels, made from both images.
   fusion: str = "late"
-  num_tokens: int = 1  # of late fusion; 1: both embeddings in one token (released); 2: one each
-  num_heads: int = 16  # of the encoder layer
-  feedforward_dim: int = 1024  # of the encoder layer
-  hidden_dim: int = 512
-  feature_dim: int = 256  # length of z
-  activation: str = "identity"  # between the last layers; "identity" is released, "gelu" is not
-  encoder_dropout: float = 0.1
-  dropout: float = 0.2
+  # Tokens of late fusion. 1 (released): one token of both embeddings; 2: one token per embedding.
+  num_tokens: int = 1
+  num_heads: int = 16  # attention heads of the encoder layer
+  feedforward_dim: int = 1024  # width of the encoder layer's feed-forward network
+  hidden_dim: int = 512  # width of the head's first layer
+  feature_dim: int = 256  # length of the features z
+  activation: str = "identity"  # between the head's layers: "identity" (released) or "gelu"
+  encoder_dropout: float = 0.1  # of the encoder layer
+  dropout: float = 0.2  # of the head
   shift: float = 0.0  # reward = (head output - shift) / scale
   scale: float = 1.0
 
   @classmethod
   def from_dict(cls, config: dict[str, Any]) -> "RewardConfig":
+    """Reads a config; raises ValueError if a field has an unknown value."""
     config = dict(config, vision=CLIPVisionConfig.from_dict(config.get("vision", {})))
     self = _read(cls, config, {}, "reward")
     if self.fusion not in ("late", "early"):
@@ -233,4 +256,5 @@ class RewardConfig:
     return self
 
   def to_dict(self) -> dict[str, Any]:
+    """Returns the config as a JSON object; `from_dict` is the inverse."""
     return dataclasses.asdict(self)

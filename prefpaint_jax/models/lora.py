@@ -1,23 +1,32 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): W + A B for chosen kernels W of a frozen base.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): adapters A B on chosen kernels W of a frozen base.
 
-Adapters mirror the base's tree, with {"down": A, "up": B} where a chosen kernel is and nothing
-elsewhere. Shapes: I inputs (of a convolution all but the last dimension), O outputs, r rank.
+The merged kernel is W + A B. A tree of adapters has {"down": A, "up": B} at the path of each chosen
+kernel of the base, and no other leaves.
 """
+# Shapes: I inputs (all dimensions of a kernel but the last, flattened), O outputs, r rank.
 
 import math
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-Params = dict[str, Any]
+from prefpaint_jax.weights.names import Params
 
 
 def init(key: jax.Array, base: Params, rank: int, targets: str) -> Params:
-  """Adapters down [I, r] and up [r, O] of the kernels whose "/"-joined path contains `targets`.
+  """Initialises adapters down [I, r] and up [r, O] for the chosen kernels of `base`.
 
-  `targets` is a regular expression. `up` is zero: the merged policy begins as the base, exactly.
+  `down` is normal with variance 1/I; `up` is zero, so that the merged policy starts at `base`.
+
+  Args:
+    key: `jax.random.key`.
+    base: parameters of the frozen network.
+    rank: r.
+    targets: regular expression; chooses the kernels whose "/"-joined path it is found in.
+
+  Raises:
+    ValueError: `rank` is below 1, or no kernel matches.
   """
   if rank < 1:
     raise ValueError(f"lora.rank is {rank}; give 1 or more")
@@ -27,26 +36,30 @@ def init(key: jax.Array, base: Params, rank: int, targets: str) -> Params:
     nonlocal found
     chosen = {}
     for index, (name, value) in enumerate(sorted(tree.items())):
-      own, here = jax.random.fold_in(key, index), f"{path}/{name}" if path else name
+      entry_key = jax.random.fold_in(key, index)
+      entry_path = f"{path}/{name}" if path else name
       if isinstance(value, dict):
-        if below := adapters(value, here, own):
-          chosen[name] = below
-      elif name == "kernel" and re.search(targets, here):
+        if inner := adapters(value, entry_path, entry_key):
+          chosen[name] = inner
+      elif name == "kernel" and re.search(targets, entry_path):
         found += 1
         *inputs, outputs = value.shape
         size = math.prod(inputs)
-        down = jax.random.normal(own, (size, rank)) / size**0.5
+        down = jax.random.normal(entry_key, (size, rank)) / size**0.5
         chosen[name] = {"down": down, "up": jnp.zeros((rank, outputs))}
     return chosen
 
   chosen = adapters(base, "", key)
   if not found:
-    raise ValueError(f"lora.targets {targets!r} matches no kernel of the policy")
+    raise ValueError(
+      f"lora.targets is {targets!r}, which matches no kernel of the policy; give a regular "
+      "expression that is found in the paths of kernels"
+    )
   return chosen
 
 
 def merge(base: Params, adapters: Params) -> Params:
-  """The base with A B added to every kernel that has adapters."""
+  """Adds A B to every kernel of `base` that has adapters; the other leaves are those of `base`."""
   merged = dict(base)
   for name, value in adapters.items():
     if isinstance(base[name], dict):

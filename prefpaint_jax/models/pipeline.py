@@ -1,35 +1,37 @@
-"""The networks of an inpainting pipeline as pure functions, and the prompts they are given.
-
-Shapes: B prompts, S samples per prompt, H W pixels, h w latents, L text tokens, D text width.
-"""
+"""The networks of an inpainting pipeline as pure functions, and the prompts that condition them."""
+# Shapes: B prompts, H W pixels, h w latents, c latent channels, L text tokens, D text width.
 
 import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
 from prefpaint_jax.diffusion.schedule import Schedule
 from prefpaint_jax.models.clip import CLIPTextModel
 from prefpaint_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from prefpaint_jax.models.unet import UNet2DConditionModel
 from prefpaint_jax.models.vae import AutoencoderKL
+from prefpaint_jax.weights.names import Params
 
-Params = Any  # a tree of arrays
 NETWORKS = ("unet", "vae", "text_encoder")
+
+# One timestep for the batch, or one per sample.
+Timestep = int | Int[Array, ""] | Int[Array, " B"]
 
 
 class Prompts(NamedTuple):
-  """What a policy is given: incomplete images, and the text they share or have each."""
+  """Encoded prompts: masked images, their masks, and one text for all or one for each."""
 
-  mask: jax.Array  # [B, H, W, 1], 1 = missing
-  masked_image: jax.Array  # [B, H, W, 3] in [0, 1], the hole black
-  mask_latents: jax.Array  # [B, h, w, 1]
-  masked_latents: jax.Array  # [B, h, w, 4], scaled
-  context: jax.Array  # [1 or B, L, D]
+  mask: Float[Array, "B H W 1"]  # 1 = missing
+  masked_image: Float[Array, "B H W 3"]  # in [0, 1], black in the hole
+  mask_latents: Float[Array, "B h w 1"]
+  masked_latents: Float[Array, "B h w c"]  # scaled
+  context: Float[Array, "#B L D"] | None  # None: not encoded yet
 
   def repeat(self, samples: int) -> "Prompts":
-    """Each prompt `samples` times in a row; a context shared by all stays shared."""
+    """Repeats each prompt `samples` times in a row; a context that all share stays one row."""
     if samples == 1:
       return self
     repeated = Prompts(*(jnp.repeat(x, samples, axis=0) for x in self))
@@ -39,7 +41,7 @@ class Prompts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Modules:
-  """The networks and the noise schedule: hashable, without parameters."""
+  """The networks and the noise schedule, without parameters; hashable, so a static argument."""
 
   unet: UNet2DConditionModel
   vae: AutoencoderKL
@@ -48,23 +50,39 @@ class Modules:
 
   @property
   def native_size(self) -> int:
-    """Pixels along each side of the square images that the UNet was made for."""
+    """Returns the side, in pixels, of the square images that the UNet was trained on."""
     size = self.unet.config.sample_size or 64
     return (size if isinstance(size, int) else min(size)) * self.vae.config.factor
 
   def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """Returns the shape [B, h, w, c] of the latents of images of `height` by `width` pixels.
+
+    Raises:
+      ValueError: a side is not a multiple of the VAE's factor.
+    """
     factor = self.vae.config.factor
     if height % factor or width % factor:
       raise ValueError(f"images are {height}x{width}: both sides must be multiples of {factor}")
     return batch, height // factor, width // factor, self.vae.config.latent_channels
 
   def encode_prompts(
-    self, vae_params: Params, images: jax.Array, masks: jax.Array, context: jax.Array
+    self,
+    vae_params: Params,
+    images: Float[Array, "B H W 3"],
+    masks: Float[Array, "B H W 1"],
+    context: Float[Array, "#B L D"] | None,
   ) -> Prompts:
-    """Images [B, H, W, 3] in [0, 1], masks [B, H, W, 1] -> Prompts; the hole is not looked at."""
+    """Encodes images and masks as prompts.
+
+    Args:
+      images: in [0, 1]; pixels under the mask are ignored.
+      masks: 1 = missing.
+      context: of one text for all prompts or of B texts; becomes the prompts' context.
+    """
     factor = self.vae.config.factor
     known = 1.0 - masks
-    # On the VAE's scale of [-1, 1] the hole is grey, as in training; the reward sees it black.
+    # The hole is 0 in the range of both: grey for the VAE ([-1, 1]), as in its training, and black
+    # for the reward model ([0, 1]).
     mean, _ = self.vae.apply(
       {"params": vae_params}, (2.0 * images - 1.0) * known, method=AutoencoderKL.encode
     )
@@ -77,18 +95,22 @@ class Modules:
     )
 
   def predict(
-    self, unet_params: Params, prompts: Prompts, latents: jax.Array, timestep: jax.Array
-  ) -> jax.Array:
-    """The UNet's output for noisy latents [B, h, w, 4] at timestep [] or [B], in float32."""
+    self,
+    unet_params: Params,
+    prompts: Prompts,
+    latents: Float[Array, "B h w c"],
+    timestep: Timestep,
+  ) -> Float[Array, "B h w c"]:
+    """Computes the UNet's output for noisy latents, in float32."""
     sample = jnp.concatenate([latents, prompts.mask_latents, prompts.masked_latents], axis=-1)
     output = self.unet.apply({"params": unet_params}, sample, timestep, prompts.context)
     return output.astype(jnp.float32)
 
   def round_params(self, unet_params: Params) -> Params:
-    """As the UNet's layers read them: in its compute dtype, but for those of norms."""
+    """Casts parameters to the UNet's compute dtype, except those of norms, which it keeps."""
     dtype = self.unet.dtype
 
-    def round_one(path: tuple, x: jax.Array) -> jax.Array:
+    def round_one(path: tuple, x: Any) -> Any:
       return x if "norm" in jax.tree_util.keystr(path) else x.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(round_one, unet_params)
@@ -97,21 +119,28 @@ class Modules:
     self,
     unet_params: Params,
     prompts: Prompts,
-    empty_context: jax.Array,
-    guidance_scale: jax.Array,
-    latents: jax.Array,
-    timestep: jax.Array,
-  ) -> jax.Array:
-    """Classifier-free guidance (Ho & Salimans 2022) away from the empty text, as one batch."""
+    empty_context: Float[Array, "1 L D"],
+    guidance_scale: Float[Array, ""],
+    latents: Float[Array, "B h w c"],
+    timestep: Int[Array, ""],
+  ) -> Float[Array, "B h w c"]:
+    """Computes the UNet's output with classifier-free guidance (Ho & Salimans 2022).
+
+    The UNet evaluates the empty text and the prompts' text as one batch of 2 B.
+
+    Args:
+      empty_context: context of the empty text.
+      guidance_scale: 1 gives the output for the prompts' text, 0 for the empty text.
+    """
     B = latents.shape[0]
-    spread = lambda context: jnp.broadcast_to(context, (B, *context.shape[1:]))
-    context = jnp.concatenate([spread(empty_context), spread(prompts.context)])
+    broadcast = lambda context: jnp.broadcast_to(context, (B, *context.shape[1:]))
+    context = jnp.concatenate([broadcast(empty_context), broadcast(prompts.context)])
     doubled = Prompts(*(jnp.concatenate([x, x]) for x in prompts[:-1]), context)
     output = self.predict(unet_params, doubled, jnp.concatenate([latents, latents]), timestep)
     return output[:B] + guidance_scale * (output[B:] - output[:B])
 
-  def decode(self, vae_params: Params, latents: jax.Array) -> jax.Array:
-    """Scaled latents [B, h, w, 4] -> images [B, H, W, 3] in [0, 1]."""
+  def decode(self, vae_params: Params, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
+    """Decodes scaled latents to images in [0, 1]."""
     decoded = self.vae.apply(
       {"params": vae_params},
       latents / self.vae.config.scaling_factor,
@@ -119,11 +148,11 @@ class Modules:
     )
     return jnp.clip(0.5 * decoded + 0.5, 0.0, 1.0)
 
-  def init(self, key: jax.Array) -> dict[str, Params]:
-    """Fresh parameters for all networks; under `jax.eval_shape`, their shapes."""
+  def init(self, key: Key[Array, ""]) -> dict[str, Params]:
+    """Initialises the parameters of all networks; under `jax.eval_shape` returns their shapes."""
     unet, vae, text = self.unet.config, self.vae.config, self.text_encoder.config
     keys = jax.random.split(key, 3)
-    # Big enough for every level; parameter shapes do not depend on it.
+    # Parameter shapes do not depend on the input size; this one halves at every level.
     side = 2 ** len(unet.block_out_channels)
     sample = jnp.zeros((1, side, side, unet.in_channels))
     context = jnp.zeros((1, 1, unet.cross_attention_dim))
@@ -139,24 +168,34 @@ class Modules:
 def make_modules(
   configs: dict[str, dict], dtype: str = "float32", remat: bool = False, where: str = "pipeline"
 ) -> Modules:
-  """Modules from the folder's configs: unet, vae, text_encoder, scheduler."""
+  """Makes the modules of a pipeline folder from its configs.
+
+  Args:
+    configs: the JSON of "unet", "vae", "text_encoder" and "scheduler".
+    dtype: compute dtype of the networks.
+    remat: rematerialise the UNet's blocks in the backward pass.
+    where: name of the pipeline, for error messages.
+
+  Raises:
+    ValueError: a config is not supported, or the networks do not fit together.
+  """
   unet, vae = UNetConfig.from_dict(configs["unet"]), VAEConfig.from_dict(configs["vae"])
   text = CLIPTextConfig.from_dict(configs["text_encoder"])
   latents = vae.latent_channels
   if unet.in_channels != 2 * latents + 1:
     raise ValueError(
-      f"{where}: the UNet has {unet.in_channels} input channels, an inpainting UNet has "
-      f"{2 * latents + 1}; use an inpainting checkpoint"
+      f"{where}: the UNet has {unet.in_channels} input channels; expected {2 * latents + 1}; use "
+      "an inpainting checkpoint"
     )
   if unet.cross_attention_dim != text.hidden_size:
     raise ValueError(
-      f"{where}: the UNet attends to {unet.cross_attention_dim} features, the text encoder gives "
-      f"{text.hidden_size}; the folder mixes two models"
+      f"{where}: cross_attention_dim of the UNet is {unet.cross_attention_dim}; expected the text "
+      f"encoder's hidden_size, {text.hidden_size}; use the UNet and text encoder of one model"
     )
-  kind = jnp.dtype(dtype)
+  compute_dtype = jnp.dtype(dtype)
   return Modules(
-    UNet2DConditionModel(unet, kind, remat),
-    AutoencoderKL(vae, kind),
-    CLIPTextModel(text, kind),
+    UNet2DConditionModel(unet, compute_dtype, remat),
+    AutoencoderKL(vae, compute_dtype),
+    CLIPTextModel(text, compute_dtype),
     Schedule.from_config(configs["scheduler"]),
   )

@@ -1,7 +1,10 @@
-"""The reward network of PrefPaint: CLIP embeds the inpainted and the masked image, a head scores.
+"""The reward network of PrefPaint (arXiv 2410.21966): CLIP embeddings and a head that scores them.
 
-Shapes: B batch, H W pixels, P projection width of CLIP, T tokens (1 or 2), D features.
+With late fusion CLIP embeds the sample and the masked image separately; with early fusion it
+embeds both as channels of one image.
 """
+# Shapes: B samples, S samples per masked image, H W pixels, P projection width of CLIP,
+# T tokens (1 or 2), D features.
 
 from typing import Any
 
@@ -14,35 +17,44 @@ from prefpaint_jax.kernels.dense import Dense
 from prefpaint_jax.models.blocks import Dtype
 from prefpaint_jax.models.clip import CLIPVisionModelWithProjection, SelfAttention
 from prefpaint_jax.models.config import RewardConfig
+from prefpaint_jax.weights.names import Params
 
-# Mean and standard deviation of CLIP's training images, per channel of RGB in [0, 1].
+# Mean and standard deviation of CLIP's training images: RGB in [0, 1].
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-BLACK = (0.5 / 255.0 - CLIP_MEAN) / CLIP_STD  # the darkest byte, once normalised
+BLACK = (0.5 / 255.0 - CLIP_MEAN) / CLIP_STD  # normalised pixels at or below it are the byte 0
 
 
 def early_channels(pixels: jax.Array, masked_pixels: jax.Array) -> jax.Array:
-  """What the tower sees in early fusion, [B, H, W, 13].
+  """Computes the input of CLIP's vision tower for early fusion.
 
-  The filling, its surroundings and the hole; and the steps to the next pixel, rightwards and
-  downwards, within the filling, within the surroundings, and across the seam. A patch embedding is
-  linear, so it could not make the size of a step from the pixels by itself.
+  The 13 channels are the sample inside the hole (3), the masked image outside it (3), the mask (1),
+  and absolute differences to the next pixel to the right and below, each inside the hole, outside
+  it, and across its border (6). The patch embedding is linear and could not compute absolute
+  differences.
+
+  Args:
+    pixels: normalised samples [B, H, W, 3].
+    masked_pixels: normalised masked images [B, H, W, 3], black in the hole.
+
+  Returns:
+    [B, H, W, 13].
   """
   hole = jnp.all(masked_pixels <= BLACK, axis=-1, keepdims=True).astype(pixels.dtype)
   channels = [pixels * hole, masked_pixels * (1.0 - hole), hole]
   for axis in (2, 1):
-    size = jnp.mean(_step(pixels, axis), axis=-1, keepdims=True)
-    channels += [size * hole, size * (1.0 - hole), size * _step(hole, axis)]
+    size = jnp.mean(_difference(pixels, axis), axis=-1, keepdims=True)
+    channels += [size * hole, size * (1.0 - hole), size * _difference(hole, axis)]
   return jnp.concatenate(channels, axis=-1)
 
 
-def _step(x: jax.Array, axis: int) -> jax.Array:
-  """How far each value is from the next along an axis; 0 for the last."""
+def _difference(x: jax.Array, axis: int) -> jax.Array:
+  """Computes the absolute difference of each value and the next along `axis`; 0 for the last."""
   return jnp.pad(jnp.abs(jnp.diff(x, axis=axis)), [(0, int(dim == axis)) for dim in range(x.ndim)])
 
 
 class EncoderLayer(nn.Module):
-  """A post-norm transformer encoder layer with ReLU (torch.nn.TransformerEncoderLayer)."""
+  """A post-norm transformer encoder layer with ReLU, as torch.nn.TransformerEncoderLayer."""
 
   config: RewardConfig
   dtype: Dtype = jnp.float32
@@ -60,7 +72,10 @@ class EncoderLayer(nn.Module):
 
 
 class Head(nn.Module):
-  """Flattened tokens [B, T P] -> reward [B] and the features z [B, D] that it is linear in."""
+  """Three dense layers: flattened tokens [B, T P] -> reward [B] and features z [B, D].
+
+  The reward is linear in the features: reward = wᵀ z.
+  """
 
   config: RewardConfig
   dtype: Dtype = jnp.float32
@@ -72,15 +87,16 @@ class Head(nn.Module):
     x = activate(Dense(config.hidden_dim, dtype=self.dtype, name="layers_0")(x))
     x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
     z = activate(Dense(config.feature_dim, dtype=self.dtype, name="layers_2")(x))
-    z = z.astype(jnp.float32)  # the bound is about wᵀz: keep both exact whatever the compute type
+    z = z.astype(jnp.float32)  # the reward's bound holds for wᵀz in float32
     reward = Dense(1, use_bias=False, name="last_layer")(z)[:, 0]
     return reward, z
 
 
 class RewardNetwork(nn.Module):
-  """(inpainted [B, H, W, 3], masked [B or B/S, H, W, 3]), CLIP-normalised -> reward [B], z [B, D].
+  """Scores samples: (pixels [B, H, W, 3], masked_pixels [B/S, H, W, 3]) -> reward [B], z [B, D].
 
-  S consecutive inpaintings may share one masked image. Reward and features are float32.
+  Both inputs are normalised (`preprocess`). S consecutive samples share one masked image. Reward
+  and features are float32, whatever the compute dtype.
   """
 
   config: RewardConfig
@@ -98,7 +114,7 @@ class RewardNetwork(nn.Module):
       masked_pixels = jnp.repeat(masked_pixels, S, axis=0)
       tokens = clip(early_channels(pixels, masked_pixels))[:, None]
     else:
-      # One pass over both kinds of picture; a masked image that several inpaintings share, once.
+      # CLIP embeds all images in one call, and each masked image once for its S samples.
       embeddings = clip(jnp.concatenate([pixels, masked_pixels]))
       masked = jnp.repeat(embeddings[B:], S, axis=0)
       tokens = jnp.stack([embeddings[:B], masked], axis=1).reshape(B, config.num_tokens, -1)
@@ -108,14 +124,15 @@ class RewardNetwork(nn.Module):
 
 
 def preprocess(images: jax.Array, size: int) -> jax.Array:
-  """CLIP's preprocessing on the device: [B, H, W, 3] in [0, 1] -> [B, size, size, 3], normalised.
+  """Resizes, crops and normalises images as CLIP does: [B, H, W, 3] -> [B, size, size, 3].
 
-  Antialiased bicubic resize of the shorter side to `size`, then a centre crop.
+  The input is in [0, 1]. An antialiased bicubic filter resizes the shorter side to `size`, then the
+  centre is cropped.
   """
   B, H, W, _ = images.shape
   if (size, size) != (H, W):
-    # The longer side is cut, not rounded, as CLIP's own preprocessing does; in integers, so that
-    # rounding of the ratio cannot take a pixel off it.
+    # CLIP truncates the length of the longer side. Integer division does so exactly; a float
+    # ratio could round just below an integer and lose a pixel.
     height, width = (size * side // min(H, W) for side in (H, W))
     images = jax.image.resize(images, (B, height, width, 3), "cubic", antialias=True)
     top, left = (height - size) // 2, (width - size) // 2
@@ -124,19 +141,26 @@ def preprocess(images: jax.Array, size: int) -> jax.Array:
 
 
 def apply(
-  network: RewardNetwork, params: Any, images: jax.Array, masked_images: jax.Array, **options: Any
+  network: RewardNetwork,
+  params: Params,
+  images: jax.Array,
+  masked_images: jax.Array,
+  **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
-  """Reward [B] and features [B, D] of images [B, H, W, 3] given masked images [M, H, W, 3].
+  """Computes rewards [B] and features [B, D] of samples.
 
-  `options` go to the network: deterministic, rngs.
+  Args:
+    images: samples [B, H, W, 3] in [0, 1].
+    masked_images: [B/S, H, W, 3] in [0, 1], black in the hole; S consecutive samples share one.
+    **options: `deterministic` and `rngs` of the network.
   """
   size = network.config.vision.image_size
   pixels, masked_pixels = preprocess(images, size), preprocess(masked_images, size)
   return network.apply({"params": params}, pixels, masked_pixels, **options)
 
 
-def network_shapes(config: RewardConfig) -> Any:
-  """The tree of parameter shapes of a reward network."""
+def network_shapes(config: RewardConfig) -> Params:
+  """Returns the parameters of a reward network as a tree of `jax.ShapeDtypeStruct`."""
   size = config.vision.image_size
   pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   return jax.eval_shape(RewardNetwork(config).init, jax.random.key(0), pixels, pixels)["params"]

@@ -1,13 +1,20 @@
-"""A byte-level CLIP tokenizer for small models."""
+"""A CLIP tokenizer whose tokens are single bytes, for small models."""
 
 import json
 
 
 def byte_tokenizer(length: int = 77) -> dict[str, bytes]:
-  """A CLIP tokenizer of single bytes without merges; `length` tokens a text."""
+  """Makes the files of a CLIP tokenizer without merges, whose tokens are single bytes.
+
+  Args:
+    length: number of tokens to which a text is padded or cut.
+
+  Returns:
+    File name -> content, for the folder `tokenizer/` of a pipeline.
+  """
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   rest = [byte for byte in range(256) if byte not in printable]
-  # As in GPT-2's byte-level vocabulary, bytes that do not print take characters from 256 on.
+  # GPT-2's byte-level vocabulary writes bytes that do not print as characters from 256 on.
   symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(rest))]
   marks = ["<|startoftext|>", "<|endoftext|>"]
   tokens = symbols + [symbol + "</w>" for symbol in symbols] + marks

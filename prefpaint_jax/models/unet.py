@@ -1,8 +1,9 @@
 """The denoising UNet of Stable Diffusion 1.x and 2.x, conditioned on time and text.
 
-For inpainting its 9 input channels are 4 noisy latents, 1 mask, 4 latents of the masked image.
-Shapes: B batch, h w latent height and width, L text tokens, D text width, E time embedding.
+The 9 input channels of an inpainting UNet are 4 noisy latents, 1 mask and 4 latents of the masked
+image. Modules have the attribute names of diffusers.
 """
+# Shapes: B batch, h w latent height and width, L text tokens, D text width.
 
 import functools
 
@@ -10,7 +11,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from prefpaint_jax.kernels.activations import silu
 from prefpaint_jax.models.blocks import (
   Downsample2D,
   Dtype,
@@ -26,7 +26,7 @@ from prefpaint_jax.models.config import UNetConfig
 
 
 class _Stage(nn.Module):
-  """What all levels share: residual blocks and transformers, rematerialised or not."""
+  """Makes the residual blocks and transformers of one level, rematerialised if `remat`."""
 
   config: UNetConfig
   level: int
@@ -51,7 +51,7 @@ class _Stage(nn.Module):
 
 
 class DownBlock(_Stage):
-  """One level of the way down; returns its output and what each step leaves for the way up."""
+  """One level of the encoder; returns its output and the list of its skip connections."""
 
   @nn.compact
   def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array):
@@ -65,13 +65,15 @@ class DownBlock(_Stage):
     if level < len(config.block_out_channels) - 1:
       padding = (config.downsample_padding,) * 2
       if padding == (0, 0):
-        padding = (0, 1)  # what no padding means in diffusers
+        padding = (0, 1)  # diffusers' `downsample_padding=0` pads right and bottom by 1
       x = Downsample2D(padding, self.dtype, name="downsamplers_0")(x)
       skips.append(x)
     return x, skips
 
 
 class MidBlock(_Stage):
+  """Residual block, transformer and residual block at the lowest resolution."""
+
   @nn.compact
   def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> jax.Array:
     channels = self.config.block_out_channels[-1]
@@ -81,7 +83,7 @@ class MidBlock(_Stage):
 
 
 class UpBlock(_Stage):
-  """One level of the way up; takes its skips from the end of the list."""
+  """One level of the decoder; pops its skip connections from the end of `skips`."""
 
   @nn.compact
   def __call__(self, x: jax.Array, skips: list[jax.Array], temb: jax.Array, context: jax.Array):
@@ -98,9 +100,10 @@ class UpBlock(_Stage):
 
 
 class UNet2DConditionModel(nn.Module):
-  """(sample [B, h, w, Cin], timesteps [B] or [], context [B or 1, L, D]) -> [B, h, w, Cout].
+  """Denoises latents: (sample [B, h, w, Cin], timesteps, context) -> [B, h, w, Cout].
 
-  `remat` recomputes each residual block and transformer in the backward pass: less memory.
+  `timesteps` is [B] or [], `encoder_hidden_states` [B or 1, L, D]. With `remat` the backward pass
+  recomputes each residual block and transformer, which saves memory.
   """
 
   config: UNetConfig
@@ -116,7 +119,8 @@ class UNet2DConditionModel(nn.Module):
     stage = functools.partial(dict, config=config, dtype=self.dtype, remat=self.remat)
     context = encoder_hidden_states.astype(self.dtype)
 
-    # One timestep is one row, which broadcasts: its gradient is that of a bias.
+    # A scalar timestep gives one row that broadcasts over the batch, so XLA computes its gradient
+    # as that of a bias.
     timesteps = jnp.atleast_1d(timesteps)
     temb = timestep_embedding(timesteps, channels[0], config.flip_sin_to_cos, config.freq_shift)
     temb = TimestepEmbedding(4 * channels[0], self.dtype, name="time_embedding")(temb)
@@ -130,5 +134,7 @@ class UNet2DConditionModel(nn.Module):
     for i, level in enumerate(reversed(range(len(channels)))):
       x = UpBlock(**stage(level=level), name=f"up_blocks_{i}")(x, skips, temb, context)
 
-    x = GroupNorm(config.norm_num_groups, config.norm_eps, self.dtype, name="conv_norm_out")(x)
-    return conv(config.out_channels, 3, self.dtype, "conv_out", padding=1)(silu(x))
+    x = GroupNorm(
+      config.norm_num_groups, config.norm_eps, self.dtype, silu=True, name="conv_norm_out"
+    )(x)
+    return conv(config.out_channels, 3, self.dtype, "conv_out", padding=1)(x)

@@ -1,14 +1,14 @@
-"""The variational autoencoder of Stable Diffusion (diffusers' AutoencoderKL and its names).
+"""The variational autoencoder of Stable Diffusion, with the attribute names of diffusers.
 
-Shapes: B batch, H W pixels, h w latents, C latent channels. Images are in [-1, 1], latents
-unscaled: multiply by `config.scaling_factor` before diffusion and divide before decoding.
+Images are in [-1, 1]. Latents are unscaled: callers multiply them by `config.scaling_factor` before
+diffusion and divide by it before decoding.
 """
+# Shapes: B batch, H W pixels, h w latents, C channels.
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from prefpaint_jax.kernels.activations import silu
 from prefpaint_jax.models.blocks import (
   Attention,
   Downsample2D,
@@ -20,7 +20,7 @@ from prefpaint_jax.models.blocks import (
 )
 from prefpaint_jax.models.config import VAEConfig
 
-EPSILON = 1e-6
+EPSILON = 1e-6  # of every group norm
 
 
 class VAEAttention(nn.Module):
@@ -34,12 +34,14 @@ class VAEAttention(nn.Module):
     B, H, W, C = x.shape
     hidden = GroupNorm(self.norm_num_groups, EPSILON, self.dtype, name="group_norm")(x)
     attention = Attention(1, use_bias=True, dtype=self.dtype)
-    # The projections belong to this module by name: share its scope.
+    # Checkpoints name the projections as children of this module, so it shares its scope.
     nn.share_scope(self, attention)
     return x + attention(hidden.reshape(B, H * W, C)).reshape(B, H, W, C)
 
 
 class MidBlock(nn.Module):
+  """Residual block, attention and residual block at the lowest resolution."""
+
   config: VAEConfig
   dtype: Dtype = jnp.float32
 
@@ -52,6 +54,8 @@ class MidBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
+  """One level of the encoder; halves height and width, except at the last level."""
+
   config: VAEConfig
   level: int
   dtype: Dtype = jnp.float32
@@ -68,6 +72,8 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
+  """One level of the decoder; doubles height and width, except at the last level."""
+
   config: VAEConfig
   level: int
   dtype: Dtype = jnp.float32
@@ -82,6 +88,8 @@ class UpBlock(nn.Module):
 
 
 class Encoder(nn.Module):
+  """Images [B, H, W, 3] -> [B, h, w, 2 C]: C channels of the mean, C of the log-variance."""
+
   config: VAEConfig
   dtype: Dtype = jnp.float32
 
@@ -92,11 +100,13 @@ class Encoder(nn.Module):
     for level in range(len(config.block_out_channels)):
       x = DownBlock(config, level, self.dtype, name=f"down_blocks_{level}")(x)
     x = MidBlock(config, self.dtype, name="mid_block")(x)
-    x = GroupNorm(config.norm_num_groups, EPSILON, self.dtype, name="conv_norm_out")(x)
-    return conv(2 * config.latent_channels, 3, self.dtype, "conv_out", padding=1)(silu(x))
+    x = GroupNorm(config.norm_num_groups, EPSILON, self.dtype, silu=True, name="conv_norm_out")(x)
+    return conv(2 * config.latent_channels, 3, self.dtype, "conv_out", padding=1)(x)
 
 
 class Decoder(nn.Module):
+  """Latents [B, h, w, C] -> images [B, H, W, 3]."""
+
   config: VAEConfig
   dtype: Dtype = jnp.float32
 
@@ -108,11 +118,13 @@ class Decoder(nn.Module):
     x = MidBlock(config, self.dtype, name="mid_block")(x)
     for i, level in enumerate(reversed(range(levels))):
       x = UpBlock(config, level, self.dtype, name=f"up_blocks_{i}")(x)
-    x = GroupNorm(config.norm_num_groups, EPSILON, self.dtype, name="conv_norm_out")(x)
-    return conv(config.out_channels, 3, self.dtype, "conv_out", padding=1)(silu(x))
+    x = GroupNorm(config.norm_num_groups, EPSILON, self.dtype, silu=True, name="conv_norm_out")(x)
+    return conv(config.out_channels, 3, self.dtype, "conv_out", padding=1)(x)
 
 
 class AutoencoderKL(nn.Module):
+  """The autoencoder; `encode` and `decode` are its methods for `apply`."""
+
   config: VAEConfig
   dtype: Dtype = jnp.float32
 
@@ -123,16 +135,16 @@ class AutoencoderKL(nn.Module):
     self.post_quant_conv = nn.Conv(self.config.latent_channels, (1, 1), dtype=self.dtype)
 
   def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Images [B, H, W, 3] -> mean and log-variance of the posterior, each [B, h, w, C] float32."""
+    """Encodes images [B, H, W, 3] to the posterior's mean and log-variance, each [B, h, w, C]."""
     moments = self.quant_conv(self.encoder(images.astype(self.dtype))).astype(jnp.float32)
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return mean, jnp.clip(log_variance, -30.0, 20.0)
 
   def decode(self, latents: jax.Array) -> jax.Array:
-    """Latents [B, h, w, C] -> images [B, H, W, 3] float32, not clipped."""
+    """Decodes latents [B, h, w, C] to float32 images [B, H, W, 3], not clipped."""
     hidden = self.post_quant_conv(latents.astype(self.dtype))
     return self.decoder(hidden).astype(jnp.float32)
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Reconstruction through the posterior's mean; touches every parameter (for `init`)."""
+    """Reconstructs images from the posterior's mean; `init` calls it to create all parameters."""
     return self.decode(self.encode(images)[0])

@@ -1,1 +1,1 @@
-"""What an iteration costs on chips that need not be present."""
+"""Memory, work, traffic and time of an iteration on chips that need not be present."""

@@ -1,4 +1,4 @@
-"""Accelerators: what they do at best, and compilers' stand-ins for those that are not there."""
+"""Accelerators: their peak rates, and devices to compile for that need not be present."""
 
 import os
 import re
@@ -13,16 +13,16 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """What a chip does at best."""
+  """The memory and the peak rates of a chip."""
 
   flops: float  # per second, dense bfloat16
-  memory: float  # bytes that a program may use
-  bandwidth: float  # bytes per second from and to it
+  memory: float  # bytes that a program can use
+  bandwidth: float  # bytes per second from and to this memory
   links: float  # bytes per second sent to other chips
 
 
-# By the beginning of a device's kind; the longest that fits counts. The makers' data sheets, but
-# for the memory of TPUs: what their compiler says is available.
+# The key is a prefix of `device_kind`; `find_chip` takes the longest that matches. Figures are from
+# the manufacturers' data sheets, except the memory of TPUs: their compiler reports that figure.
 CHIPS = {
   "TPU v4": Chip(275e12, 31.25 * GIB, 1228e9, 300e9),
   "TPU v5 lite": Chip(197e12, 15.75 * GIB, 819e9, 200e9),
@@ -37,53 +37,57 @@ CHIPS = {
 
 
 def find_chip(kind: str) -> Chip | None:
-  """The chip of a `device_kind`, if it is one of `CHIPS`."""
-  fitting = [name for name in CHIPS if kind.startswith(name)]
-  return CHIPS[max(fitting, key=len)] if fitting else None
+  """Returns the chip of a JAX `device_kind`, or None if `CHIPS` has no prefix of it."""
+  matching = [name for name in CHIPS if kind.startswith(name)]
+  return CHIPS[max(matching, key=len)] if matching else None
 
 
 def topology_devices(name: str) -> list[jax.Device]:
-  """Devices of a topology, to compile for and not to run on.
+  """Returns the devices of a topology. Programs can be compiled for them, but not run on them.
 
-  Of TPUs its name is that of a slice, as "v5e:4x4"; of GPUs "h100:8" is one machine with eight,
-  "h100:2x8" are two.
+  Args:
+    name: for TPUs a slice, such as "v5e:4x4"; for GPUs "h100:8", one machine with eight GPUs, or
+      "h100:2x8", two such machines.
+
+  Raises:
+    ValueError: for an unknown topology, or if the compiler for its devices is not installed.
   """
   kind, _, shape = name.partition(":")
   return _gpus(name, kind, shape) if kind in _GPUS else _tpus(name)
 
 
 def _tpus(name: str) -> list[jax.Device]:
-  answers = {  # to what libtpu would ask the machine about itself
+  variables = {  # without them libtpu asks the metadata server of a TPU machine
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is taken, so several processes may plan
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # planning opens no chip, so several processes may plan
   }
-  for variable, value in answers.items():
+  for variable, value in variables.items():
     os.environ.setdefault(variable, value)
-  # On v4 and v5p the two cores of a chip are one device, as they are where there is a chip.
+  # Make the two cores of a v4 or v5p chip one device, as JAX does on a machine with such chips.
   options = {"chip_config_name": "megacore"} if name.startswith(("v4", "v5p")) else {}
   try:
     return list(topologies.get_topology_desc(name, "tpu", **options).devices)
   except RuntimeError as error:
     if "not installed" in str(error):
-      reason = "libtpu, the compiler for TPUs, is missing; pip install 'prefpaint_jax[plan]'"
+      reason = "libtpu, the compiler for TPUs, is missing; run pip install 'prefpaint_jax[plan]'"
     else:
-      found = first_line(error).removeprefix("INVALID_ARGUMENT: ")
-      found = found.split(" and does not match")[0]
-      reason = f"{found}; give one such as v5e:4x4, v5p:2x2x2, v6e:8x8, h100:8"
+      message = first_line(error).removeprefix("INVALID_ARGUMENT: ")
+      message = message.split(" and does not match")[0]
+      reason = f"{message}; expected a name such as v5e:4x4, v5p:2x2x2, v6e:8x8 or h100:8"
     raise ValueError(f"--topology={name}: {reason}") from error
 
 
 class _Gpu(NamedTuple):
-  """What the compiler asks of a GPU, from the specifications in openxla/xla."""
+  """The properties of a GPU that XLA's compiler reads; values from openxla/xla."""
 
   kind: str
-  capability: tuple[int, bool]  # major; with instructions of this one generation alone
+  capability: tuple[int, bool]  # major version; whether it has accelerated features ("sm_90a")
   multiprocessors: int
-  units: int  # for float32, of a multiprocessor
-  shared_memory: tuple[int, int]  # bytes of a multiprocessor; of a block, where it asks for them
-  cache: int  # bytes
+  units: int  # float32 units of a multiprocessor
+  shared_memory: tuple[int, int]  # bytes of a multiprocessor; largest opt-in size of a block
+  cache: int  # bytes of the L2 cache
   clock: float  # GHz
   memory: int  # bytes
   bandwidth: int  # bytes per second
@@ -118,7 +122,10 @@ dnn_version_info {{ major: 9 minor: 10 }}
 
 def _gpus(name: str, kind: str, shape: str) -> list[jax.Device]:
   if not re.fullmatch(r"([1-9]\d*x)?[1-9]\d*", shape):
-    raise ValueError(f"--topology={name}: give GPUs as {kind}:8, or machines x GPUs as {kind}:2x8")
+    raise ValueError(
+      f"--topology={name}: unknown shape {shape!r}; give {kind}:8 for one machine with 8 GPUs, or "
+      f"{kind}:2x8 for two such machines"
+    )
   gpu = _GPUS[kind]
   target = _TARGET.format(
     **gpu._asdict(), features="ACCELERATED_FEATURES" if gpu.capability[1] else "NONE"
@@ -126,7 +133,9 @@ def _gpus(name: str, kind: str, shape: str) -> list[jax.Device]:
   grid = "x".join(["1"] * (2 - shape.count("x")) + [shape])
   try:
     found = topologies.get_topology_desc(platform="cuda", target_config=target, topology=grid)
-  except NotImplementedError as error:  # what JAX says of a platform that it has no plugin for
-    reason = "JAX's plugin for CUDA, whose compiler it takes, is missing"
-    raise ValueError(f"--topology={name}: {reason}; pip install 'prefpaint_jax[cuda]'") from error
+  except NotImplementedError as error:  # JAX raises it for a platform without a plugin
+    reason = "JAX's CUDA plugin, which holds the compiler for GPUs, is missing"
+    raise ValueError(
+      f"--topology={name}: {reason}; run pip install 'prefpaint_jax[cuda]'"
+    ) from error
   return list(found.devices)

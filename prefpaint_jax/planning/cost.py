@@ -1,6 +1,7 @@
-"""What a program costs: work, traffic with memory, collectives.
+"""Counts the operations, the memory traffic and the collectives of a program.
 
-Operations are counted in its jaxpr, the rest in the text of the compiled program.
+Operations are counted in the jaxpr; memory traffic and collectives in the HLO text of the compiled
+program.
 """
 
 import math
@@ -13,12 +14,14 @@ from jax.interpreters import partial_eval
 
 
 class Instruction(NamedTuple):
+  """An instruction of a compiled program, with the number of times that it runs."""
+
   opcode: str
-  result: str  # type, as written
-  operands: tuple[str, ...]  # types
-  rest: str  # attributes; the value of a constant
-  times: int  # that it runs
-  fused: bool  # part of a fusion, which is one instruction to the memory
+  result: str  # its type, as the text has it
+  operands: tuple[str, ...]  # their types
+  rest: str  # attributes; of a constant its value
+  times: int  # how often it runs
+  fused: bool  # inside a fusion, which reads and writes memory as one instruction
 
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*):?([^{}]*)\})?")
@@ -26,15 +29,15 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 
 
 def _bytes(text: str) -> int:
-  """Bytes of the elements of a type's arrays."""
+  """Returns the bytes of all arrays in a type, without padding."""
   arrays = _ARRAY.findall(text)
   return sum(_size(dtype, _shape(dimensions)) for dtype, dimensions, _, _ in arrays)
 
 
 def _memory_bytes(text: str) -> int:
-  """Bytes that they take in the main memory, where a TPU's layouts pad them to whole tiles.
+  """Returns the bytes of all arrays in a type in main memory, where TPUs pad them to whole tiles.
 
-  Arrays in its small, fast memories, which layouts give as S(1) and so on, take none.
+  Arrays in a TPU's fast on-chip memories, with S(1) or higher in their layout, count as 0.
   """
   total = 0
   for dtype, dimensions, order, layout in _ARRAY.findall(text):
@@ -58,20 +61,20 @@ def _size(dtype: str, shape: Sequence[int]) -> int:
 
 
 def _closing(text: str, opening: int) -> int:
-  """Where the parenthesis at `opening` closes."""
+  """Returns the index of the parenthesis that closes the one at `opening`."""
   depth = 0
   for i in range(opening, len(text)):
     depth += (text[i] == "(") - (text[i] == ")")
     if depth == 0:
       return i
-  raise ValueError(f"a parenthesis does not close: {text[:80]}")
+  raise ValueError(f"HLO text has a parenthesis that does not close: {text[:80]}")
 
 
 def _parse(hlo_text: str) -> tuple[dict[str, list[Instruction]], str]:
-  """{name of a computation: its instructions}, and the name of the entry."""
+  """Returns {name of a computation: its instructions}, and the name of the entry computation."""
   computations, entry = {}, ""
   for line in hlo_text.splitlines():
-    line = re.sub(r"/\*.*?\*/", "", line)  # numbers of the elements of long tuples
+    line = re.sub(r"/\*.*?\*/", "", line)  # /*index=5*/ in long tuples
     if header := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
       types, body = {}, computations.setdefault(header[2], [])
       entry = header[2] if header[1] else entry
@@ -90,10 +93,10 @@ def _parse(hlo_text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _trip_count(loop: Instruction, computations: Mapping[str, list[Instruction]]) -> int:
-  """How often a `while` runs; 1 where the program does not tell."""
+  """Returns the trip count of a `while`; 1 if the text does not tell."""
   if known := re.search(r"known_trip_count\W+n\W+(\d+)", loop.rest):
     return int(known[1])
-  # Otherwise in the form that JAX's scans have: a counter from zero to a constant.
+  # Without that attribute, read the condition of JAX's scans: a counter from 0 to a constant.
   condition = computations[re.search(r"condition=%?([\w.-]+)", loop.rest)[1]]
   limits = [one.rest for one in condition if one.opcode == "constant"]
   counts = any("direction=LT" in one.rest for one in condition if one.opcode == "compare")
@@ -105,7 +108,7 @@ _CALLED = re.compile(r"\b(?:body|calls|to_apply|\w+_computation|branch_computati
 
 
 def instructions(hlo_text: str) -> Iterator[Instruction]:
-  """Every instruction that runs, once, with how often; of a conditional, those of all branches."""
+  """Yields every instruction that runs, with its number of runs; of a conditional all branches."""
   computations, entry = _parse(hlo_text)
 
   def walk(name: str, times: int, fused: bool) -> Iterator[Instruction]:
@@ -120,7 +123,7 @@ def instructions(hlo_text: str) -> Iterator[Instruction]:
   return walk(entry, 1, False)
 
 
-# Bytes that each of n chips in a ring sends for one byte of its operand.
+# Bytes that each of n chips in a ring sends per byte of its operand.
 SENT: dict[str, Callable[[int], float]] = {
   "all-reduce": lambda n: 2 * (n - 1) / n,
   "all-gather": lambda n: n - 1,
@@ -131,12 +134,18 @@ SENT: dict[str, Callable[[int], float]] = {
 
 
 def collectives(hlo_text: str) -> dict[str, tuple[int, int]]:
-  """{kind: (how many run, bytes that a chip sends for them)} of a compiled program.
+  """Counts the collectives of a compiled program and the bytes that each chip sends for them.
 
-  One inside a loop counts each time; an asynchronous one counts once, though a TPU's programs write
-  it into the start, the end and all that runs meanwhile, as one channel. Bytes are those of a ring
-  over a group of n chips: of a buffer that is whole on every chip before or after, an all-reduce
-  sends 2 (n-1)/n, an all-gather, a reduce-scatter and an all-to-all (n-1)/n, a permutation all.
+  A collective in a loop counts once per trip. The text of a TPU program repeats an asynchronous
+  collective, with the same channel, in several fusions: its start, its end and the fusions that
+  overlap with it. It counts once.
+
+  Bytes are those of a ring algorithm over n chips. Relative to the array that every chip holds
+  whole before or after the collective, an all-reduce sends 2 (n-1)/n, an all-gather, a
+  reduce-scatter and an all-to-all (n-1)/n, and a permutation all of it.
+
+  Returns:
+    {kind: (number of runs, bytes)}.
   """
   everyone = re.search(r"num_partitions=(\d+)", hlo_text)
   totals: dict[str, tuple[int, int]] = {}
@@ -157,7 +166,10 @@ def collectives(hlo_text: str) -> dict[str, tuple[int, int]]:
 
 
 def _group_size(rest: str) -> int | None:
-  """Chips of a collective's group, in the three ways to write replica_groups; None: all."""
+  """Returns the number of chips in a collective's group; None: all chips.
+
+  HLO has three notations for replica_groups: a mesh with axes, an iota, and lists.
+  """
   if axes := re.search(r"replica_groups=mesh\[(.*?)\] *\{(.*?)\}", rest):
     sizes = dict(re.findall(r"'(.+?)'=(\d+)", axes[1]))
     parts = re.findall(r"'(.+?)'(?::\(\d+\)(\d+))?", axes[2])
@@ -175,10 +187,11 @@ _UNMOVED = (
 
 
 def memory_traffic(hlo_text: str) -> int:
-  """Bytes that a compiled program moves from and to a chip's main memory.
+  """Returns the bytes that a compiled program moves from and to a chip's main memory.
 
-  Every instruction reads its operands and writes its result: too much where a fusion reads a part
-  of an operand, or where a cache keeps it. What a GPU's library works in does not count.
+  The count assumes that every instruction reads its whole operands and writes its result. It is too
+  high if a fusion reads a part of an operand or if a cache holds the operand. The workspace of a
+  GPU library call does not count.
   """
   total = 0
   for one in instructions(hlo_text):
@@ -187,36 +200,38 @@ def memory_traffic(hlo_text: str) -> int:
     moved = (one.result, *one.operands)
     if one.opcode == "custom-call":
       moved = (re.sub(r", [su]8\[\d+\]\{0\}\)$", ")", one.result), *one.operands)
-    elif one.opcode in ("slice", "slice-start", "dynamic-slice"):  # reads what it gives
+    elif one.opcode in ("slice", "slice-start", "dynamic-slice"):  # reads as much as it writes
       piece = one.result.replace(one.operands[0], "") if "start" in one.opcode else one.result
       moved = (piece, re.sub(r"S\(\d+\)", "", piece))
-    elif one.opcode.endswith("-start"):  # what it returns names its operands too
+    elif one.opcode.endswith("-start"):  # its result type lists its operands too
       moved = (one.result,)
     total += one.times * sum(map(_memory_bytes, moved))
   return total
 
 
 def flops(jaxpr: Any) -> float:
-  """Floating point operations of a jaxpr's products and convolutions, on all devices together.
+  """Counts the floating-point operations of matrix products and convolutions, on all devices.
 
-  A scan counts as often as it runs (XLA's own analysis has a loop's body once), a conditional as
-  its costliest branch; a loop that ends by itself counts once. What nothing needs does not count.
+  The body of a scan counts once per iteration (XLA's cost analysis counts it once); a conditional
+  counts as its costliest branch; the body of a `while` with an unknown trip count counts once.
+  Equations whose results are not used do not count.
   """
   return _total(_needed(jaxpr), _product_operations)
 
 
 def other_operations(jaxpr: Any) -> float:
-  """What else it computes: one for each element of a result, or that a reduction takes in."""
+  """Counts the other operations: one per element of a result, or per element that is reduced."""
   return _total(_needed(jaxpr), _elementwise_operations)
 
 
 def _needed(jaxpr: Any) -> Any:
+  """Removes equations whose results are not used."""
   jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
   return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
 def _total(jaxpr: Any, count: Callable[[Any], float]) -> float:
-  """The sum of `count` over all equations, each as often as it runs."""
+  """Sums `count` over all equations, each times the number of its runs."""
   total = 0.0
   for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
     name, params = equation.primitive.name, equation.params
@@ -242,7 +257,7 @@ def _product_operations(equation: Any) -> float:
     case "conv_general_dilated":
       kernel = equation.invars[1].aval
       terms = kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-      # Where the gradient of a strided one puts zeros between pixels there is nothing to do.
+      # The gradient of a strided convolution puts zeros between pixels; they cost nothing.
       terms /= math.prod(params["lhs_dilation"])
     case _:
       return 0.0

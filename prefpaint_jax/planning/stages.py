@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from prefpaint_jax.align.run import image_shapes, outline
+from prefpaint_jax.align.run import Run, image_shapes, outline
 from prefpaint_jax.align.settings import compares_with_base
 from prefpaint_jax.align.state import Experience, behaviour_params
 from prefpaint_jax.planning import cost
@@ -20,23 +20,23 @@ from prefpaint_jax.planning.chips import GIB, Chip, find_chip
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.runtime.text import first_line
 
+STAGES = ("rollout", "score", "update")  # in the order in which an iteration runs them
+
 
 def _bytes_per_chip(tree: Any) -> int:
   part = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
   return sum(map(part, jax.tree.leaves(tree)))
 
 
-### A plan.
 class DoesNotFitError(Exception):
-  """A compiler found no room for a program; says how much it needs of how much."""
+  """The program does not fit in device memory (required of available)."""
 
 
 def compile_and_print(lowered: Any, device: jax.Device) -> tuple[Any, str]:
-  """A program compiled for a kind of device, and its text.
+  """Compiles a lowered program for a kind of device and returns it with its HLO text.
 
-  `as_text` cannot print a v6e's loops where they overlap ("Async done requires its operand to be an
-  asynchronous op"), but the compiler for TPUs can. Where a GPU is not there to time them on, tiles
-  of XLA's own products are a guess that not every product can follow: all are cuBLAS's then.
+  For GPUs that are not present, Triton matrix products are off. XLA chooses their tile sizes by
+  timing them on the GPU; without one it guesses, and compilation fails for some products.
   """
   with tempfile.TemporaryDirectory() as folder:
     options = None
@@ -48,16 +48,26 @@ def compile_and_print(lowered: Any, device: jax.Device) -> tuple[Any, str]:
     try:
       return compiled, compiled.as_text()
     except jax.errors.JaxRuntimeError:
-      written = list(Path(folder).glob("*.after_codegen.txt"))
-      if not written:
+      # For v6e programs with overlapping loops `as_text` fails with "Async done requires its
+      # operand to be an asynchronous op". The dump of the TPU compiler has the text.
+      dumps = list(Path(folder).glob("*.after_codegen.txt"))
+      if not dumps:
         raise
-      return compiled, written[0].read_text()
+      return compiled, dumps[0].read_text()
 
 
 def _measure(program: Any, arguments: tuple, live: Any, mesh: Mesh) -> tuple[dict[str, Any], Any]:
-  """What a stage takes of each chip, and the shapes and shardings of its outputs.
+  """Compiles a stage and measures its cost per chip.
 
-  `live` is all that a run has in memory meanwhile, arguments or not.
+  Args:
+    program: has `trace`, like a jitted function.
+    live: all arrays that are in memory while the stage runs, whether they are arguments or not.
+
+  Returns:
+    The measurements, and the shapes and shardings of the outputs.
+
+  Raises:
+    DoesNotFitError: if the compiler reports that the program needs more memory than the chip has.
   """
   began = time.perf_counter()
   traced = program.trace(*arguments)
@@ -88,7 +98,11 @@ def _measure(program: Any, arguments: tuple, live: Any, mesh: Mesh) -> tuple[dic
 
 
 def estimate(stage: Mapping[str, Any], chip: Chip) -> dict[str, float]:
-  """Seconds of a stage at the chip's peaks: the longer of work and memory, then the links."""
+  """Estimates the seconds of a stage at the chip's peak rates.
+
+  Work and memory traffic overlap, so the longer of the two counts; the time of the links between
+  chips is added to it.
+  """
   seconds = {
     "work": stage["flops"] / chip.flops,
     "memory": stage["traffic"] / chip.bandwidth,
@@ -102,19 +116,26 @@ def plan(
   devices: Sequence[jax.Device],
   after_stage: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
-  """Compiles the stages of an iteration for `devices`: a report that json can hold.
+  """Compiles the stages of an iteration for `devices` and measures them.
 
-  `report["stages"]` has, of rollout, score and update, per chip: memory in bytes, flops, traffic,
-  collectives, estimated seconds; and times, how often an iteration runs the stage. A stage that
-  does not compile for want of memory ends the plan; `report["does_not_fit"]` says so.
-  `after_stage` is called with the report as far as it is: a large program compiles for long.
+  Args:
+    config: of `configs/rl.py`.
+    devices: need not be present.
+    after_stage: called with the unfinished report after every stage, because the compilation of a
+      large program takes minutes.
+
+  Returns:
+    A report that can be written as JSON. `report["stages"]` has, for rollout, score and update,
+    per chip: memory in bytes, flops, traffic, collectives, estimated seconds, and `times`, the runs
+    of the stage in an iteration. The first stage that does not fit in memory ends the plan, and
+    `report["does_not_fit"]` names it.
   """
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
   sharding.check_batch(config.batch_size, mesh)
   run, _, source = outline(config, mesh)
   kind = devices[0].device_kind
   chip = find_chip(kind)
-  chosen = ("batch_size", "samples_per_prompt", "size", "num_steps", "dtype", "remat")
+  fields = ("batch_size", "samples_per_prompt", "size", "num_steps", "dtype", "remat")
   report = {
     "policy": config.policy,
     "architecture": source,
@@ -122,17 +143,32 @@ def plan(
     "chip": kind,
     "chips": mesh.size,
     "mesh": dict(mesh.shape),
-    "config": {name: config[name] for name in chosen},
+    "config": {name: config[name] for name in fields},
     "stages": {},
   }
+  try:
+    _measure_stages(config, run, mesh, report, after_stage)
+  except DoesNotFitError as error:
+    report["does_not_fit"] = f"{STAGES[len(report['stages'])]}: {error}"
+  return report | (fit_to_chip(report, chip) if chip else {})
 
+
+def _measure_stages(
+  config: ConfigDict,
+  run: Run,
+  mesh: Mesh,
+  report: dict[str, Any],
+  after_stage: Callable[[dict[str, Any]], None],
+) -> None:
+  """Adds the measurements of every stage to `report["stages"]`."""
   stages, state, frozen = run.stages, run.state_shapes, run.frozen
   images, masks = image_shapes(config, mesh)
   replicated = sharding.replicated(mesh)
   key = sharding.with_shardings(jax.eval_shape(jax.random.key, 0), replicated)
   indices = jax.eval_shape(stages.draw_timesteps, key)[0]
   live = [state, frozen, images, masks]
-  # A run that compares with the base keeps it; with a KL term that is the same arrays.
+  # A run that compares with the base policy keeps its parameters; with a KL term `frozen.base` is
+  # the same arrays.
   if compares_with_base(config) and frozen.base is not run.begin:
     live.append(run.begin)
 
@@ -143,25 +179,27 @@ def plan(
     live.append(outputs)
     return outputs
 
-  try:
-    prompts, trajectory, samples = measure(
-      "rollout", stages.rollout, behaviour_params(state), frozen, images, masks, key
-    )
-    scores, _ = measure("score", stages.score, frozen, prompts, samples)
-    arguments = (
-      state,
-      frozen,
-      Experience(prompts, trajectory, scores),
-      sharding.with_shardings(indices, replicated),
-    )
-    measure("update", stages.update, *arguments, times=run.settings.updates_per_iteration)
-  except DoesNotFitError as error:
-    report["does_not_fit"] = f"{('rollout', 'score', 'update')[len(report['stages'])]}: {error}"
-  return report | (judge(report, chip) if chip else {})
+  prompts, trajectory, samples = measure(
+    "rollout", stages.rollout, behaviour_params(state), frozen, images, masks, key
+  )
+  scores, _ = measure("score", stages.score, frozen, prompts, samples)
+  arguments = (
+    state,
+    frozen,
+    Experience(prompts, trajectory, scores),
+    sharding.with_shardings(indices, replicated),
+  )
+  measure("update", stages.update, *arguments, times=run.settings.updates_per_iteration)
 
 
-def judge(report: Mapping[str, Any], chip: Chip) -> dict[str, Any]:
-  """What a chip makes of a report: its memory, the stages with estimates, and what does not fit."""
+def fit_to_chip(report: Mapping[str, Any], chip: Chip) -> dict[str, Any]:
+  """Computes the part of a report that depends on the chip.
+
+  Returns:
+    "available", the chip's memory in bytes, and "stages", with estimated seconds. A report of all
+    stages also gets "seconds" and "images_per_s" of an iteration, and "does_not_fit" if a stage
+    needs more memory than the chip has.
+  """
   stages = {
     name: stage | {"seconds": estimate(stage, chip)} for name, stage in report["stages"].items()
   }

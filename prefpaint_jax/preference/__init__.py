@@ -1,1 +1,1 @@
-"""What people prefer: scores, the reward's fit, and the bound on its error."""
+"""Human preference: simulated annotators, the fit of the reward model, and its error bound."""

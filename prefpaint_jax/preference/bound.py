@@ -1,8 +1,9 @@
 """Reward-error bound of a linear head: V = λI + Σ zzᵀ, ‖z‖_{V⁻¹}, and the trust weight γ.
 
-For r = wᵀz fitted by ridge regression on features z_i, |wᵀz − w*ᵀz| ≤ C ‖z‖_{V⁻¹} (Abbasi-Yadkori
-et al. 2011, theorem 2; PrefPaint, arXiv 2410.21966). V is accumulated batch by batch, factored and
-stored in float64 on the host; what runs per sample on the device is a product with L⁻¹, V = L Lᵀ.
+Ridge regression fits a reward r = wᵀz to features z_i. Its error has the bound
+|wᵀz − w*ᵀz| ≤ C ‖z‖_{V⁻¹} (Abbasi-Yadkori et al. 2011, theorem 2; PrefPaint, arXiv 2410.21966). The
+host accumulates V batch by batch, factors it as V = L Lᵀ and stores it, all in float64. The device
+computes only a product with L⁻¹ for each sample.
 """
 # Shapes: N training samples, B batch, D features.
 
@@ -10,144 +11,100 @@ import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jaxtyping import Array, Float, Float64
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from scipy.linalg import cho_solve, solve_triangular
+
+from prefpaint_jax.preference.moments import Moments, Number, Scalar, Unchecked, gram
 
 FILE_NAME = "bound.safetensors"
 _SCALARS = {"lam": float, "count": int, "noise_scale": float, "norm_bound": float}
 
 
-def gram(features: np.ndarray | jax.Array) -> np.ndarray:
-  """Σ zzᵀ [D, D] in float64, of features [N, D]; add the results of several batches."""
-  features = np.asarray(features, np.float64)
-  if features.ndim != 2:
-    raise ValueError(f"features have shape {features.shape}: give [samples, width]")
-  if not np.isfinite(features).all():
-    bad = int((~np.isfinite(features).all(axis=1)).sum())
-    raise ValueError(f"{bad} of {len(features)} feature rows are not finite: leave them out")
-  return features.T @ features
-
-
-def _cholesky(matrix: np.ndarray, name: str) -> np.ndarray:
-  """Lower L [D, D] float64 with L Lᵀ = matrix."""
+def _cholesky(matrix: Float64[np.ndarray, "D D"], name: str) -> Float64[np.ndarray, "D D"]:
+  """Computes the lower Cholesky factor L, with L Lᵀ = `matrix`."""
   try:
     return np.linalg.cholesky(matrix)
   except np.linalg.LinAlgError:
     smallest = np.linalg.eigvalsh(matrix)[0]
     raise ValueError(
-      f"{name} is not positive definite, its smallest eigenvalue is {smallest:.3g}: "
-      "raise lam, or check where the matrix comes from"
+      f"{name} is not positive definite, its smallest eigenvalue is {smallest:.3g}; "
+      "raise lam, or check the source of the matrix"
     ) from None
 
 
-def _square(matrix: np.ndarray | jax.Array, name: str) -> np.ndarray:
-  """The symmetric part of `matrix` [D, D] in float64."""
+def _symmetric(matrix: Unchecked, name: str) -> Float64[np.ndarray, "D D"]:
+  """Returns the symmetric part of a matrix [D, D] in float64."""
   matrix = np.asarray(matrix, np.float64)
   if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-    raise ValueError(f"{name} has shape {matrix.shape}: give a square matrix")
+    raise ValueError(f"{name} has shape {matrix.shape}; give a square matrix")
   if not np.isfinite(matrix).all():
-    raise ValueError(f"{name} has entries that are not finite: check where it comes from")
+    raise ValueError(f"{name} has entries that are not finite; check the source of the matrix")
   return (matrix + matrix.T) / 2
-
-
-class Moments(NamedTuple):
-  """All that ridge regression has to know of its samples, however many: sums in float64."""
-
-  gram: np.ndarray  # Σ zzᵀ [D, D]
-  cross: np.ndarray  # Σ y z [D]
-  squares: np.ndarray  # Σ y² []
-  count: np.ndarray  # N []
-
-  @classmethod
-  def zeros(cls, width: int) -> "Moments":
-    """Of no samples yet."""
-    return cls(np.zeros((width, width)), np.zeros(width), np.zeros(()), np.zeros(()))
-
-  @classmethod
-  def of(cls, features: np.ndarray | jax.Array, targets: np.ndarray | jax.Array) -> "Moments":
-    """Of features [B, D] and their targets [B], the normalised scores."""
-    features, targets = (np.asarray(x, np.float64) for x in (features, targets))
-    if targets.shape != features.shape[:1]:
-      raise ValueError(
-        f"targets have shape {targets.shape}, features {features.shape}: give one to each sample"
-      )
-    if not np.isfinite(targets).all():
-      bad = int((~np.isfinite(targets)).sum())
-      raise ValueError(f"{bad} of {len(targets)} targets are not finite: leave them out")
-    count = np.float64(len(targets))
-    return cls(gram(features), features.T @ targets, targets @ targets, count)
-
-  def __add__(self, other: "Moments") -> "Moments":
-    """Of both sets of samples together; of the same memory as each."""
-    return Moments(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
-
-  def add(self, features: np.ndarray | jax.Array, targets: np.ndarray | jax.Array) -> "Moments":
-    """With one more batch of features [B, D] and targets [B]."""
-    return self + Moments.of(features, targets)
-
-
-def sum_over_processes(moments: Moments) -> Moments:
-  """The moments of all processes together, the same to the last bit on each; all must call this."""
-  sums = np.concatenate([np.ravel(part) for part in moments])
-  # As the bytes that they are: JAX would round float64 to float32 on the way.
-  gathered = multihost_utils.process_allgather(sums.view(np.uint32))
-  total = np.ascontiguousarray(gathered).view(np.float64).sum(axis=0)
-  ends = np.cumsum([part.size for part in moments])[:-1]
-  parts = zip(np.split(total, ends), moments, strict=True)
-  return Moments(*(flat.reshape(part.shape) for flat, part in parts))
 
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-  """The Cholesky factor of V, and what the constant of the bound needs."""
+  """The Cholesky factor of V, and the scalars of the constant C."""
 
-  chol: np.ndarray  # L [D, D] float64, lower; V = L Lᵀ
+  chol: Float64[np.ndarray, "D D"]  # L, lower; V = L Lᵀ
   lam: float  # λ, the ridge
-  count: int | None = None  # N; None: not known
-  noise_scale: float | None = None  # R, sub-Gaussian scale of the annotation noise
-  norm_bound: float | None = None  # S ≥ ‖w*‖
+  count: int | None = None  # N; None: unknown
+  noise_scale: Number | None = None  # R, sub-Gaussian scale of the annotation noise
+  norm_bound: Number | None = None  # S ≥ ‖w*‖
 
   @classmethod
   def fit(
     cls,
-    features: np.ndarray | jax.Array,
-    lam: float,
-    noise_scale: float | None = None,
-    norm_bound: float | None = None,
+    features: Unchecked,
+    lam: Number,
+    noise_scale: Number | None = None,
+    norm_bound: Number | None = None,
   ) -> "Bound":
-    """From all training features [N, D] at once."""
+    """Computes the bound from all training features [N, D]; see `from_gram`."""
     return cls.from_gram(gram(features), len(features), lam, noise_scale, norm_bound)
 
   @classmethod
   def from_gram(
     cls,
-    gram: np.ndarray,
-    count: int,
-    lam: float,
-    noise_scale: float | None = None,
-    norm_bound: float | None = None,
+    gram: Unchecked,
+    count: Scalar,
+    lam: Number,
+    noise_scale: Number | None = None,
+    norm_bound: Number | None = None,
   ) -> "Bound":
-    """From Σ zzᵀ [D, D] accumulated over `count` samples."""
+    """Computes the bound from Σ zzᵀ [D, D].
+
+    Args:
+      count: N, the number of samples in the sum.
+      lam: λ, positive.
+      noise_scale: R; None: unknown, `confidence` then raises an error.
+      norm_bound: S; None: unknown, `confidence` then raises an error.
+
+    Raises:
+      ValueError: if λ is not positive or V is not positive definite.
+    """
     if not lam > 0:
-      raise ValueError(f"lam is {lam}: use a positive ridge")
-    matrix = _square(gram, "the Gram matrix")
+      raise ValueError(f"lam is {lam}; use a positive ridge")
+    matrix = _symmetric(gram, "the Gram matrix")
     chol = _cholesky(matrix + lam * np.eye(len(matrix)), "V")
     return cls(chol, float(lam), int(count), noise_scale, norm_bound)
 
   @classmethod
-  def from_inverse(cls, v_inverse: np.ndarray | jax.Array) -> "Bound":
-    """From V⁻¹ [D, D] in any precision; λ is taken to be the smallest eigenvalue of V.
+  def from_inverse(cls, v_inverse: Unchecked) -> "Bound":
+    """Computes the bound from V⁻¹ [D, D] in any precision.
 
-    That is exact when fewer than D directions were seen in training, and too large otherwise.
+    λ becomes the smallest eigenvalue of V. This is exact if the training features span fewer than D
+    directions; otherwise it is too large.
+
+    Raises:
+      ValueError: if V⁻¹ is not square, finite and positive definite.
     """
-    v_inverse = _square(v_inverse, "V⁻¹")
+    v_inverse = _symmetric(v_inverse, "V⁻¹")
     inverse_chol = np.linalg.inv(_cholesky(v_inverse, "V⁻¹"))
     matrix = inverse_chol.T @ inverse_chol
     return cls(_cholesky(matrix, "V"), float(np.linalg.eigvalsh(matrix)[0]))
@@ -158,45 +115,54 @@ class Bound:
     return len(self.chol)
 
   @functools.cached_property
-  def whitening(self) -> np.ndarray:
-    """L⁻¹ [D, D] float64: it takes V to the identity, and so ‖L⁻¹z‖ = ‖z‖_{V⁻¹}."""
+  def whitening(self) -> Float64[np.ndarray, "D D"]:
+    """L⁻¹. It maps V to the identity, so ‖L⁻¹z‖ = ‖z‖_{V⁻¹}."""
     return solve_triangular(self.chol, np.eye(self.width), lower=True)
 
   @property
-  def matrix(self) -> np.ndarray:
-    """V [D, D] float64."""
+  def matrix(self) -> Float64[np.ndarray, "D D"]:
+    """V."""
     return self.chol @ self.chol.T
 
 
-def ridge(moments: Moments, lam: float) -> np.ndarray:
-  """The w [D] float64 that minimises Σ (y − wᵀz)² + λ‖w‖²."""
+def ridge(moments: Moments, lam: Number) -> Float64[np.ndarray, "D ..."]:
+  """Computes the head w [D] that minimises Σ (y − wᵀz)² + λ‖w‖².
+
+  If `moments.cross` is [D, K], for K sets of targets, the result is [D, K].
+  """
   bound = Bound.from_gram(moments.gram, moments.count, lam)
   return cho_solve((bound.chol, True), moments.cross)
 
 
-def residual_scale(moments: Moments, w: np.ndarray) -> float:
-  """Root mean square of y − wᵀz over the samples that the moments are of.
+def residual_scale(moments: Moments, w: Float[np.ndarray, " D"]) -> float:
+  """Computes the root mean square of y − wᵀz over the samples of `moments`.
 
-  Of samples that w was not fitted on it is an estimate of R that counts the error of w in; of the
-  training samples it is too small, by about sqrt(1 − D/N).
+  On samples that w was not fitted to, it estimates R and includes the error of w. On the training
+  samples it is too small, by a factor of about sqrt(1 − D/N).
+
+  Raises:
+    ValueError: if `moments` has no samples.
   """
   if not moments.count > 0:
-    raise ValueError("the residuals of no samples have no scale: give held-out samples")
+    raise ValueError("the moments have no samples, so no residuals; give held-out samples")
   # The three terms cancel to 1e-16 of Σ y²: residuals below 1e-8 of the targets are not resolved.
   squares = moments.squares - 2 * w @ moments.cross + w @ moments.gram @ w
   return float(np.sqrt(max(squares, 0.0) / moments.count))
 
 
 def refit(
-  moments: Moments, lam: float, held_out: Moments | None = None, norm_bound: float | None = None
-) -> tuple[np.ndarray, Bound]:
-  """The head w [D] of ridge regression and the bound on its error.
+  moments: Moments,
+  lam: Number,
+  held_out: Moments | None = None,
+  norm_bound: Number | None = None,
+) -> tuple[Float64[np.ndarray, " D"], Bound]:
+  """Computes the head w of ridge regression and the bound on its error.
 
   Args:
-    moments: of the training samples.
+    moments: moments of the training samples.
     lam: λ.
-    held_out: of samples to estimate R from; default: the training samples.
-    norm_bound: S; default: ‖w‖, which stands for the unknown ‖w*‖ and may be smaller.
+    held_out: moments of the samples that R is estimated from; default: the training samples.
+    norm_bound: S; default: ‖w‖, an estimate of the unknown ‖w*‖ that can be too small.
   """
   w = ridge(moments, lam)
   noise_scale = residual_scale(moments if held_out is None else held_out, w)
@@ -205,58 +171,72 @@ def refit(
 
 
 def check_bound(bound: Bound, width: int) -> None:
-  """Raise unless the bound is for features of this width."""
+  """Raises ValueError unless the bound is for `width` features."""
   if bound.width != width:
     raise ValueError(
-      f"the bound is for {bound.width} features and the reward model has {width}: "
+      f"the bound is for {bound.width} features and the reward model has {width}; "
       "use the bound that was fitted with this reward model"
     )
 
 
-def _product(z: jax.Array, matrix: jax.Array | np.ndarray) -> jax.Array:
-  """z [B, D] times a matrix [D, D], in float32 at least and nowhere in less."""
+def _product(
+  z: Float[Array | np.ndarray, "B D"], matrix: Float[Array | np.ndarray, "D D"]
+) -> Float[Array, "B D"]:
+  """Computes z times `matrix` in float32 or higher precision, inputs and products included."""
   dtype = jnp.promote_types(jnp.result_type(z), jnp.float32)
   return jnp.matmul(jnp.asarray(z, dtype), jnp.asarray(matrix, dtype), precision="highest")
 
 
-def mahalanobis_norm(whitening: jax.Array | np.ndarray, z: jax.Array) -> jax.Array:
-  """‖z‖_{V⁻¹} = sqrt(zᵀ V⁻¹ z) [B] of z [B, D], with `Bound.whitening`; zero only for z = 0."""
+def mahalanobis_norm(
+  whitening: Float[Array | np.ndarray, "D D"], z: Float[Array | np.ndarray, "B D"]
+) -> Float[Array, " B"]:
+  """Computes ‖z‖_{V⁻¹} = sqrt(zᵀ V⁻¹ z) with L⁻¹ = `Bound.whitening`; 0 only for z = 0."""
   return jnp.linalg.norm(_product(z, whitening.T), axis=1)
 
 
-def released_norm(whitening: jax.Array | np.ndarray, z: jax.Array) -> jax.Array:
-  """‖z V⁻¹‖₂ [B], the norm that the released PrefPaint code uses in place of ‖z‖_{V⁻¹}."""
+def released_norm(
+  whitening: Float[Array | np.ndarray, "D D"], z: Float[Array | np.ndarray, "B D"]
+) -> Float[Array, " B"]:
+  """Computes ‖z V⁻¹‖₂, which the released PrefPaint code uses in place of ‖z‖_{V⁻¹}."""
   return jnp.linalg.norm(_product(_product(z, whitening.T), whitening), axis=1)
 
 
 def trust_weight(
-  norm: jax.Array, k: float, b: float, minimum: float | None = None, maximum: float | None = None
-) -> jax.Array:
-  """γ = exp(−k·norm + b) [B], within [minimum, maximum] where given."""
+  norm: Float[Array | np.ndarray, " B"],
+  k: Number,
+  b: Number,
+  minimum: Number | None = None,
+  maximum: Number | None = None,
+) -> Float[Array, " B"]:
+  """Computes γ = exp(−k·norm + b), clipped to [minimum, maximum]; None: no limit."""
   return jnp.clip(jnp.exp(-k * norm + b), minimum, maximum)
 
 
-def confidence(bound: Bound, delta: float) -> float:
-  """C with |wᵀz − w*ᵀz| ≤ C ‖z‖_{V⁻¹} for all z at once, with probability 1 − δ or more.
+def confidence(bound: Bound, delta: Number) -> float:
+  """Computes C so that, with probability 1 − δ or more, |wᵀz − w*ᵀz| ≤ C ‖z‖_{V⁻¹} for all z.
 
   C = R sqrt(2 ln(det(V)^½ det(λI)^−½ / δ)) + sqrt(λ) S.
+
+  Raises:
+    ValueError: if δ is not between 0 and 1, or the bound has no R or no S.
   """
   if not 0 < delta < 1:
-    raise ValueError(f"delta is {delta}: use a probability between 0 and 1")
+    raise ValueError(f"delta is {delta}; use a probability between 0 and 1")
   for field in ("noise_scale", "norm_bound"):
     if getattr(bound, field) is None:
-      raise ValueError(f"the bound has no {field}: give it when fitting the bound")
-  # ln det(V)^½ is the sum over the diagonal of L: no determinant that could overflow.
+      raise ValueError(f"the bound has no {field}; give it when fitting the bound")
+  # ln det(V)^½ is the sum of the logarithms of L's diagonal; det(V) itself can overflow.
   log_ratio = np.log(np.diag(bound.chol)).sum() - 0.5 * bound.width * np.log(bound.lam)
   spread = bound.noise_scale * np.sqrt(2 * (log_ratio - np.log(delta)))
   return float(spread + np.sqrt(bound.lam) * bound.norm_bound)
 
 
 def effective_rank(bound: Bound) -> float:
-  """How many directions the training features span, from 1 to D (0: there were none).
+  """Computes the number of directions that the training features span, from 1 to D.
 
-  exp of the entropy of the eigenvalues of V − λI = Σ zzᵀ, normalised to sum 1 (Roy and Vetterli
-  2007). Near 1, ‖z‖_{V⁻¹} is little more than the length of z off one line.
+  It is exp of the entropy of the eigenvalues of V − λI = Σ zzᵀ, normalised to sum 1 (Roy and
+  Vetterli 2007); 0 if Σ zzᵀ is 0. If it is near 1, ‖z‖_{V⁻¹} measures little more than the distance
+  of z from one line through the origin.
   """
   eigenvalues = np.maximum(np.linalg.eigvalsh(bound.matrix) - bound.lam, 0)
   if not eigenvalues.any():
@@ -266,12 +246,13 @@ def effective_rank(bound: Bound) -> float:
 
 
 def _file(path: str | os.PathLike) -> Path:
+  """Returns the file of a path that may be a folder."""
   path = Path(path)
   return path if path.suffix == ".safetensors" else path / FILE_NAME
 
 
 def save_bound(bound: Bound, path: str | os.PathLike) -> None:
-  """Write V and the scalars to `path`, a folder (for bound.safetensors) or a .safetensors file."""
+  """Writes V and the scalars to a .safetensors file, or to bound.safetensors in a folder."""
   path = _file(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   scalars = {name: getattr(bound, name) for name in _SCALARS}
@@ -280,7 +261,11 @@ def save_bound(bound: Bound, path: str | os.PathLike) -> None:
 
 
 def load_bound(path: str | os.PathLike) -> Bound:
-  """Read what `save_bound` wrote."""
+  """Reads a bound that `save_bound` wrote.
+
+  Raises:
+    ValueError: if the file is missing or damaged. The message names the file.
+  """
   path = _file(path)
   if not path.is_file():
     raise ValueError(f"bound {path}: no such file; fit the bound with the reward model")
@@ -292,6 +277,6 @@ def load_bound(path: str | os.PathLike) -> Bound:
     lam = scalars.pop("lam")
   except (SafetensorError, KeyError, ValueError) as error:
     raise ValueError(
-      f"bound {path}: cannot be read ({error}); it needs a tensor V and a metadata field lam"
+      f"bound {path}: cannot be read ({error}); expected a tensor V and a metadata field lam"
     ) from None
-  return Bound(_cholesky(_square(matrix, f"V of {path}"), f"V of {path}"), lam, **scalars)
+  return Bound(_cholesky(_symmetric(matrix, f"V of {path}"), f"V of {path}"), lam, **scalars)

@@ -1,12 +1,12 @@
-"""How far the error bound can be trusted: errors of the reward on held-out data beside ‖z‖.
+"""Calibration of the error bound: compares the reward's errors on held-out data with ‖z‖_{V⁻¹}.
 
-The bound says that |wᵀz − w*ᵀz| ≤ C‖z‖ for all z at once, with probability 1 − δ over the noise of
-the training scores. `calibrate` measures how often that holds, how tight it is, whether a larger
-‖z‖ goes with a larger error, and whether the trust weight γ = exp(b − k‖z‖) tells the samples apart
-at all; `describe` says it in a few lines, `plot` shows it.
+The bound states |wᵀz − w*ᵀz| ≤ C‖z‖ for all z together, with probability 1 − δ over the noise of
+the training scores. `calibrate` measures how often the inequality holds, how tight it is, whether
+the error grows with ‖z‖, and how much the trust weight γ = exp(b − k‖z‖) varies over the samples.
+`describe` returns the results as text; `calibration_plot.plot` draws them.
 """
 # Shapes: N samples.
-# matplotlib and scipy take a second to import, and are imported where they are needed.
+# Functions import scipy where they need it, because the import takes a second.
 
 from __future__ import annotations
 
@@ -20,33 +20,34 @@ from prefpaint_jax.preference.bound import Bound, confidence, effective_rank
 
 DELTAS = (0.1, 0.05, 0.01)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-ENVELOPE = 0.95  # share of the samples under the empirical envelope
+ENVELOPE = 0.95  # share of the samples below the empirical envelope
 
-# A weight that varies less than this cannot change what is learned by more than its own scale.
+# Below this std / mean the trust weight is nearly constant: it only scales the loss.
 NEARLY_CONSTANT = 0.05
 
-# Of the suggested weight: wide enough to matter, and still all samples count; its mean is the
-# paper's, which is also the constant weight that the paper compares with.
+# std / mean and mean of the suggested weight. The weight then matters and no sample's weight is
+# near 0. The mean is the constant weight of the paper's ablation.
 SPREAD, MEAN = 0.25, 1.4
 
-# A rank correlation below this says too little to weight samples by, however small its p value.
+# A rank correlation below this is too weak to weight samples by, for any p-value.
 WEAK_CORRELATION = 0.1
 
 
 class Samples(NamedTuple):
-  """Scored samples that the reward was not fitted on."""
+  """Scored samples that the reward was not fitted to."""
 
   norms: np.ndarray  # ‖z‖_{V⁻¹} [N]
   rewards: np.ndarray  # wᵀz [N]
   targets: np.ndarray  # normalised scores [N], with the annotators' noise
-  truth: np.ndarray | None = None  # the same without noise [N], where it is known
-  kinds: Sequence[str] | None = None  # kind of prompt of each
+  truth: np.ndarray | None = None  # normalised scores without noise [N]; None: unknown
+  kinds: Sequence[str] | None = None  # kind of each sample's prompt
 
   @property
   def errors(self) -> dict[str, np.ndarray]:
-    """|error| [N] against "truth", which is what the bound speaks of, and against "targets".
+    """|error| [N] against "truth", if it is known, and against "targets".
 
-    Against targets it has the noise of the annotators in it, which no ‖z‖ can bound.
+    The bound is about errors against the truth. Errors against targets include the annotators'
+    noise, which ‖z‖ does not bound.
     """
     against = {"truth": self.truth, "targets": self.targets}
     return {
@@ -58,6 +59,8 @@ class Samples(NamedTuple):
 
 @dataclass(frozen=True)
 class Spread:
+  """Mean, standard deviation and quantiles of a quantity."""
+
   mean: float
   std: float
   quantiles: dict[str, float]  # by level, "0.05" to "0.95"
@@ -69,54 +72,58 @@ class Level:
 
   delta: float
   constant: float  # C
-  coverage: float  # share of the samples with |error| ≤ C‖z‖; the bound promises all of them
-  tightness: float  # median of |error| / (C‖z‖); 1 would be exact, 0.01 a hundred times too wide
+  coverage: float  # share of the samples with |error| ≤ C‖z‖; 1 if the bound holds
+  tightness: float  # median of |error| / (C‖z‖); at 0.01 the bound is 100 times the median error
 
 
 @dataclass(frozen=True)
-class Agreement:
-  """Of |error| with ‖z‖."""
+class ErrorStatistics:
+  """Statistics of |error| and ‖z‖, and of their relation."""
 
-  samples: int
+  samples: int  # N
   norm: Spread  # of ‖z‖
   error: Spread  # of |error|
-  levels: list[Level]  # by falling δ; empty where the bound knows no C
+  levels: list[Level]  # by falling δ; empty if the bound has no noise_scale or no norm_bound
   envelope: float  # smallest C' with |error| ≤ C'‖z‖ for 95 % of the samples
-  rank_correlation: float | None  # Spearman's, of |error| and ‖z‖; None where one is constant
-  p_value: float | None  # of no correlation, samples taken to be independent
+  rank_correlation: float | None  # Spearman's, of |error| and ‖z‖; None if one is constant
+  p_value: float | None  # for the hypothesis of no correlation between independent samples
 
 
 @dataclass(frozen=True)
 class TrustWeight:
-  """The weight γ = exp(b − k‖z‖) of the samples."""
+  """Statistics of the trust weight γ = exp(b − k‖z‖) over the samples."""
 
   k: float
   b: float
   mean: float
   std: float
-  relative_spread: float  # std / mean; no b can change it
+  relative_spread: float  # std / mean, which does not depend on b
   smallest: float
   largest: float
   nearly_constant: bool  # relative spread below 0.05
-  suggested_k: float | None  # relative spread 0.25; None where no k gives it
-  suggested_b: float | None  # with suggested_k, mean 1.4
+  suggested_k: float | None  # gives relative spread 0.25; None if no k does
+  suggested_b: float | None  # gives mean 1.4 together with suggested_k
 
 
 @dataclass(frozen=True)
 class Calibration:
-  """Plain numbers throughout: `dataclasses.asdict` of it goes into JSON as it is."""
+  """The result of `calibrate`. All fields are plain numbers; `dataclasses.asdict` gives JSON."""
 
-  against: str  # "truth" or "targets": what the errors of `kinds`, `describe` and `plot` are from
+  against: str  # "truth" or "targets", the scores for the errors of `kinds`, `describe` and `plot`
   width: int  # D
   effective_rank: float  # of Σ zzᵀ
-  errors: dict[str, Agreement]  # against "targets", and against "truth" where it is known
-  kinds: dict[str, Agreement]  # by kind of prompt
+  errors: dict[str, ErrorStatistics]  # against "targets", and against "truth" if it is known
+  kinds: dict[str, ErrorStatistics]  # by kind of prompt
   trust: TrustWeight
 
 
 def calibrate(samples: Samples, bound: Bound, k: float = 0.05, b: float = 0.7) -> Calibration:
-  """Compares the errors with the bound, and γ of the given k and b with a constant."""
-  samples = _checked(samples)
+  """Compares the errors of N ≥ 2 samples with the bound, and measures how γ of k and b varies.
+
+  Raises:
+    ValueError: if a field of the samples has the wrong shape or is not finite.
+  """
+  samples = check_samples(samples)
   levels = () if None in (bound.noise_scale, bound.norm_bound) else DELTAS
   constants = {delta: confidence(bound, delta) for delta in levels}
   errors = samples.errors
@@ -127,9 +134,9 @@ def calibrate(samples: Samples, bound: Bound, k: float = 0.05, b: float = 0.7) -
     against=against,
     width=bound.width,
     effective_rank=effective_rank(bound),
-    errors={name: _agreement(norms, values, constants) for name, values in errors.items()},
+    errors={name: _error_statistics(norms, values, constants) for name, values in errors.items()},
     kinds={
-      str(kind): _agreement(norms[kinds == kind], error[kinds == kind], constants)
+      str(kind): _error_statistics(norms[kinds == kind], error[kinds == kind], constants)
       for kind in np.unique(kinds)
     },
     trust=_trust(norms, k, b),
@@ -139,16 +146,25 @@ def calibrate(samples: Samples, bound: Bound, k: float = 0.05, b: float = 0.7) -
 def suggest_trust(
   norms: np.ndarray, spread: float = SPREAD, mean: float = MEAN
 ) -> tuple[float, float] | None:
-  """k and b with which γ of norms [N] has this mean and this std / mean; None: there are none.
+  """Computes the k and b for which γ has the given mean and the given std / mean.
 
-  std / mean rises with k, from 0 towards a limit that the samples of the smallest norm set.
+  With rising k, std / mean rises from 0 to a limit, which depends on the share of samples that have
+  the smallest norm.
+
+  Args:
+    norms: ‖z‖ [N].
+    spread: std / mean of γ.
+    mean: mean of γ.
+
+  Returns:
+    (k, b), or None if the norms are constant or the limit is at most `spread`.
   """
   from scipy import optimize
 
   norms = np.asarray(norms, np.float64)
-  excess = norms - norms.min()  # what all norms have in common is a factor, which is b's affair
+  excess = norms - norms.min()  # a constant added to all norms changes b only
   limit = np.sqrt(1 / np.mean(excess == 0) - 1)
-  if _is_constant(norms) or limit <= spread:
+  if is_constant(norms) or limit <= spread:
     return None
   high = 1 / excess.std()
   while _relative_spread(norms, high) < spread:
@@ -158,46 +174,48 @@ def suggest_trust(
 
 
 def describe(calibration: Calibration) -> str:
-  """A few lines for a terminal."""
-  found, trust = calibration.errors[calibration.against], calibration.trust
+  """Returns the results as a few lines of text."""
+  statistics, trust = calibration.errors[calibration.against], calibration.trust
   scores = {"truth": "the noise-free scores", "targets": "annotated scores"}[calibration.against]
   lines = [
-    f"bound: |error| {_pair(found.error)} against {scores} of {found.samples} samples; "
-    f"‖z‖ {_pair(found.norm)}, effective rank {calibration.effective_rank:.1f} of "
+    f"bound: |error| {_pair(statistics.error)} against {scores} of {statistics.samples} samples; "
+    f"‖z‖ {_pair(statistics.norm)}, effective rank {calibration.effective_rank:.1f} of "
     f"{calibration.width}"
   ]
-  for level in found.levels:
+  for level in statistics.levels:
     lines.append(
       f"  δ = {level.delta}: |error| ≤ {level.constant:.3g}‖z‖ holds for "
-      f"{round(level.coverage * found.samples)} of {found.samples}; the median error is "
-      f"{level.tightness:.2g} of it"
+      f"{round(level.coverage * statistics.samples)} of {statistics.samples} samples; the median "
+      f"error is {level.tightness:.2g} of the bound"
     )
-  if not found.levels:
-    lines.append("  no C is known: the bound has no noise_scale or no norm_bound")
+  if not statistics.levels:
+    lines.append("  C is unknown, because the bound has no noise_scale or no norm_bound")
   elif calibration.against == "targets":
-    lines.append("  the bound leaves out the annotators' own noise, which these errors contain")
-  elif found.levels[-1].coverage < 1:
-    lines.append("  the bound promises all: the scores are not linear in z, or R or S is too small")
-  lines.append(f"  {ENVELOPE:.0%} of the errors are below {found.envelope:.3g}‖z‖")
+    lines.append("  these errors include the annotators' noise, which the bound leaves out")
+  elif statistics.levels[-1].coverage < 1:
+    lines.append("  the bound fails for some: R or S is too small, or scores are not linear in z")
+  lines.append(f"  {ENVELOPE:.0%} of the errors are below {statistics.envelope:.3g}‖z‖")
   for kind, part in calibration.kinds.items():
-    lines.append(f"  {kind}: {part.samples} samples, |error| {_pair(part.error)}, {_rank(part)}")
-  lines.append(f"  {_rank(found)}: {_verdict(found)}")
+    lines.append(
+      f"  {kind}: {part.samples} samples, |error| {_pair(part.error)}, {describe_rank(part)}"
+    )
+  lines.append(f"  {describe_rank(statistics)}: {_verdict(statistics)}")
   lines.append(
     f"trust weight: γ {trust.mean:.3g} ± {trust.std:.2g}, {trust.smallest:.3g} to "
     f"{trust.largest:.3g}, with k = {trust.k:.4g} and b = {trust.b:.4g}"
   )
   if trust.nearly_constant:
-    remedy = "no k spreads it, ‖z‖ is the same for nearly all samples"
+    remedy = "no k changes that, because ‖z‖ is equal for nearly all samples"
     if trust.suggested_k is not None:
-      remedy = f"k = {trust.suggested_k:.4g} and b = {trust.suggested_b:.4g} would spread it by "
-      remedy += f"{SPREAD:.0%} about a mean of {MEAN}"
+      remedy = f"use k = {trust.suggested_k:.4g} and b = {trust.suggested_b:.4g} for a standard "
+      remedy += f"deviation of {SPREAD:.0%} and a mean of {MEAN}"
     spread = f"{trust.relative_spread:.1%} of its mean"
-    lines.append(f"  nearly constant, it spreads by {spread}: {remedy}")
+    lines.append(f"  γ is nearly constant, its standard deviation is {spread}; {remedy}")
   return "\n".join(lines)
 
 
-def _checked(samples: Samples) -> Samples:
-  """Arrays in float64, or an error that names the field."""
+def check_samples(samples: Samples) -> Samples:
+  """Converts the arrays to float64; raises ValueError if a shape or a value is wrong."""
   arrays = {
     name: np.asarray(values, np.float64)
     for name, values in samples._asdict().items()
@@ -206,32 +224,36 @@ def _checked(samples: Samples) -> Samples:
   shape = arrays["norms"].shape
   for name, values in arrays.items():
     if values.ndim != 1 or values.shape != shape or len(values) < 2:
-      raise ValueError(f"{name} have shape {values.shape}, norms {shape}: give [N], N at least 2")
+      raise ValueError(f"{name} have shape {values.shape}, norms {shape}; give [N], N at least 2")
     if not np.isfinite(values).all():
       bad = int((~np.isfinite(values)).sum())
-      raise ValueError(f"{bad} of {len(values)} {name} are not finite: leave those samples out")
+      raise ValueError(f"{bad} of {len(values)} {name} are not finite; leave those samples out")
   if samples.kinds is not None and len(samples.kinds) != shape[0]:
-    raise ValueError(f"{len(samples.kinds)} kinds for {shape[0]} samples: give one to each")
+    raise ValueError(f"{len(samples.kinds)} kinds for {shape[0]} samples; give one per sample")
   return samples._replace(**arrays)
 
 
 def _spread(values: np.ndarray) -> Spread:
+  """Computes mean, standard deviation and quantiles of values [N]."""
   quantiles = dict(zip(map(str, QUANTILES), np.quantile(values, QUANTILES).tolist(), strict=True))
   return Spread(float(values.mean()), float(values.std()), quantiles)
 
 
-def _agreement(norms: np.ndarray, errors: np.ndarray, constants: dict[float, float]) -> Agreement:
+def _error_statistics(
+  norms: np.ndarray, errors: np.ndarray, constants: dict[float, float]
+) -> ErrorStatistics:
+  """Computes the statistics of norms [N] and errors [N]; `constants` maps each δ to its C."""
   from scipy import stats
 
-  ratio = errors / np.maximum(norms, 1e-30)  # ‖z‖ = 0 promises that there is no error
+  ratio = errors / np.maximum(norms, 1e-30)  # at ‖z‖ = 0 the bound allows no error
   envelope = float(np.quantile(ratio, ENVELOPE, method="inverted_cdf"))
-  varied = len(errors) > 2 and not _is_constant(norms) and np.ptp(errors) > 0
+  varied = len(errors) > 2 and not is_constant(norms) and np.ptp(errors) > 0
   rank, p_value = map(float, stats.spearmanr(errors, norms)) if varied else (None, None)
   levels = [
     Level(delta, C, float(np.mean(ratio <= C)), float(np.median(ratio)) / C)
     for delta, C in constants.items()
   ]
-  return Agreement(
+  return ErrorStatistics(
     samples=len(errors),
     norm=_spread(norms),
     error=_spread(errors),
@@ -243,6 +265,7 @@ def _agreement(norms: np.ndarray, errors: np.ndarray, constants: dict[float, flo
 
 
 def _trust(norms: np.ndarray, k: float, b: float) -> TrustWeight:
+  """Computes the statistics of γ for norms [N]."""
   gamma = np.exp(b - k * norms)
   relative_spread = _relative_spread(norms, k)
   suggested_k, suggested_b = suggest_trust(norms) or (None, None)
@@ -260,34 +283,37 @@ def _trust(norms: np.ndarray, k: float, b: float) -> TrustWeight:
   )
 
 
-def _is_constant(norms: np.ndarray) -> bool:
-  """To rounding: norms come in float32, out of a triangular solve."""
+def is_constant(norms: np.ndarray) -> bool:
+  """Returns whether all norms are equal up to the rounding error of float32."""
   return bool(norms.std() <= 1e-4 * norms.mean())
 
 
 def _relative_spread(norms: np.ndarray, k: float) -> float:
-  """std / mean of exp(−k‖z‖)."""
+  """Computes std / mean of exp(−k‖z‖)."""
   exponent = -k * norms
-  weight = np.exp(exponent - exponent.max())  # no b, and no overflow
+  weight = np.exp(exponent - exponent.max())  # subtracting the maximum prevents an overflow
   return float(weight.std() / weight.mean())
 
 
 def _pair(spread: Spread) -> str:
+  """Returns "mean ± std"."""
   return f"{spread.mean:.3g} ± {spread.std:.2g}"
 
 
-def _rank(found: Agreement) -> str:
-  if found.rank_correlation is None:
+def describe_rank(statistics: ErrorStatistics) -> str:
+  """Returns the rank correlation and its p-value as text."""
+  if statistics.rank_correlation is None:
     return "no rank correlation of |error| and ‖z‖"
-  p_value = "p < 0.001" if found.p_value < 1e-3 else f"p = {found.p_value:.2g}"
-  return f"rank correlation of |error| and ‖z‖ {found.rank_correlation:+.2f}, {p_value}"
+  p_value = "p < 0.001" if statistics.p_value < 1e-3 else f"p = {statistics.p_value:.2g}"
+  return f"rank correlation of |error| and ‖z‖ {statistics.rank_correlation:+.2f}, {p_value}"
 
 
-def _verdict(found: Agreement) -> str:
-  if found.rank_correlation is None:
-    return "one of them is the same for all samples"
-  if abs(found.rank_correlation) < WEAK_CORRELATION or not found.p_value < 0.05:
-    return "‖z‖ says next to nothing about the error on these samples"
-  if found.rank_correlation < 0:
+def _verdict(statistics: ErrorStatistics) -> str:
+  """Returns the meaning of the rank correlation as text."""
+  if statistics.rank_correlation is None:
+    return "one of them is equal for all samples"
+  if abs(statistics.rank_correlation) < WEAK_CORRELATION or not statistics.p_value < 0.05:
+    return "‖z‖ does not predict the error on these samples"
+  if statistics.rank_correlation < 0:
     return "the error falls where ‖z‖ rises, so γ trusts the wrong samples"
-  return "the error rises with ‖z‖, as the bound has it"
+  return "the error rises with ‖z‖, as the bound assumes"

@@ -1,5 +1,5 @@
-"""Fits a reward model to scores: losses, augmentation, held-out metrics."""
-# Shapes: N prompts, b of them in a batch, C candidates of each, H W pixels, D features.
+"""Fit of a reward model to human scores: loss, augmentation, scores of held-out preferences."""
+# Shapes: N prompts, b prompts of a batch, C candidates of each, H W pixels, D features.
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -17,42 +17,48 @@ from prefpaint_jax.models import reward
 from prefpaint_jax.models.config import CLIPVisionConfig, RewardConfig
 from prefpaint_jax.models.reward import RewardNetwork
 from prefpaint_jax.preference import simulation
-from prefpaint_jax.preference.bound import Moments, mahalanobis_norm, sum_over_processes
+from prefpaint_jax.preference.bound import mahalanobis_norm
+from prefpaint_jax.preference.moments import Moments, sum_over_processes
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.weights import folder as weights
+from prefpaint_jax.weights.names import Params
 
 with epy.lazy_imports():
   import grain
 
 
-Params = Any  # a tree of arrays
 AUGMENTATIONS = ("none", "mirror", "dihedral")
 
 
-class Judged(NamedTuple):
-  """Candidates of N prompts, as people and as a reward model see them."""
+class ScoredPreferences(NamedTuple):
+  """The candidates of N prompts with their human scores and their rewards."""
 
-  kinds: np.ndarray  # int32 [N], of mask
+  kinds: np.ndarray  # int32 [N], kind of the mask
   valid: np.ndarray  # bool [N, C], False for padding
-  scores: np.ndarray  # [N, C], normalised
-  truth: np.ndarray  # [N, C], the same without the annotators' noise; NaN where it is not known
+  scores: np.ndarray  # [N, C], normalised human scores
+  truth: np.ndarray  # [N, C], scores without the annotators' noise; NaN if unknown
   rewards: np.ndarray  # [N, C]
-  norms: np.ndarray  # [N, C], ‖z‖_{V⁻¹}; NaN before there is a bound
+  norms: np.ndarray  # [N, C], ‖z‖_{V⁻¹}; NaN without a bound
 
 
 def to_float(images: jax.Array) -> jax.Array:
+  """Converts uint8 images to float32 in [0, 1]."""
   return images.astype(jnp.float32) / 255.0
 
 
 def augment(
-  key: jax.Array, how: str, candidates: jax.Array, masked: jax.Array
+  key: jax.Array, augmentation: str, candidates: jax.Array, masked: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """The same random symmetry for a prompt [b, H, W, 3] and its candidates [b, C, H, W, 3].
+  """Applies one random symmetry per prompt, to its masked image and to all its candidates.
 
-  "mirror": left and right are exchanged half of the time; "dihedral": any symmetry of a square.
+  Args:
+    augmentation: "none"; "mirror": flips left and right with probability 1/2; "dihedral": any
+      symmetry of the square.
+    candidates: [b, C, H, W, 3].
+    masked: masked images [b, H, W, 3].
   """
   changes = [lambda x: jnp.flip(x, -2), lambda x: jnp.flip(x, -3), lambda x: x.swapaxes(-2, -3)]
-  changes = changes[: {"none": 0, "mirror": 1, "dihedral": 3}[how]]
+  changes = changes[: {"none": 0, "mirror": 1, "dihedral": 3}[augmentation]]
   choices = jax.random.bernoulli(key, shape=(len(changes), masked.shape[0]))
   for choice, change in zip(choices, changes, strict=True):
     candidates, masked = (
@@ -69,9 +75,20 @@ def preference_loss(
   score_weight: float,
   pair_weight: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Weighted sum of the squared error and Bradley-Terry's loss over all pairs of one prompt.
+  """Computes the weighted sum of the squared error and the Bradley-Terry loss.
 
-  rewards, scores, valid: [b, C]. Pairs with equal scores say nothing and count for nothing.
+  The Bradley-Terry loss is the mean over all pairs of candidates of one prompt. It leaves out pairs
+  with equal scores, which have no order.
+
+  Args:
+    rewards: [b, C].
+    scores: [b, C].
+    valid: bool [b, C], False for padding.
+    score_weight: weight of the squared error.
+    pair_weight: weight of the Bradley-Terry loss.
+
+  Returns:
+    The loss and the metrics `train/*`.
   """
   squared = jnp.mean((rewards - scores) ** 2, where=valid)
   gap, difference = (x[:, :, None] - x[:, None, :] for x in (rewards, scores))
@@ -86,16 +103,18 @@ def preference_loss(
 
 def batch_loss(
   network: RewardNetwork,
-  how: str,
+  augmentation: str,
   score_weight: float,
   pair_weight: float,
   params: Params,
   batch: Mapping[str, jax.Array],
   key: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """`preference_loss` of a batch of `data.preferences`, augmented, with dropout."""
+  """Computes `preference_loss` of a batch of `data.preferences`, with augmentation and dropout."""
   augment_key, dropout_key = jax.random.split(key)
-  candidates, masked = augment(augment_key, how, batch["candidates"], batch["masked_image"])
+  candidates, masked = augment(
+    augment_key, augmentation, batch["candidates"], batch["masked_image"]
+  )
   rewards, _ = reward.apply(
     network,
     params,
@@ -111,29 +130,32 @@ def batch_loss(
 
 
 def pair_accuracy(rewards: np.ndarray, scores: np.ndarray, valid: np.ndarray) -> float:
-  """Share of the pairs of one prompt [N, C] that the rewards order as the scores do.
+  """Computes the share of pairs of candidates that rewards and scores order alike.
 
-  Pairs with equal scores are left out, equal rewards count half; NaN where no pair is left.
+  Both candidates of a pair belong to one prompt; all arrays are [N, C]. Pairs with equal scores are
+  left out. Equal rewards count half. The result is NaN if no pair is left.
   """
   first, second = np.triu_indices(scores.shape[1], 1)
-  order, said = (np.sign(x[:, first] - x[:, second]) for x in (rewards, scores))
-  counted = valid[:, first] & valid[:, second] & (np.abs(said) == 1)
-  return float(np.mean(0.5 + 0.5 * (order * said)[counted])) if counted.any() else float("nan")
+  reward_order, score_order = (np.sign(x[:, first] - x[:, second]) for x in (rewards, scores))
+  counted = valid[:, first] & valid[:, second] & (np.abs(score_order) == 1)
+  if not counted.any():
+    return float("nan")
+  return float(np.mean(0.5 + 0.5 * (reward_order * score_order)[counted]))
 
 
-def agreement(judged: Judged) -> dict[str, float]:
-  """Held-out metrics, of all prompts and of each kind apart."""
-  from scipy import stats  # slow to import
+def held_out_metrics(scored: ScoredPreferences) -> dict[str, float]:
+  """Computes `held_out/*`: error, correlations and pair accuracy, of all prompts and by kind."""
+  from scipy import stats  # here, because the import is slow
 
   metrics = {}
-  kinds = {f"{mask_io.KINDS[k]}/": judged.kinds == k for k in np.unique(judged.kinds)}
-  for name, chosen in {"": np.full(judged.kinds.shape, True), **kinds}.items():
-    valid = judged.valid[chosen]
-    rewards, scores = judged.rewards[chosen][valid], judged.scores[chosen][valid]
+  kinds = {f"{mask_io.KINDS[k]}/": scored.kinds == k for k in np.unique(scored.kinds)}
+  for name, chosen in {"": np.full(scored.kinds.shape, True), **kinds}.items():
+    valid = scored.valid[chosen]
+    rewards, scores = scored.rewards[chosen][valid], scored.scores[chosen][valid]
     if len(rewards) < 2:
       continue
     varied = np.ptp(rewards) > 0 and np.ptp(scores) > 0
-    by_prompt = judged.rewards[chosen], judged.scores[chosen], valid
+    by_prompt = scored.rewards[chosen], scored.scores[chosen], valid
     metrics |= {
       f"held_out/{name}mse": float(np.mean((rewards - scores) ** 2)),
       f"held_out/{name}pearson": float(stats.pearsonr(rewards, scores)[0]) if varied else 0.0,
@@ -143,8 +165,8 @@ def agreement(judged: Judged) -> dict[str, float]:
   return metrics
 
 
-class Judge:
-  """Scores preferences with a network: this process its share of the prompts, on its devices."""
+class Scorer:
+  """Computes rewards and features of preferences. Each process scores its share of the prompts."""
 
   def __init__(self, network: RewardNetwork, batch_size: int):
     self._mesh = sharding.make_mesh(devices=jax.local_devices())
@@ -162,9 +184,10 @@ class Judge:
   def __call__(
     self, params: Params, preferences: preference_io.StoredPreferences
   ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]]:
-    """Batches, with rewards [b, C] and features [b, C, D] of their candidates.
+    """Yields batches, with rewards [b, C] and features [b, C, D] of their candidates.
 
-    All processes get as many batches of one size; what fills them up is not valid.
+    All processes yield the same number of batches of one size. The rows that fill up the last
+    batches are not valid.
     """
     params = jax.device_put(params, sharding.replicated(self._mesh))
     share = -(-len(preferences) // jax.process_count())
@@ -181,78 +204,95 @@ class Judge:
     join = lambda rows: {name: np.concatenate([r[name] for r in rows]) for name in rows[0]}
     batches = grain.MapDataset.range(rows).map(row).batch(self._batch_size, batch_fn=join)
     for batch in batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)):
-      pictures = jax.device_put(
+      images = jax.device_put(
         (batch["candidates"], batch["masked_image"]), sharding.batch_sharding(self._mesh)
       )
-      yield batch, *jax.device_get(self._score(params, *pictures))
+      yield batch, *jax.device_get(self._score(params, *images))
 
 
-def judge_all(
-  judge: Judge,
+def score_all(
+  scorer: Scorer,
   params: Params,
   preferences: preference_io.StoredPreferences,
   whitening: np.ndarray | None = None,
   metadata: Mapping[str, Any] | None = None,
-) -> Judged:
-  """What the network says of all preferences, on every process.
+) -> ScoredPreferences:
+  """Scores all preferences. Every process must call it, and gets the results of all processes.
 
-  With the data set's `metadata`, the truth is the simulated annotators' preference.
+  Args:
+    whitening: `Bound.whitening` [D, D], for the norms; None: the norms are NaN.
+    metadata: the dataset's metadata, for the simulated annotators' preference as the truth; None:
+      the truth is NaN.
   """
   parts = []
-  for batch, rewards, features in judge(params, preferences):
+  for batch, rewards, features in scorer(params, preferences):
     norms = truth = np.full(rewards.shape, np.nan, np.float32)
     if whitening is not None:
       flat = mahalanobis_norm(whitening, features.reshape(-1, features.shape[-1]))
       norms = np.asarray(flat).reshape(rewards.shape)
     if metadata is not None:
       masks = np.repeat(batch["mask"], rewards.shape[1], axis=0)
-      pictures = batch["candidates"].reshape(-1, *batch["candidates"].shape[2:]) / 255.0
-      said = simulation.true_preference(pictures, masks)
-      total = sum(metadata["weights"].values())
-      combined = sum(weight / total * said[name] for name, weight in metadata["weights"].items())
+      images = batch["candidates"].reshape(-1, *batch["candidates"].shape[2:]) / 255.0
+      true_scores = simulation.true_preference(images, masks)
+      criteria = metadata["weights"]
+      total = sum(criteria.values())
+      combined = sum(weight / total * true_scores[name] for name, weight in criteria.items())
       truth = ((combined - metadata["mean"]) / metadata["std"]).reshape(rewards.shape)
-    parts.append(
-      Judged(
-        batch["kind"], batch["valid"], batch["scores"], truth.astype(np.float32), rewards, norms
-      )
-    )
-  mine = Judged(*map(np.concatenate, zip(*parts, strict=True)))
-  return Judged(*multihost_utils.process_allgather(tuple(mine), tiled=True))
+    truth = truth.astype(np.float32)
+    parts.append((batch["kind"], batch["valid"], batch["scores"], truth, rewards, norms))
+  own = tuple(map(np.concatenate, zip(*parts, strict=True)))
+  return ScoredPreferences(*multihost_utils.process_allgather(own, tiled=True))
 
 
 def moments_of(
-  judge: Judge, params: Params, preferences: preference_io.StoredPreferences
+  scorer: Scorer, params: Params, preferences: preference_io.StoredPreferences
 ) -> Moments:
-  """What ridge regression on the features has to know of all preferences, on every process."""
+  """Computes the moments of all preferences' features and scores.
+
+  Every process must call it, and gets the moments of all processes.
+  """
   moments = None
-  for batch, _, features in judge(params, preferences):
+  for batch, _, features in scorer(params, preferences):
     moments = Moments.zeros(features.shape[-1]) if moments is None else moments
     moments = moments.add(features[batch["valid"]], batch["scores"][batch["valid"]])
   return sum_over_processes(moments)
 
 
 def initial_params(network: RewardNetwork, clip: str, seed: int) -> Params:
-  """Fresh parameters, but for the CLIP tower's where `clip` names a folder or hub model."""
+  """Initialises parameters at random; loads the CLIP tower if `clip` is given.
+
+  Args:
+    clip: a folder or hub name of a CLIP model; "": the tower is random too.
+
+  Raises:
+    ValueError: if the network fuses early or its tower differs from the CLIP model's.
+  """
   size = network.config.vision.image_size
   pixels = jnp.zeros((1, size, size, 3))
   params = jax.jit(network.init)(jax.random.key(seed), pixels, pixels)["params"]
   if not clip:
     return params
   if network.config.fusion == "early":
-    raise ValueError("config.clip: a CLIP tower sees 3 channels, network.fusion='early' has more")
+    raise ValueError(
+      "config.network.fusion is 'early', but a CLIP tower has 3 input channels; give "
+      "--config.network.fusion=late or --config.clip=''"
+    )
   folder = weights.resolve(clip, ("config.json", "*.safetensors", "*.bin"))
   vision = CLIPVisionConfig.from_dict(weights.read_config(folder))
   if vision != network.config.vision:
-    raise ValueError(f"{clip} is {vision}, network.vision is {network.config.vision}: make them so")
+    raise ValueError(
+      f"config.network.vision is {network.config.vision}; {clip} has {vision}; make them equal"
+    )
   params["clip"] = weights.load_params(folder, params["clip"])
   return params
 
 
-def trained(config: RewardConfig, frozen_share: float, params: Params) -> Any:
-  """For every array "trained" or "frozen".
+def label_params(config: RewardConfig, frozen_share: float, params: Params) -> Params:
+  """Labels every array as "trained" or "frozen"; returns a tree like `params`.
 
-  `frozen_share` of the CLIP tower's blocks, the first ones, and what is before them is frozen; 0:
-  nothing is, 1: the whole tower.
+  Args:
+    frozen_share: share of the CLIP tower's blocks that are frozen, from the input on, together with
+      the embeddings before them; 0: trains all parameters; 1: freezes the whole tower.
   """
   layers = config.vision.num_hidden_layers
   last = round(frozen_share * layers)

@@ -1,13 +1,12 @@
-"""Simulated annotators: a stand-in for people, to try everything where there are none.
+"""Simulated annotators, which replace people in tests and in the mini world.
 
-This is a simulation, not a measurement of human taste. It looks at a finished picture and its mask
-only, as an annotator does who never saw what was really there, and asks three things of a filling:
-does it go on across the seam (structure), has it the grain of what is near (texture), and do its
-colours belong there (overall). Each answer is MAX_SCORE exp(-deviation), and each deviation is
-two-sided: too much colour, contrast or detail is disliked as too little is, so that no filling is
-liked for merely having more of something.
+They do not measure human taste. Like an annotator who does not know the true content, they see only
+an inpainted image and its mask. They compare the hole with its surroundings: the steps across the
+seam (structure), the steps between neighbouring pixels (texture), and the colours (overall). Each
+score is MAX_SCORE exp(-deviation). The deviations are two-sided: too much colour, contrast or
+detail lowers the score as too little does, so a sample cannot raise its score by adding more.
 """
-# Shapes: B pictures, H W pixels, A annotators.
+# Shapes: B images, H W pixels, A annotators.
 
 from __future__ import annotations
 
@@ -19,21 +18,26 @@ from scipy import ndimage
 from prefpaint_jax.data.examples import CRITERIA, MAX_SCORE
 from prefpaint_jax.data.images import luma
 
-# How hard a deviation is punished. Differences of logarithms, but for the hue: a colour distance.
+# Weights of the deviations. The hue's is a colour distance, the others are differences of
+# logarithms.
 _SEAM, _GRAIN, _SATURATION, _CONTRAST, _HUE = 1.1, 1.4, 0.5, 0.6, 5.0
 
-# Below these a difference is not seen: neighbouring pixels, saturation, standard deviation of luma.
+# The smallest visible step between neighbours, saturation, and standard deviation of luma.
 _JUST_SEEN = {"step": 0.015, "saturation": 0.05, "contrast": 0.05}
 
-# "Near" is a Gaussian of this share of the picture's shorter side.
+# Standard deviation of the Gaussian that defines "near", as a share of the image's shorter side.
 _NEAR = 0.08
 
 
 def true_preference(images: np.ndarray, masks: np.ndarray) -> dict[str, np.ndarray]:
-  """What the simulated annotators think of fillings, without their noise.
+  """Computes the simulated annotators' scores of samples, without noise.
 
-  images: [B, H, W, 3] in [0, 1], finished pictures; masks: [B, H, W, 1], 1 = filled in.
-  Returns the CRITERIA and their weighted mean, "combined", each float32 [B] in [0, MAX_SCORE].
+  Args:
+    images: samples [B, H, W, 3] in [0, 1].
+    masks: [B, H, W, 1], 1 = inpainted.
+
+  Returns:
+    The CRITERIA and their weighted mean "combined", each float32 [B] in [0, MAX_SCORE].
   """
   images, hole = np.asarray(images, np.float32), np.asarray(masks, np.float32)[..., 0]
   visible = 1 - hole
@@ -41,11 +45,11 @@ def true_preference(images: np.ndarray, masks: np.ndarray) -> dict[str, np.ndarr
   near_hole, near_visible = (
     ndimage.gaussian_filter(region, sigma, mode="constant") for region in (hole, visible)
   )
-  seam = near_hole * near_visible  # large where both are close
+  seam = near_hole * near_visible  # large where hole and visible pixels are both near
   deviations = {
     "structure": _SEAM * seam_deviation(images, hole, seam),
     "texture": _GRAIN * grain_deviation(images, hole, seam),
-    # Where the visible part has nothing near the hole the whole of it is compared.
+    # 1e-4 gives far pixels a weight, for masks without visible pixels near the hole.
     "overall": colour_deviation(images, hole, visible * (near_hole + 1e-4)),
   }
   scores = {
@@ -56,7 +60,7 @@ def true_preference(images: np.ndarray, masks: np.ndarray) -> dict[str, np.ndarr
 
 
 def combine(scores: Mapping[str, np.ndarray]) -> np.ndarray:
-  """The weighted mean of the criteria, for true scores and for annotated ones."""
+  """Computes the weighted mean of the criteria; works for true and for annotated scores."""
   return sum(np.float32(weight) * scores[name] for name, weight in CRITERIA.items())
 
 
@@ -66,9 +70,16 @@ def annotate(
   num_annotators: int = 3,
   noise: float = 0.7,
 ) -> dict[str, np.ndarray]:
-  """Whole scores 0..7 of annotators who err independently by `noise` (standard deviation).
+  """Draws annotators' scores: true scores plus independent Gaussian noise, rounded to 0..7.
 
-  Returns int32 [B, A] for each of the CRITERIA; `combine` works on them too.
+  Args:
+    rng: a generator or its seed.
+    scores: true scores [B] of each of the CRITERIA.
+    num_annotators: A.
+    noise: standard deviation of the noise.
+
+  Returns:
+    int32 [B, A] for each of the CRITERIA.
   """
   rng = np.random.default_rng(rng)
   noisy = {
@@ -87,10 +98,14 @@ def fade(
   contrast: float = 0.35,
   saturation: float = 0.15,
 ) -> np.ndarray:
-  """Makes what is under the mask look like an old print: grey, and of low contrast about its mean.
+  """Lowers the contrast and saturation of the missing pixels; known pixels stay bit-identical.
 
-  images: [B, H, W, 3]; masks: [B, H, W, 1]; amount: in [0, 1], one or [B] (0 changes nothing, 1
-  leaves only these shares of contrast and saturation). Known pixels stay the same, bit for bit.
+  Args:
+    images: [B, H, W, 3].
+    masks: [B, H, W, 1], 1 = missing.
+    amount: a number or [B], in [0, 1]; 0 changes nothing.
+    contrast: share of the contrast that remains at `amount` 1.
+    saturation: share of the saturation that remains at `amount` 1.
   """
   grey = luma(images)[..., None]
   mean = (grey * masks).sum((1, 2), keepdims=True) / masks.sum((1, 2), keepdims=True)
@@ -100,10 +115,10 @@ def fade(
 
 
 def perturb(rng: np.random.Generator, images: np.ndarray, masks: np.ndarray) -> np.ndarray:
-  """Spoils what is under the masks at random: candidates wider than any one policy paints.
+  """Degrades the missing pixels at random, for candidates of a wide range of quality.
 
-  Each picture [B, H, W, 3] gets a random contrast, saturation, brightness and tint, and some of
-  them blur or noise; a quarter is faded. Known pixels stay the same.
+  Each of contrast, saturation, brightness, tint, blur and noise changes in some images
+  [B, H, W, 3]; a quarter of the images is faded. Known pixels stay the same.
   """
   count = len(images)
   draw = lambda low, high: rng.uniform(low, high, (count, 1, 1, 1)).astype(np.float32)
@@ -123,11 +138,18 @@ def perturb(rng: np.random.Generator, images: np.ndarray, masks: np.ndarray) -> 
   return fade(changed, masks, some(0.25)[:, 0, 0, 0] * draw(0.3, 1.0)[:, 0, 0, 0])
 
 
-# ---------------------------------------------------------------------------------- the deviations
 def seam_deviation(images: np.ndarray, hole: np.ndarray, seam: np.ndarray) -> np.ndarray:
-  """[B] How much the steps across the seam differ from the steps between visible pixels near it.
+  """Compares steps across the border of the hole with steps between visible pixels near it.
 
-  images: [B, H, W, 3]; hole, seam: [B, H, W], what is missing and a weight that says where to look.
+  A step is the mean absolute difference of two neighbouring pixels.
+
+  Args:
+    images: [B, H, W, 3].
+    hole: [B, H, W], 1 = missing.
+    seam: weights [B, H, W] of the pixels, large near the border of the hole.
+
+  Returns:
+    [B], |log| of the ratio of the mean steps.
   """
   across, beside = 0.0, 0.0
   across_weight, beside_weight = 0.0, 0.0
@@ -141,26 +163,31 @@ def seam_deviation(images: np.ndarray, hole: np.ndarray, seam: np.ndarray) -> np
 
 
 def grain_deviation(images: np.ndarray, hole: np.ndarray, seam: np.ndarray) -> np.ndarray:
-  """[B] How much the steps between neighbours in the hole differ from those of visible ones nearby.
+  """Compares steps between neighbours in the hole with steps between visible pixels near it.
 
-  Rows and columns are judged apart, so that smearing the border into the hole is noticed.
+  Rows and columns are compared separately, so that a hole filled with its smeared border deviates.
+  The arguments are those of `seam_deviation`; the result is [B].
   """
   deviation, pairs = 0.0, 1e-6
   for step, inside, weight in _steps(images, hole, seam):
-    filled, known = (inside == 2).astype(np.float32), (inside == 0) * weight
-    ours, theirs = (
-      _ratio(_sum(step * filled), _sum(filled)),
-      _ratio(_sum(step * known), _sum(known)),
-    )
-    deviation = deviation + _sum(filled) * _log_ratio(ours, theirs, _JUST_SEEN["step"])
-    pairs = pairs + _sum(filled)
+    missing, known = (inside == 2).astype(np.float32), (inside == 0) * weight
+    in_hole = _ratio(_sum(step * missing), _sum(missing))
+    visible = _ratio(_sum(step * known), _sum(known))
+    deviation = deviation + _sum(missing) * _log_ratio(in_hole, visible, _JUST_SEEN["step"])
+    pairs = pairs + _sum(missing)
   return deviation / pairs
 
 
 def colour_deviation(images: np.ndarray, hole: np.ndarray, around: np.ndarray) -> np.ndarray:
-  """[B] How much the hole's saturation, luma contrast and mean hue differ from its surroundings'.
+  """Compares saturation, luma contrast and mean hue of the hole with its surroundings.
 
-  hole, around: weights [B, H, W] of the two regions.
+  Args:
+    images: [B, H, W, 3].
+    hole: weights [B, H, W] of the hole.
+    around: weights [B, H, W] of the surroundings.
+
+  Returns:
+    [B], the weighted sum of the three deviations.
   """
   grey, red_green, yellow_blue = _opponents(images)
   colourful = np.hypot(red_green, yellow_blue)
@@ -179,7 +206,7 @@ def colour_deviation(images: np.ndarray, hole: np.ndarray, around: np.ndarray) -
 
 
 def _opponents(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Luma, red against green, and yellow against blue."""
+  """Converts RGB to luma, red minus green, and yellow minus blue."""
   red, green, blue = np.moveaxis(images, -1, 0)
   return luma(images), red - green, (red + green) / 2 - blue
 
@@ -187,8 +214,10 @@ def _opponents(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _steps(
   images: np.ndarray, hole: np.ndarray, seam: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-  """For rows and for columns: the absolute step between neighbours, how many of the two are in the
-  hole, and their weight."""
+  """Yields (steps, numbers of pixels in the hole, weights) of all pairs of neighbours.
+
+  The first item has the vertical neighbours, the second the horizontal ones.
+  """
   for axis in (1, 2):
     first = (slice(None),) * axis + (slice(None, -1),)
     second = (slice(None),) * axis + (slice(1, None),)
@@ -197,13 +226,15 @@ def _steps(
 
 
 def _sum(values: np.ndarray) -> np.ndarray:
+  """Sums over pixels: [B, H, W] -> [B]."""
   return values.sum((1, 2))
 
 
 def _ratio(total: np.ndarray, weight: np.ndarray) -> np.ndarray:
+  """Divides a sum by its weight; 0 / 0 is 0."""
   return total / np.maximum(weight, 1e-12)
 
 
-def _log_ratio(ours: np.ndarray, theirs: np.ndarray, just_seen: float) -> np.ndarray:
-  """|log| of a ratio of two positive sizes, blunted below what can just be seen."""
-  return np.abs(np.log((ours + just_seen) / (theirs + just_seen)))
+def _log_ratio(first: np.ndarray, second: np.ndarray, just_seen: float) -> np.ndarray:
+  """Computes |log| of the ratio of two positive sizes; near 0 for sizes below `just_seen`."""
+  return np.abs(np.log((first + just_seen) / (second + just_seen)))

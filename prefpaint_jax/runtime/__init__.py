@@ -1,1 +1,1 @@
-"""What every command shares: flags, workdirs, devices, checkpoints, metrics."""
+"""Code that all commands share: flags, workdirs, devices, checkpoints and metrics."""

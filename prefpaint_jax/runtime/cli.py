@@ -1,4 +1,4 @@
-"""What every command shares: flags, a locked config, one-line errors, and the working folder."""
+"""The frame of every command: flags, a locked config, one-line errors, compilation cache."""
 
 import contextlib
 import difflib
@@ -14,21 +14,23 @@ from ml_collections import ConfigDict, config_flags
 
 from prefpaint_jax.runtime.workdir import flatten
 
-_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from.")
-
 
 def run(main: Callable[[], None], several_processes: bool = False) -> None:
-  """Runs a command; an error that a user can cause ends in one line.
+  """Runs a command; prints an error that a user can cause as one line and exits with status 1.
 
-  `several_processes`: the command may be one process of a run of several; see `distributed`.
+  Args:
+    main: the command.
+    several_processes: the command may be one of the processes of a run; see `distributed`.
   """
+  # Defined here, because an import must not change the flags of another program.
+  show_traceback = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
 
   def guarded(argv: list[str]) -> None:
     if len(argv) > 1:
       sys.exit(f"error: unexpected argument {argv[1]!r}; options begin with --")
     logging.set_verbosity(logging.WARNING)
     try:
-      if "jax" in sys.modules:  # else the command compiles nothing
+      if "jax" in sys.modules:  # a command that does not import JAX compiles nothing
         from prefpaint_jax.runtime import checkpoint, compilation
 
         enable_compilation_cache()
@@ -38,25 +40,25 @@ def run(main: Callable[[], None], several_processes: bool = False) -> None:
         distributed.initialize()
       main()
     except (ValueError, OSError, ImportError) as error:
-      if _TRACEBACK.value:
+      if show_traceback.value:
         raise
       sys.exit(f"error: {_one_line(error)}")
 
   if several_processes:
-    # It brings JAX along, which other commands do without.
+    # Imported here, because it imports JAX, which other commands do not need.
     from prefpaint_jax.runtime import distributed
 
-    guarded = distributed.failing_at_once()(guarded)
+    guarded = distributed.exit_on_error()(guarded)
   app.run(guarded, flags_parser=_parse_flags)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-  """What is left of the command line once its flags are read."""
+  """Parses the flags; returns the other arguments, or exits with a one-line error."""
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
     reason = _one_line(error)
-  except (AttributeError, KeyError):  # of ml_collections, for a field that the config lacks
+  except (AttributeError, KeyError):  # ml_collections raises them for an unknown config field
     reason = _unknown_field(argv)
     if reason is None:
       raise
@@ -64,21 +66,22 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _unknown_field(argv: list[str]) -> str | None:
-  """The first `--config.field` that the config lacks, and the nearest that it has."""
+  """Returns an error for the first unknown `--config.FIELD`, with the most similar known field."""
   lines = "\n".join(argv)
   source = re.search(r"^--?config[=\n](.+)$", lines, re.MULTILINE)
   known = flatten(flags.FLAGS["config"].parser.parse(source[1]).to_dict()) if source else {}
   for name in re.findall(r"^--?(?:no)?config\.([\w.]+)", lines if known else "", re.MULTILINE):
     if name not in known:
       nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-      return f"--config.{name}: no such field; the nearest is --config.{nearest}"
+      return f"--config.{name}: no such field; the most similar one is --config.{nearest}"
   return None
 
 
 def _one_line(error: Exception) -> str:
+  """Joins the lines of an error's message."""
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   first, *others = lines or [type(error).__name__]
-  # Where a library quotes a traceback, only its end tells what is wrong.
+  # If a library quotes a traceback, only the last line states the error.
   others = others[-1:] if any(line.startswith("Traceback") for line in others) else others
   return " ".join([first, *others])
 
@@ -86,38 +89,47 @@ def _one_line(error: Exception) -> str:
 def run_with_config(
   main: Callable[[ConfigDict, Path], None], several_processes: bool = False
 ) -> None:
-  """Runs `main(config, workdir)` for `--config=FILE[:PRESET] --workdir=DIR [--config.field=x]`."""
+  """Runs `main(config, workdir)` for `--config=FILE[:PRESET] --workdir=DIR [--config.FIELD=x]`.
+
+  Args:
+    main: the command.
+    several_processes: the command may be one of the processes of a run; see `distributed`.
+  """
   config = config_flags.DEFINE_config_file("config", None, "Configuration file[:preset].")
   workdir = flags.DEFINE_string("workdir", None, "Folder of the run; the same folder resumes it.")
   flags.mark_flags_as_required(["config", "workdir"])
 
   def with_config() -> None:
-    with _naming(Path(workdir.value)):
+    with _disk_errors_name(Path(workdir.value)):
       main(config.value, Path(workdir.value))
 
   run(with_config, several_processes)
 
 
 @contextlib.contextmanager
-def _naming(workdir: Path) -> Iterator[None]:
-  """Says where the disk is full: an error of `write`, unlike one of `open`, does not."""
+def _disk_errors_name(workdir: Path) -> Iterator[None]:
+  """Adds the workdir to an error of a full disk.
+
+  An error of `write` has no file name, unlike an error of `open`.
+  """
   try:
     yield
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename:
       raise
     raise OSError(
-      f"{workdir}: {error.strerror}; make room, and the same command goes on from its last "
+      f"{workdir}: {error.strerror}; make room and run the same command to resume from the latest "
       "checkpoint"
     ) from error
 
 
 def enable_compilation_cache() -> None:
-  """Keeps what takes a second or more to compile for the next start, in the user's cache folder.
+  """Enables JAX's persistent compilation cache, in the user's cache folder.
 
-  JAX_COMPILATION_CACHE_DIR chooses another folder; set to nothing, nothing is kept.
+  JAX caches programs that take a second or more to compile. JAX_COMPILATION_CACHE_DIR chooses
+  another folder; an empty value disables the cache.
   """
-  # It brings JAX along, which commands that compile nothing do without.
+  # Imported here, because commands that compile nothing do not need JAX.
   import jax
 
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not jax.config.jax_compilation_cache_dir:

@@ -1,4 +1,4 @@
-"""How programs are compiled and run: what happens by itself is not always the fastest."""
+"""Compiler options, ahead-of-time compilation, and memory that XLA:CPU reuses."""
 
 import contextlib
 import ctypes
@@ -7,7 +7,7 @@ import gc
 import glob
 import importlib.util
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,98 +15,83 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 from jax.stages import Compiled, Traced
 
-from prefpaint_jax.kernels.dispatch import _tracing_for
+from prefpaint_jax.kernels.dispatch import platform_of, traced_for
 
-_OPTIONS = {
-  # YNNPACK for products, and for sums and maxima with what is around them: all of attention is one
-  # kernel. Not for convolutions: XLA's own take half to all of the time of its.
+# What each option brings; docs/performance.md has the figures.
+OPTIONS = {
+  # YNNPACK for products and reductions with their neighbours: attention becomes one kernel. Not for
+  # convolutions, where XLA's own kernels take half to all of YNNPACK's time.
   "cpu": {
     "xla_cpu_experimental_ynn_fusion_type": (
       "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
     ),
-    "xla_cpu_prefer_vector_width": 512,  # by itself half of what AVX-512 has
+    "xla_cpu_prefer_vector_width": 512,  # XLA's default uses half of AVX-512
   },
-  # One product for queries, keys and values reads their input once, not three times, but what it
-  # gives is then cut into three, which costs twice that; so it is with every pair of products.
-  "gpu": {"xla_gpu_dot_merger_threshold_mb": 0},
-  # For fewer than 8 pictures XLA cuts each into pieces that overlap, puts them together for the
-  # norm and cuts again: by its own estimates a residual block takes up to three times as long.
+  # A merged product of queries, keys and values reads its input once, but XLA then cuts the result
+  # into three, which costs twice what the merge saves.
+  "cuda": {"xla_gpu_dot_merger_threshold_mb": 0},
+  # For fewer than 8 images space-to-batch cuts each into overlapping pieces and joins them for each
+  # norm: by XLA's own estimates a residual block takes up to three times as long.
   "tpu": {
     "xla_tpu_run_space_to_batch": False,
     "xla_tpu_run_space_to_batch_on_new_platforms": False,
   },
 }
 
-# Of mallopt(3): how many pieces are asked of the system and from which size on, and what is free
-# before it is given back.
-_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1
-_PIECES = 2**16  # as many as glibc allows by itself
-_LARGE = 2**17  # bytes; its own threshold, which otherwise grows with what is freed
-_library: ctypes.CDLL | None = None  # of C, where memory is kept
-
 
 @functools.cache
 def fast_jit(mesh: Mesh | None = None) -> Callable:
-  """`jax.jit` with what makes programs faster, where the compiler for these devices knows that.
+  """Returns `jax.jit` with the compiler options and the kernels of the mesh's platform.
 
-  Without a mesh it is that for this process's devices. What it makes is for them alone.
+  Args:
+    mesh: the devices to compile for; default: this process's.
   """
   devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
-  # Tried on a device of this process: not every backend compiles for another's alone.
+  # Options are tried on a device of this process: not every backend compiles for others alone.
   device = next((x for x in devices if x.process_index == jax.process_index()), devices[0])
-  platform = device.platform
+  platform = platform_of(device)
 
   def jit(function: Callable, **options) -> Callable:
-    if platform in ("cpu", "tpu"):  # a "gpu" may be of two kinds
-      function = _tracing_for(platform, function)
-    return jax.jit(function, **options)
+    return jax.jit(traced_for(platform, function), **options)
 
-  options = {}
+  accepted = {}
   x = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
-  for name, value in _OPTIONS.get(platform, {}).items():
-    # One that this version does not know must not cost the others.
+  for name, value in OPTIONS.get(platform, {}).items():
+    # An option that this version of XLA does not know must not cost the others.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       jit(lambda x: x, compiler_options={name: value}).lower(x).compile()
-      options[name] = value
-  return functools.partial(jit, compiler_options=options)
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-  """Without Python looking for garbage: a fifth of the time in which functions are traced."""
-  was_enabled = gc.isenabled()
-  gc.disable()
-  try:
-    yield
-  finally:
-    if was_enabled:
-      gc.enable()
+      accepted[name] = value
+  return functools.partial(jit, compiler_options=accepted)
 
 
 class Program:
-  """A jitted function, compiled for the arguments of its first call and kept without its trace.
+  """A jitted function, compiled ahead of time; its jaxpr is freed after compilation.
 
-  JAX keeps what a function was traced to for as long as the function: as much memory as all
-  temporary arrays of a small model's update.
+  `jax.jit` keeps the jaxpr for as long as the function: for a small model as much memory as all
+  temporary arrays of an update.
   """
 
   def __init__(self, jitted: Callable):
-    self._jitted = jitted
+    self._jitted: Callable | None = jitted
     self._compiled: Compiled | None = None
 
   def trace(self, *arguments) -> Traced:
-    """As `jax.jit`'s; only before it is compiled."""
+    """Traces the function, as `jax.jit`'s `trace` does; only before it is compiled."""
     return self._jitted.trace(*arguments)
 
   def compile(self, *arguments) -> Any:
-    """Compiles it for arguments, or shapes with their shardings; gives those of its results."""
-    with _without_collections():
-      traced = self.trace(*arguments)
-      self._compiled = traced.lower().compile()
-      place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-      results = jax.tree.map(place, traced.out_info, self._compiled.output_shardings)
-      del self._jitted, traced
-    gc.collect(0)  # what was traced refers to itself, and is young
+    """Compiles the function for arrays, or for shapes with their shardings.
+
+    Returns:
+      The shapes of the results with their shardings.
+    """
+    traced = self.trace(*arguments)
+    self._compiled = traced.lower().compile()
+    with_sharding = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    results = jax.tree.map(with_sharding, traced.out_info, self._compiled.output_shardings)
+    self._jitted = None
+    del traced
+    gc.collect(0)  # a jaxpr refers to itself
     return results
 
   def __call__(self, *arguments):
@@ -116,41 +101,23 @@ class Program:
 
 
 def has_tpu() -> bool:
-  """Whether JAX will find TPU chips in this machine: not libtpu alone, which plans need as well."""
+  """Whether JAX will find TPU chips in this machine; libtpu alone is needed for plans too."""
   chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
   return bool(chips and importlib.util.find_spec("libtpu"))
 
 
 def keep_memory() -> None:
-  """Where programs run on a CPU, has them run in memory that this process has had before.
+  """Keeps freed memory in the process, so XLA:CPU does not page-fault its buffers on every call.
 
-  Else the system hands it out anew, page by page, each time a program begins: a tenth of an
-  update's time. Only the heap of the first thread can hold that much, so programs run in the thread
-  that calls them. To be called before JAX is asked for its devices. It is for glibc, and where
-  JAX_PLATFORMS is not cpu and JAX may find an accelerator nothing is done.
+  It sets glibc's malloc options and has programs run in the calling thread, whose heap is the only
+  one that can hold that much. Commands call it before JAX makes its devices. It does nothing
+  without glibc, or where JAX may find an accelerator.
   """
-  global _library
   accelerated = has_tpu() or importlib.util.find_spec("jax_plugins")
-  runs_here = jax.config.jax_platforms == "cpu" or not accelerated
-  if runs_here and platform.libc_ver()[0] == "glibc":
-    _library = ctypes.CDLL(None)
-    _library.mallopt(_MMAP_THRESHOLD, _LARGE)
-    _library.mallopt(_MMAP_MAX, 0)
-    _library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+  if (jax.config.jax_platforms == "cpu" or not accelerated) and platform.libc_ver()[0] == "glibc":
+    mmap_max, mmap_threshold, trim_threshold = -4, -3, -1  # of mallopt(3)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_threshold, 2**17)  # a fixed threshold; glibc's grows with what is freed
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, 2**31 - 1)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-
-
-@contextlib.contextmanager
-def apart() -> Iterator[None]:
-  """Where memory is kept, large arrays made within are given back to the system when freed.
-
-  For what is loaded and copied before programs run: it would leave holes in what they work in, and
-  of two programs each may find its own.
-  """
-  if _library is not None:
-    _library.mallopt(_MMAP_MAX, _PIECES)
-  try:
-    yield
-  finally:
-    if _library is not None:
-      _library.mallopt(_MMAP_MAX, 0)

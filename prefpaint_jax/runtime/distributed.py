@@ -1,8 +1,8 @@
-"""One run in several processes: how they find each other, agree to stop, and end together.
+"""Runs of several processes: start, agreement on a flag, and exit on the error of one process.
 
-Under Slurm's `srun`, Open MPI's `mpirun` and on TPU pods JAX knows who takes part. Anywhere else
-each process is told by its environment: JAX_COORDINATOR_ADDRESS (HOST:PORT, of process 0),
-JAX_NUM_PROCESSES and JAX_PROCESS_ID. Without any of this, a process is alone.
+Under Slurm's `srun`, under Open MPI's `mpirun` and on TPU pods, JAX finds the processes of a run.
+Elsewhere the environment of each process must name them: JAX_COORDINATOR_ADDRESS (HOST:PORT of
+process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Without any of these, the run has one process.
 """
 
 import contextlib
@@ -22,45 +22,57 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def initialize() -> None:
-  """Joins the other processes of the run. Call before any computation; alone, it does nothing.
+  """Connects the processes of the run; in a run of one process it does nothing.
+
+  Call it before any computation.
 
   Raises:
-    ValueError: the environment says only half, or what cannot be.
+    ValueError: some of the environment's variables are missing or invalid.
   """
-  arguments = told(os.environ)
-  if arguments is None and not found_by_jax(os.environ):
+  arguments = read_environment(os.environ)
+  if arguments is None and not known_launcher(os.environ):
     return
-  # JAX would take SIGTERM for itself, and hear nothing else; see `any_process`.
+  # JAX's preemption service would replace the handler of SIGTERM; see `signals`.
   jax.config.update("jax_enable_preemption_service", False)
   if arguments is None:
     jax.distributed.initialize()
   else:
     jax.distributed.initialize(*arguments, cluster_detection_method="deactivate")
   if jax.process_count() > 1 and jax.local_devices()[0].platform == "cpu":
-    # JAX would keep the programs of process 0 alone, which would run them while the others still
-    # compile; Gloo, by which CPUs talk to each other, waits for half a minute.
+    # Only process 0 would write the compilation cache. After a restart it would run programs while
+    # the others still compile, and Gloo, the CPU collectives, times out after 30 seconds.
     jax.config.update("jax_enable_compilation_cache", False)
 
 
-def told(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
-  """(address of process 0, number of processes, which one this is); None: JAX or nobody knows."""
+def read_environment(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
+  """Reads (address of process 0, number of processes, index of this process).
+
+  Returns:
+    None if the variables are unset, or if some are unset and JAX knows the launcher.
+
+  Raises:
+    ValueError: some of the variables are missing or invalid.
+  """
   given = {name: environment[name] for name in VARIABLES if environment.get(name)}
-  if not given or (len(given) < len(VARIABLES) and found_by_jax(environment)):
+  if not given or (len(given) < len(VARIABLES) and known_launcher(environment)):
     return None
   if missing := [name for name in VARIABLES if name not in given]:
-    raise ValueError(f"{', '.join(given)} set, but not {' and '.join(missing)}: set all or none")
+    raise ValueError(
+      f"{', '.join(given)} set, but not {' and '.join(missing)}; set all of them or none"
+    )
   address, *numbers = given.values()
   if not all(number.isdecimal() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
     raise ValueError(
-      f"JAX_NUM_PROCESSES={numbers[0]}, JAX_PROCESS_ID={numbers[1]}: give a number of processes, "
-      "and for each its own id, from 0"
+      f"JAX_NUM_PROCESSES={numbers[0]}, JAX_PROCESS_ID={numbers[1]}; expected a number N of "
+      "processes and an id from 0 to N - 1: set a different id in each process"
     )
   return address, int(numbers[0]), int(numbers[1])
 
 
-def found_by_jax(environment: Mapping[str, str]) -> bool:
-  """Whether a launcher that JAX knows has started several processes."""
-  # Of a step of srun, not of the allocation: what a batch script starts without srun is alone.
+def known_launcher(environment: Mapping[str, str]) -> bool:
+  """Returns whether a launcher that JAX knows has started several processes."""
+  # The number of tasks of the srun step, not of the allocation: a command that a batch script
+  # starts without srun is a run of one process.
   for tasks in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
     if tasks in environment:
       return int(environment[tasks]) > 1
@@ -68,15 +80,15 @@ def found_by_jax(environment: Mapping[str, str]) -> bool:
     return True
   if hosts := environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES"):
     return "," in hosts
-  # A TPU virtual machine: which others are in its pod, JAX asks the machine's metadata server.
+  # On a TPU virtual machine JAX asks the metadata server for the other machines of the pod.
   return "TPU_SKIP_MDS_QUERY" not in environment and compilation.has_tpu()
 
 
 def any_process(flag: bool, mesh: Mesh) -> jax.Array:
-  """Whether `flag` is set on any process, as a boolean on its way: all get the same.
+  """Computes whether `flag` is set on any process; all processes get the same boolean array.
 
-  It takes its place among the programs that all processes run in one order, so it is exact, and
-  nothing waits for it before it is read.
+  All processes must call it at the same point of their sequence of programs. The call returns
+  before the result is computed; the program waits only when it reads the result.
   """
   flags = jax.make_array_from_callback(
     (mesh.size,), sharding.batch_sharding(mesh), lambda _: np.full(1, flag)
@@ -85,10 +97,11 @@ def any_process(flag: bool, mesh: Mesh) -> jax.Array:
 
 
 @contextlib.contextmanager
-def failing_at_once() -> Iterator[None]:
-  """One of several processes that fails ends on the spot, as if killed, once it has said why.
+def exit_on_error() -> Iterator[None]:
+  """Prints an error and exits immediately, without cleanup, if the run has several processes.
 
-  An orderly end would wait for the others, which wait for this one; so they learn of it.
+  JAX's cleanup at exit would wait for the other processes, while they wait for this one. If this
+  process exits immediately, the others detect it and exit too.
   """
   try:
     yield
@@ -108,12 +121,12 @@ def failing_at_once() -> Iterator[None]:
 
 
 def _lost_process(error: BaseException) -> str | None:
-  """One line for an error of communication."""
+  """Returns one line for an error of communication; None for other errors."""
   first = str(error).split("\n")[0]
   signs = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")
   if not isinstance(error, jax.errors.JaxRuntimeError) or not any(sign in first for sign in signs):
     return None
   return (
-    f"error: process {jax.process_index()} of {jax.process_count()} has lost another, whose log "
-    f"may say why ({first}); the same command goes on from the last checkpoint"
+    f"error: process {jax.process_index()} of {jax.process_count()} has lost another process "
+    f"({first}); read its log, and run the same command to resume from the latest checkpoint"
   )

@@ -1,4 +1,4 @@
-"""Supervised fitting of one network: what `pretrain` and `train_reward` have in common."""
+"""Supervised training of one network, which `pretrain` and `train_reward` share."""
 
 import functools
 from collections.abc import Callable
@@ -17,18 +17,27 @@ Params = Any  # a tree of arrays
 
 
 class State(NamedTuple):
+  """The train state, as the checkpoints hold it."""
+
   iteration: jax.Array  # int32 []
   params: Params
   opt_state: optax.OptState
   average: Params | None  # moving average of the parameters
-  best: Params | None  # what was best when it was judged
+  best: Params | None  # the parameters with the highest score so far
   best_score: jax.Array  # float32 []
 
 
 def warmup_cosine(
   learning_rate: float, warmup: int, iterations: int, weight_decay: float
 ) -> optax.GradientTransformation:
-  """AdamW with a linear warm-up and a cosine decay to 0, on gradients clipped to norm 1."""
+  """Makes AdamW with linear warm-up, cosine decay to 0, and gradients clipped to norm 1.
+
+  Args:
+    learning_rate: the rate after the warm-up.
+    warmup: number of warm-up iterations; at most half of `iterations`.
+    iterations: number of iterations until the rate is 0.
+    weight_decay: AdamW's decoupled weight decay.
+  """
   warmup = min(warmup, iterations // 2)
   rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, iterations)
   return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=weight_decay))
@@ -51,47 +60,29 @@ def fit(
   judge: Callable[[Params], tuple[float, dict[str, float]]] | None = None,
   judge_every: int = 0,
 ) -> Params:
-  """Minimises `loss(*frozen, params, batch, key) -> (loss, metrics)`; returns host arrays.
-
-  Metrics and checkpoints go to `workdir`; called again with the same arguments it resumes exactly.
+  """Minimises a loss; writes metrics and checkpoints to the workdir, and resumes exactly from it.
 
   Args:
+    loss: computes (loss, metrics) from `(*frozen, params, batch, key)`.
+    frozen: trees of arrays that are not trained.
     loader: iterator of this process's part of each batch, with `get_state` and `set_state`.
-    ema_decay: of the moving average, which is then what is judged and returned; 0: none.
-    judge: parameters -> (score, metrics), every `judge_every` iterations and at the end; the
-      parameters of the highest score are returned. None, or where scores are NaN: the last ones.
+    key: PRNG key; each iteration folds its number into it.
+    ema_decay: decay of the parameters' moving average, which is then scored and returned instead of
+      the parameters; 0: no average.
+    checkpoint_every: iterations between checkpoints; 0: none.
+    log_every: iterations between lines of metrics; 0: none.
+    judge: computes (score, metrics) from parameters; see Returns.
+    judge_every: iterations between calls of `judge`, which also runs after the last update.
+
+  Returns:
+    The parameters with the highest score, as host arrays; the last parameters if `judge` is None or
+    the scores are NaN.
   """
   is_writer = jax.process_index() == 0
-
-  def init(params: Params) -> State:
-    copy = lambda: jax.tree.map(jnp.copy, params)  # a donated buffer may appear once
-    return State(
-      iteration=jnp.zeros((), jnp.int32),
-      params=params,
-      opt_state=optimizer.init(params),
-      average=copy() if ema_decay else None,
-      best=copy() if judge else None,
-      best_score=jnp.array(-jnp.inf),
-    )
-
+  init = functools.partial(_init, optimizer, ema_decay, judge is not None)
   shapes = jax.eval_shape(init, params)
   layout = sharding.specs(shapes, sharding.DEFAULT_RULES, mesh)
-
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, None))
-  def step(state: State, frozen, batch, key):
-    key = jax.random.fold_in(key, state.iteration)
-    gradients, metrics = jax.grad(lambda params: loss(*frozen, params, batch, key), has_aux=True)(
-      state.params
-    )
-    changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params, average = optax.apply_updates(state.params, changes), state.average
-    if ema_decay:
-      # Young averages follow closely, so that a short run is not held back by its start.
-      decay = jnp.minimum(ema_decay, (1.0 + state.iteration) / (10.0 + state.iteration))
-      average = optax.incremental_update(params, average, 1.0 - decay)
-    state = state._replace(params=params, opt_state=opt_state, average=average)
-    return state._replace(iteration=state.iteration + 1), metrics
-
+  step = _make_step(loss, optimizer, ema_decay, layout)
   gather = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
   current = lambda state: state.average if ema_decay else state.params
 
@@ -99,10 +90,7 @@ def fit(
   if checkpoints.latest() is None:
     state = jax.jit(init, out_shardings=layout)(params)
   else:
-    abstract = jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, layout
-    )
-    state, position, _ = checkpoints.restore(abstract)
+    state, position, _ = checkpoints.restore(sharding.with_shardings(shapes, layout))
     loader.set_state(position)
   start = int(state.iteration)
   writer = MetricsWriter(workdir, is_writer)
@@ -110,7 +98,7 @@ def fit(
   frozen = jax.device_put(frozen, sharding.replicated(mesh))
   bar = progress(iterations, start, visible=is_writer)
   for done in range(start + 1, iterations + 1):
-    # Names stay on the host.
+    # Strings, such as ids, cannot be put on a device.
     arrays = {name: x for name, x in next(loader).items() if x.dtype.kind != "U"}
     state, metrics = step(state, frozen, sharding.to_global(mesh, arrays), key)
     is_due = lambda every, done=done: bool(every) and (done % every == 0 or done == iterations)
@@ -119,9 +107,9 @@ def fit(
       line = {name: float(value) for name, value in metrics.items()}
       bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
     if judge and (is_due(judge_every) or done == iterations):
-      score, judged = judge(jax.device_get(gather(current(state))))
-      line |= judged
-      # A score that is no number cannot choose: then the latest parameters are kept.
+      score, judge_metrics = judge(jax.device_get(gather(current(state))))
+      line |= judge_metrics
+      # NaN is not <= any number: the latest parameters then become the best.
       if not score <= float(state.best_score):
         copy = jax.tree.map(jnp.copy, current(state))
         state = state._replace(best=copy, best_score=jnp.array(score, jnp.float32))
@@ -134,3 +122,44 @@ def fit(
   checkpoints.close()
   writer.close()
   return jax.device_get(gather(state.best if judge else current(state)))
+
+
+def _init(
+  optimizer: optax.GradientTransformation, ema_decay: float, judged: bool, params: Params
+) -> State:
+  """Makes the state before the first update."""
+  copy = lambda: jax.tree.map(jnp.copy, params)  # no buffer may be donated twice
+  return State(
+    iteration=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    average=copy() if ema_decay else None,
+    best=copy() if judged else None,
+    best_score=jnp.array(-jnp.inf),
+  )
+
+
+def _make_step(
+  loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+  optimizer: optax.GradientTransformation,
+  ema_decay: float,
+  layout: Any,
+) -> Callable:
+  """Makes the jitted update (state, frozen, batch, key) -> (state, metrics); donates `state`."""
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, None))
+  def step(state: State, frozen, batch, key):
+    key = jax.random.fold_in(key, state.iteration)
+    gradients, metrics = jax.grad(lambda params: loss(*frozen, params, batch, key), has_aux=True)(
+      state.params
+    )
+    changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params, average = optax.apply_updates(state.params, changes), state.average
+    if ema_decay:
+      # The decay grows from 0.1, so that the average of a short run forgets its initial parameters.
+      decay = jnp.minimum(ema_decay, (1.0 + state.iteration) / (10.0 + state.iteration))
+      average = optax.incremental_update(params, average, 1.0 - decay)
+    state = state._replace(params=params, opt_state=opt_state, average=average)
+    return state._replace(iteration=state.iteration + 1), metrics
+
+  return step

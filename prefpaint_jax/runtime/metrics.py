@@ -1,7 +1,5 @@
-"""The record of a run: metrics.jsonl, TensorBoard events, a progress bar.
-
-Shapes: H W pixels.
-"""
+"""The log of a run: metrics.jsonl, TensorBoard events and a progress bar."""
+# Shapes: H W pixels.
 
 import json
 import math
@@ -21,13 +19,19 @@ from prefpaint_jax.runtime.tensorboard import EventFile
 
 
 class MetricsWriter:
-  """`workdir/metrics.jsonl`, one object per iteration, and `workdir/tensorboard`.
+  """Writes `workdir/metrics.jsonl`, one object per iteration, and `workdir/tensorboard`.
 
-  With `is_writer` false (every process but the first) it takes the same calls and writes nothing.
-  What was written survives the process, and a full disk is an error of the call that meets it.
+  Each method passes its data to the operating system before it returns, so a killed process loses
+  none. On a full disk the method raises OSError.
   """
 
   def __init__(self, workdir: str | os.PathLike[str], is_writer: bool = True):
+    """Opens no file; the first write does.
+
+    Args:
+      workdir: folder of the run.
+      is_writer: if false (every process but the first), methods do nothing.
+    """
     self._workdir = Path(workdir)
     self.is_writer = is_writer
     self._lines: TextIO | None = None
@@ -35,13 +39,13 @@ class MetricsWriter:
     self._purge_step: int | None = None
 
   def truncate(self, iteration: int) -> None:
-    """Forgets what was written past `iteration`, the restored one. Call before the first write.
+    """Deletes the lines after `iteration`, the one of the restored checkpoint.
 
-    A run killed after its last checkpoint has written lines it is about to write again, the last
-    of them perhaps by half.
+    Call it before the first write. A run that was killed after its latest checkpoint has written
+    lines that the resumed run will write again; the last one may be incomplete.
     """
     path = self._workdir / "metrics.jsonl"
-    # TensorBoard hides the events past this step that earlier files hold.
+    # TensorBoard hides events of earlier files from this step on.
     self._purge_step = iteration + 1
     if not self.is_writer or not path.exists():
       return
@@ -50,7 +54,7 @@ class MetricsWriter:
     write_text(path, "".join(line + "\n" for line in kept))
 
   def write(self, iteration: int, scalars: Mapping[str, Any]) -> None:
-    """One line of scalars (numbers or 0-d arrays); NaN and infinities become null."""
+    """Writes a line of scalars (numbers or 0-d arrays); NaN and infinities become null."""
     if not self.is_writer:
       return
     self._open()
@@ -61,12 +65,13 @@ class MetricsWriter:
     self._events.scalars(iteration, finite)
 
   def image(self, iteration: int, name: str, image: np.ndarray) -> None:
-    """A uint8 picture [H, W, 3] for TensorBoard."""
+    """Writes a uint8 image [H, W, 3] for TensorBoard."""
     if self.is_writer:
       self._open()
       self._events.image(iteration, name, image)
 
   def close(self) -> None:
+    """Closes the files."""
     if self._lines is not None:
       self._lines.close()
       self._events.close()
@@ -80,7 +85,10 @@ class MetricsWriter:
 
 
 class LogLines:
-  """The part of tqdm that a run uses, for a log file: a line every `interval` seconds."""
+  """Prints a line of progress every `interval` seconds, with the methods of tqdm that a run uses.
+
+  For output to a file, where a progress bar cannot redraw itself.
+  """
 
   def __init__(self, total: int, initial: int, interval: float, stream: TextIO):
     self._total, self._interval, self._stream = total, interval, stream
@@ -89,16 +97,18 @@ class LogLines:
     self._last_line = time.monotonic()
 
   def set_postfix_str(self, text: str, refresh: bool = True) -> None:
-    """`refresh` is tqdm's; a line appears only when it is due."""
+    """Sets the text that follows the count; `refresh` exists because tqdm has it."""
     del refresh
     self._postfix = text
 
   def update(self, count: int = 1) -> None:
+    """Counts iterations; prints a line if `interval` seconds have passed since the last one."""
     self._done += count
     if time.monotonic() - self._last_line >= self._interval:
       self._report()
 
   def close(self) -> None:
+    """Prints the final count if no line has shown it."""
     if self._done != self._reported:
       self._report()
 
@@ -115,10 +125,14 @@ def progress(
   interval: float = 30.0,
   stream: TextIO | None = None,
 ) -> tqdm | LogLines:
-  """A bar over `total` iterations, `initial` of them done before: `update()`, `set_postfix_str()`.
+  """Makes a progress bar on a terminal, or lines of progress in a log file.
 
-  On a terminal it moves; elsewhere it is a line every `interval` seconds and one at the end. Not
-  `visible` (every process but the first), it shows nothing.
+  Args:
+    total: number of iterations of the run.
+    initial: number of iterations done before a resume.
+    visible: whether this process shows progress; False on all processes but one.
+    interval: seconds between lines in a log file.
+    stream: where to print; default: standard error.
   """
   stream = sys.stderr if stream is None else stream
   if visible and not stream.isatty():
@@ -127,25 +141,33 @@ def progress(
 
 
 class IterationLog:
-  """Writes a line per iteration without making the device wait for Python.
+  """Writes a line per iteration while the device runs the next iteration.
 
-  The metrics of an iteration are fetched while the next one runs. The clocks assume that: a rollout
-  begins when the update before it is done. On one CPU device programs run when they are called;
-  the log sees that and writes at once.
+  The metrics of an iteration stay pending, not yet fetched, until the next rollout is dispatched.
+  The times assume that a rollout begins when the previous update ends. On a single CPU device, JAX
+  runs programs synchronously; `synchronous` is then true, and the caller may flush at once.
   """
 
   def __init__(self, writer: MetricsWriter, total: int, start: int, images_per_iteration: int):
+    """Starts the clock and the progress bar.
+
+    Args:
+      writer: takes the lines.
+      total: number of iterations of the run.
+      start: number of iterations that an earlier start has done.
+      images_per_iteration: number of samples per iteration, for `images_per_s`.
+    """
     self._writer, self._images = writer, images_per_iteration
     self._bar = progress(total, start, visible=writer.is_writer)
     self._pending: tuple[int, dict[str, float], list[Any], float] | None = None
     self.restart_clock()
 
   def restart_clock(self) -> None:
-    """Times the next rollout from now on: what was done meanwhile is not part of it."""
+    """Starts the time of the next rollout now, to exclude work since the last update."""
     self._updated_at = time.perf_counter()
 
   def scored(self, score_metrics: Mapping[str, jax.Array]) -> None:
-    """To be called when rollout and score are dispatched; writes the line of the last iteration."""
+    """Writes the pending line; call it when rollout and score are dispatched."""
     self.synchronous = all(x.is_ready() for x in score_metrics.values())
     self._scored_at, self._score_metrics = time.perf_counter(), score_metrics
     self.flush()
@@ -153,10 +175,14 @@ class IterationLog:
   def updated(
     self, iteration: int, update_metrics: list[Mapping[str, jax.Array]]
   ) -> dict[str, float]:
-    """To be called when the updates of an iteration are dispatched.
+    """Makes the iteration's line pending; call it when its updates are dispatched.
+
+    Args:
+      iteration: number of iterations done.
+      update_metrics: metrics of each update, on the device.
 
     Returns:
-      The score's metrics, for which this waits.
+      The metrics of the score as numbers; this method waits for them.
     """
     line = {name: float(value) for name, value in jax.device_get(self._score_metrics).items()}
     scored_at = self._scored_at if self.synchronous else time.perf_counter()
@@ -165,10 +191,10 @@ class IterationLog:
     return line
 
   def flush(self, more: Callable[[], Mapping[str, float]] = dict) -> dict[str, float]:
-    """Writes the pending line, if there is one, and returns it.
+    """Writes the pending line, if any, and returns it.
 
     Args:
-      more: gives further metrics of the iteration, once its updates are done.
+      more: computes further metrics of the iteration; called when its updates are done.
     """
     if self._pending is None:
       return {}
@@ -176,7 +202,7 @@ class IterationLog:
     self._pending = None
     updates = jax.device_get(update_metrics)
     self._updated_at = time.perf_counter()
-    line |= {name: float(np.mean([one[name] for one in updates])) for name in updates[0]}
+    line |= {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
     line["time/update_s"] = self._updated_at - scored_at
     line["time/iteration_s"] = line["time/rollout_s"] + line["time/update_s"]
     line["images_per_s"] = self._images / line["time/iteration_s"]

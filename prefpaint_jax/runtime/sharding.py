@@ -1,8 +1,9 @@
-"""The device mesh, and which array lives where on it.
+"""The device mesh and the shardings of arrays on it.
 
-The mesh has two axes: "data" replicates parameters, "fsdp" splits them; batches are split over
-both. A layout is an ordered list of (regular expression, rule): the first expression found in an
-array's "/"-joined path decides. A rule is a `PartitionSpec`, or `LARGEST`.
+The mesh has two axes. Parameters are replicated over "data" and sharded over "fsdp"; batches are
+sharded over both. Rules are an ordered list of (regular expression, rule); the first expression
+that matches an array's "/"-joined path decides. A rule is a `PartitionSpec`, or `LARGEST`. A layout
+is a tree of `NamedSharding`s.
 """
 
 import math
@@ -15,41 +16,57 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prefpaint_jax.runtime.compilation import apart
-
-# Split the largest dimension that divides over "fsdp" (of equals the last, a kernel's output
-# features); replicate the array when there is none or when it is small.
+# Shard the largest dimension that divides over "fsdp". Of equally large dimensions, shard the last,
+# a kernel's output features. If no dimension divides, or if the array is small, replicate it.
 LARGEST: Literal["largest"] = "largest"
 
-# Below this many elements, gathering an array costs more than holding a copy of it.
+# Number of elements below which gathering an array costs more than keeping a copy on each device.
 SMALL = 2**14
 Rule = P | Literal["largest"]
 Rules = Sequence[tuple[str, Rule]]
 
-# The train state: parameters, optimiser moments, behaviour policy and moving average split alike,
-# so that an update needs no resharding; counters and keys have nothing to split.
+# For the train state. Parameters, optimiser moments, behaviour policy and moving average get equal
+# shardings, so that an update needs no resharding; counters and keys are small, so replicated.
 DEFAULT_RULES: Rules = ((r"", LARGEST),)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Mesh of all `devices` (default: every device of every process); -1 takes what is left."""
+  """Makes the mesh of all devices.
+
+  Args:
+    data: size of the axis "data"; -1: all devices that the other axis leaves.
+    fsdp: size of the axis "fsdp"; -1: all devices that the other axis leaves.
+    devices: the devices; default: every device of every process.
+
+  Raises:
+    ValueError: the sizes do not use each device exactly once.
+  """
   devices = jax.devices() if devices is None else list(devices)
   sizes, count = {"data": data, "fsdp": fsdp}, len(devices)
   asked = f"mesh data={data}, fsdp={fsdp} on {count} devices"
   if any(size < 1 and size != -1 for size in sizes.values()) or data == fsdp == -1:
-    raise ValueError(f"{asked}: give positive sizes, at most one of them -1 (what is left)")
+    raise ValueError(f"{asked}: give positive sizes, at most one of them -1 (all devices left)")
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if count % fixed or (-1 not in sizes.values() and fixed != count):
-    raise ValueError(f"{asked}: {fixed} does not fill {count}; set one size to -1 (what is left)")
+    raise ValueError(
+      f"{asked}: the sizes multiply to {fixed}, not {count}; set one size to -1 (all devices left) "
+      f"and the other to a divisor of {count}"
+    )
   shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
-  # Linen layers need axes whose sharding the compiler propagates, not explicit ones.
+  # Linen layers need Auto axes, whose shardings the compiler propagates, not Explicit ones.
   return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def specs(tree: Any, rules: Rules, mesh: Mesh) -> Any:
-  """A NamedSharding for every array (or shape) of `tree`, by the first rule that matches its path.
+  """Computes the layout of a tree: a NamedSharding per leaf, by the first rule for its path.
 
-  Raises ValueError when no rule matches, or when a dimension does not divide over its mesh axes.
+  Args:
+    tree: tree of arrays or `jax.ShapeDtypeStruct`s.
+    rules: ordered list of (regular expression, rule).
+    mesh: the mesh of the shardings.
+
+  Raises:
+    ValueError: no rule matches a path, or a dimension does not divide over its mesh axes.
   """
 
   def sharding(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -60,12 +77,13 @@ def specs(tree: Any, rules: Rules, mesh: Mesh) -> Any:
         spec = _largest(shape, mesh) if rule == LARGEST else rule
         _check_divides(path, shape, spec, mesh)
         return NamedSharding(mesh, spec)
-    raise ValueError(f"no sharding rule matches {path!r} of shape {shape}: add one for it")
+    raise ValueError(f"no sharding rule matches {path!r} of shape {shape}; add a rule for it")
 
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def _largest(shape: tuple[int, ...], mesh: Mesh) -> P:
+  """Returns the PartitionSpec of the rule LARGEST."""
   parts = mesh.shape["fsdp"]
   fitting = [axis for axis, size in enumerate(shape) if size % parts == 0]
   if parts == 1 or math.prod(shape) < SMALL or not fitting:
@@ -75,8 +93,11 @@ def _largest(shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def _check_divides(path: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:
+  """Raises ValueError unless each dimension of `shape` divides over its mesh axes."""
   if len(spec) > len(shape):
-    raise ValueError(f"{path!r} of shape {shape} has fewer dimensions than its rule {spec}")
+    raise ValueError(
+      f"{path!r} of shape {shape} has fewer dimensions than its rule {spec}; change the rule"
+    )
   for axis, (size, names) in enumerate(zip(shape, spec, strict=False)):
     names = (names,) if isinstance(names, str) else names or ()
     parts = math.prod(mesh.shape[name] for name in names)
@@ -88,22 +109,24 @@ def _check_divides(path: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> No
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The leading dimension over all devices, the rest whole."""
+  """Returns the sharding of batches: the leading dimension over all devices."""
   return NamedSharding(mesh, P(("data", "fsdp")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """A whole copy on every device."""
+  """Returns the sharding that keeps a whole copy on every device."""
   return NamedSharding(mesh, P())
 
 
-@apart()
 def place(layout: Any, tree: Any) -> Any:
-  """Global arrays of host arrays that every process holds whole; each copies what is its own.
+  """Makes global arrays from host arrays that are equal on all processes.
 
-  `layout` is a sharding for all of them, or a tree with one for each.
+  Each process copies only the shards of its devices. `jax.device_put` would first gather the arrays
+  of all processes on every device to compare them.
 
-  `device_put` would first gather the arrays of all processes on every device, to compare them.
+  Args:
+    layout: one sharding for all arrays, or a tree with one per array.
+    tree: tree of host arrays.
   """
 
   def place_one(array: Any, sharding: NamedSharding) -> jax.Array:
@@ -116,7 +139,12 @@ def place(layout: Any, tree: Any) -> Any:
 
 
 def with_shardings(tree: Any, layout: Any) -> Any:
-  """The shapes of `tree` with a sharding for all of them, or with a tree of shardings."""
+  """Makes `jax.ShapeDtypeStruct`s from the shapes of `tree` and the shardings of `layout`.
+
+  Args:
+    tree: tree of arrays or shapes.
+    layout: one sharding for all leaves, or a tree with one per leaf.
+  """
   if isinstance(layout, NamedSharding):
     layout = jax.tree.map(lambda _: layout, tree)
   put = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
@@ -124,12 +152,13 @@ def with_shardings(tree: Any, layout: Any) -> Any:
 
 
 def to_global(mesh: Mesh, local_tree: Any) -> Any:
-  """Joins each process's part of a batch [B / processes, ...] into global arrays [B, ...]."""
+  """Joins the processes' parts of a batch [B / processes, ...] into global arrays [B, ...]."""
   sharding = batch_sharding(mesh)
   tree = jax.tree.map(
     lambda array: jax.make_array_from_process_local_data(sharding, array), local_tree
   )
-  # On a CPU what is called before they are there runs in another thread, in memory of its own.
+  # XLA:CPU runs a program in another thread, whose heap holds no freed memory, if its inputs are
+  # not ready at the call.
   return jax.block_until_ready(tree) if mesh.devices.flat[0].platform == "cpu" else tree
 
 
@@ -137,6 +166,6 @@ def check_batch(batch: int, mesh: Mesh, field: str = "batch_size") -> None:
   """Raises ValueError unless `batch` examples divide over the devices of `mesh`."""
   if batch < 1 or batch % mesh.size:
     raise ValueError(
-      f"{field} {batch} does not divide over {mesh.size} devices: "
+      f"{field} {batch} does not divide over {mesh.size} devices; "
       f"give a positive multiple of {mesh.size}"
     )

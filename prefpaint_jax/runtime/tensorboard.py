@@ -1,4 +1,5 @@
-"""TensorBoard events, without torch."""
+"""TensorBoard event files, written without torch."""
+# Shapes: H W pixels.
 
 import contextlib
 import functools
@@ -14,7 +15,7 @@ import numpy as np
 
 @contextlib.contextmanager
 def _without_torch():
-  """tensorboardX imports it where it can, which takes seconds, and has no use for it here."""
+  """Keeps tensorboardX from importing torch, which takes seconds and is not needed here."""
   is_new = "torch" not in sys.modules
   if is_new:
     sys.modules["torch"] = None
@@ -27,7 +28,7 @@ def _without_torch():
 
 @functools.cache
 def _protocol() -> Any:
-  """The parts of tensorboardX that are used here."""
+  """Imports the parts of tensorboardX that this module uses."""
   with _without_torch():
     from tensorboardX import summary
     from tensorboardX.event_file_writer import EventsWriter
@@ -43,30 +44,40 @@ def _protocol() -> Any:
 
 
 class EventFile:
-  """A new file of events in a folder. An event is on the disk when its call returns.
+  """Writes a new file of events; each method returns when its event is in the file.
 
-  Not tensorboardX's SummaryWriter: its thread dies of a full disk, and its queue blocks for ever.
-  TensorBoard hides what earlier files hold from `purge_step` on.
+  It replaces tensorboardX's SummaryWriter, whose writer thread ends on a full disk; calls then
+  block for ever on its full queue.
   """
 
   def __init__(self, folder: Path, purge_step: int | None = None):
+    """Creates the file.
+
+    Args:
+      folder: folder for the file; created if missing.
+      purge_step: TensorBoard hides events of earlier files from this step on. None: it hides none.
+    """
     folder.mkdir(exist_ok=True)
-    self._x = _protocol()
-    self._writer = self._x.EventsWriter(str(folder / "events"))
+    self._protocol = _protocol()
+    self._writer = self._protocol.EventsWriter(str(folder / "events"))
     if purge_step is not None:
-      start = self._x.SessionLog(status=self._x.SessionLog.START)
-      self._add(self._x.Event(step=purge_step, session_log=start))
+      start = self._protocol.SessionLog(status=self._protocol.SessionLog.START)
+      self._add(self._protocol.Event(step=purge_step, session_log=start))
 
   def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
-    values = [self._x.summary.scalar(name, number).value[0] for name, number in numbers.items()]
-    self._add(self._x.Event(step=step, summary=self._x.Summary(value=values)))
+    """Writes numbers by name."""
+    values = [
+      self._protocol.summary.scalar(name, number).value[0] for name, number in numbers.items()
+    ]
+    self._add(self._protocol.Event(step=step, summary=self._protocol.Summary(value=values)))
 
   def image(self, step: int, name: str, image: np.ndarray) -> None:
-    """A uint8 picture [H, W, 3]."""
-    drawn = self._x.summary.image(name, image, dataformats="HWC")
-    self._add(self._x.Event(step=step, summary=drawn))
+    """Writes a uint8 image [H, W, 3]."""
+    summary = self._protocol.summary.image(name, image, dataformats="HWC")
+    self._add(self._protocol.Event(step=step, summary=summary))
 
   def close(self) -> None:
+    """Closes the file."""
     self._writer.close()
 
   def _add(self, event: Any) -> None:

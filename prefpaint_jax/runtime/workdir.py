@@ -1,4 +1,4 @@
-"""A run's folder: config.json, written once and compared when the run resumes."""
+"""The workdir of a run, whose config.json guards against resuming with another config."""
 
 import json
 from collections.abc import Collection
@@ -17,13 +17,18 @@ def open_workdir(
   progress: str = "checkpoints/*",
   is_writer: bool = True,
 ) -> None:
-  """Writes `config.json`, if this is the writer, once a resumed run is found to have the same.
+  """Checks the config of a resumed run against its `config.json`, then writes the file.
 
-  Fields in `free`, and those that end in `_every`, may change; any field may where nothing matches
-  the glob `progress` yet, so that a start that failed can be tried again.
+  Args:
+    config: the config of this start.
+    workdir: folder of the run; created if missing.
+    free: dotted names of fields that may change. Fields that end in `_every` may change too.
+    progress: glob in `workdir`. If nothing matches it, the run has saved nothing yet and every
+      field may change, so that a failed start can be repeated.
+    is_writer: write the file; only one process of a run does.
 
   Raises:
-    ValueError: another field changed; names it.
+    ValueError: a field changed that may not; the message names it.
   """
   now = flatten(config.to_dict())
   file = workdir / "config.json"
@@ -36,8 +41,8 @@ def open_workdir(
     ]
     if changed:
       raise ValueError(
-        f"{workdir} holds a run with another config ({'; '.join(changed)}); give the same config "
-        "to resume it, or another --workdir"
+        f"{workdir} is the workdir of a run with another config ({'; '.join(changed)}); give the "
+        "same config to resume it, or another --workdir"
       )
   if not is_writer:
     return
@@ -45,7 +50,11 @@ def open_workdir(
 
 
 def read_workdir(workdir: Path) -> ConfigDict:
-  """The config of a run."""
+  """Reads the config of a run.
+
+  Raises:
+    ValueError: the folder has no config.json.
+  """
   file = workdir / "config.json"
   if not file.is_file():
     raise ValueError(f"{workdir}: no config.json; give the --workdir of a run")
@@ -53,7 +62,7 @@ def read_workdir(workdir: Path) -> ConfigDict:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Nested dictionaries -> {"outer.inner": value}, as json would hold the values."""
+  """Flattens nested dictionaries to {"outer.inner": value}; values as JSON reads them back."""
   flat = {}
   for name, value in tree.items():
     if isinstance(value, dict):

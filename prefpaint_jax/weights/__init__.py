@@ -1,1 +1,1 @@
-"""Checkpoints in and out: files and folders (`folder`), PyTorch names <-> our trees (`names`)."""
+"""Import and export of weights: files (`folder`) and PyTorch names <-> Flax trees (`names`)."""

@@ -1,6 +1,6 @@
-"""Model folders on disk or on the hub: find them, read configs and tensors, write them back.
+"""Model folders on disk or on the Hugging Face hub: finds, reads and writes configs and tensors.
 
-What is written opens in stock diffusers and transformers.
+Stock diffusers and transformers open the files that this module writes.
 """
 
 import contextlib
@@ -31,18 +31,24 @@ _REWARD_FILES = ("config.json", "*.safetensors", "*.pt")
 
 
 def resolve_pipeline(name_or_folder: str | Path) -> Path:
-  """Folder of a diffusers pipeline, local or from the hub: configs, weights and tokenizer."""
+  """Finds the folder of a diffusers pipeline, local or on the hub.
+
+  Raises ValueError if the folder does not exist or is not a pipeline.
+  """
   folder = resolve(name_or_folder, _PIPELINE_FILES)
   if not (folder / "model_index.json").is_file():
     raise ValueError(
-      f"{folder}: no model_index.json, so not a diffusers pipeline; give the folder that has unet/,"
-      " vae/ and text_encoder/ in it"
+      f"{folder}: no model_index.json, so not a diffusers pipeline; give the folder that contains"
+      " unet/, vae/ and text_encoder/"
     )
   return folder
 
 
 def resolve_reward(name_or_path: str | Path) -> Path:
-  """A reward model, local or from the hub: a folder with `config.json`, or a released `.pt`."""
+  """Finds a reward model, local or on the hub: a folder with `config.json`, or a released `.pt`.
+
+  Raises ValueError if the folder does not exist or is not a reward model.
+  """
   path = Path(name_or_path).expanduser()
   if path.is_file():
     return path
@@ -52,35 +58,42 @@ def resolve_reward(name_or_path: str | Path) -> Path:
   released = sorted(folder.glob("*.pt"))
   if len(released) != 1:
     raise ValueError(
-      f"{folder}: neither config.json nor one .pt file, found {_listing(folder)}; give the folder"
-      " or the file of a reward model"
+      f"{folder}: contains {_listing(folder)}; expected config.json or one .pt file: give the"
+      " folder or the file of a reward model"
     )
   return released[0]
 
 
 def resolve(name_or_folder: str | Path, allow_patterns: Sequence[str]) -> Path:
-  """The local folder itself, or the hub's files that match `allow_patterns`, fetched and cached.
+  """Returns a local folder unchanged; downloads files of a hub model to the hub's cache.
 
-  Of several copies of the same weights only the preferred one is fetched: safetensors before
-  `.bin`, full precision before a variant such as fp16.
+  If the hub has several copies of the same weights, it downloads one: safetensors rather than
+  `.bin`, full precision rather than a variant such as fp16.
+
+  Args:
+    name_or_folder: a folder, or a hub name "owner/name".
+    allow_patterns: globs of the files to download.
+
+  Raises:
+    ValueError: the folder does not exist, or the download failed.
   """
   folder = Path(name_or_folder).expanduser()
   if folder.is_dir():
     return folder
   name = str(name_or_folder)
   if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-    raise ValueError(f"{name}: no such folder, nor a hub name of the form owner/name")
+    raise ValueError(f"{name}: no such folder; give a folder, or a hub name owner/name")
   try:
     return Path(_fetch(name, list(allow_patterns)))
-  except Exception as error:  # of the hub's library or the network's: to the user one and the same
+  except Exception as error:  # the hub's and the network's libraries raise many types
     raise ValueError(
-      f"{name}: no such folder, nor a hub answer ({type(error).__name__}: {first_line(error)});"
-      " check the name and the network, or download it and give the folder"
+      f"{name}: no such folder, and no download from the hub ({type(error).__name__}:"
+      f" {first_line(error)}); check the name and the network, or give a downloaded folder"
     ) from error
 
 
 def _fetch(name: str, patterns: list[str]) -> str:
-  """Folder in the hub's cache; without an answer from the hub, what was cached before."""
+  """Downloads a hub model to the cache and returns its folder; offline, uses the cached files."""
   from huggingface_hub import HfApi, snapshot_download
   from huggingface_hub.utils import filter_repo_objects
 
@@ -89,13 +102,17 @@ def _fetch(name: str, patterns: list[str]) -> str:
   except Exception:
     with contextlib.suppress(Exception):
       return snapshot_download(name, allow_patterns=patterns, local_files_only=True)
-    raise  # why there is no answer, not what the cache lacks
+    raise  # the error of the hub, which says more than the error of the cache
   wanted = list(filter_repo_objects(listed, allow_patterns=patterns))
-  return snapshot_download(name, allow_patterns=_without_second_copies(wanted))
+  return snapshot_download(name, allow_patterns=_without_copies(wanted))
 
 
 def read_config(folder: str | Path, file: str = "config.json") -> dict[str, Any]:
-  """One JSON object, such as a component's `config.json`."""
+  """Reads a file with one JSON object, such as a network's `config.json`.
+
+  Raises:
+    ValueError: the file is missing or is not a JSON object.
+  """
   path = Path(folder) / file
   try:
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -104,17 +121,20 @@ def read_config(folder: str | Path, file: str = "config.json") -> dict[str, Any]
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f"{path}: not valid JSON ({first_line(error)}); download it again") from error
   if not isinstance(config, dict):
-    raise ValueError(f"{path}: holds a {type(config).__name__}; give a JSON object")
+    raise ValueError(f"{path}: contains a {type(config).__name__}; expected a JSON object")
   return config
 
 
 def load_tensors(
   folder: str | Path, stem: str, variant: str | None = None
 ) -> dict[str, np.ndarray]:
-  """All tensors of `{stem}.safetensors` in `folder`, whole or sharded, floats as float32.
+  """Reads the tensors of `{stem}.safetensors`, in one file or in shards; floats as float32.
 
-  With `variant` the files of that variant ("fp16"). Without it the full-precision files, else fp16,
-  else any other variant; torch's `.bin` files, in the same order, only where no safetensors are.
+  Args:
+    folder: the folder of the files.
+    stem: file name without extensions.
+    variant: variant of the files, such as "fp16". None: full precision if present, else fp16, else
+      any variant. Torch's `.bin` files are read only if there are no safetensors.
   """
   path = _weights_file(Path(folder), stem, variant)
   if path.suffix != ".json":
@@ -123,15 +143,20 @@ def load_tensors(
   shard_of = read_config(path.parent, path.name).get("weight_map", {})
   for shard in sorted(set(shard_of.values())):
     tensors |= load_file(path.parent / shard)
-  if odd := sorted(tensors.keys() ^ shard_of.keys()):
+  if differing := sorted(tensors.keys() ^ shard_of.keys()):
     raise ValueError(
-      f"{path}: index and shards differ in {len(odd)} tensors, {odd[0]} first; download them again"
+      f"{path}: index and shards differ in {len(differing)} tensors, such as {differing[0]};"
+      " download them again"
     )
   return tensors
 
 
 def load_file(path: str | Path) -> dict[str, np.ndarray]:
-  """All tensors of one `.safetensors` file, or a torch file (`.bin`, `.pt`); floats as float32."""
+  """Reads the tensors of a `.safetensors` or torch file (`.bin`, `.pt`); floats as float32.
+
+  Raises:
+    ValueError: the file is missing, damaged, or not a dict of tensors.
+  """
   path = Path(path)
   if not path.is_file():
     raise ValueError(f"{path}: not found; download the folder again")
@@ -145,26 +170,29 @@ def load_file(path: str | Path) -> dict[str, np.ndarray]:
   if not isinstance(tensors, dict) or not all(
     isinstance(t, torch.Tensor) for t in tensors.values()
   ):
-    raise ValueError(f"{path}: not a dict of tensors; give a file with a state_dict alone")
+    raise ValueError(f"{path}: not a dict of tensors; give a file that contains only a state_dict")
   return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
 
 
 def load_torch(path: str | Path) -> tuple[Any, Any]:
-  """The torch module, and what a torch file holds; pickled code is never run."""
+  """Reads a torch file without running pickled code; returns (the torch module, the content).
+
+  Raises ValueError if torch is not installed or the file is damaged.
+  """
   try:
     import torch
   except ImportError as error:
     raise ValueError(
-      f"{path}: a torch file; install torch to read it, or give its safetensors form"
+      f"{path}: a torch file; install torch to read it, or give a safetensors file"
     ) from error
   try:
     return torch, torch.load(path, map_location="cpu", weights_only=True)
-  except Exception as error:  # torch's readers raise whatever a damaged file makes of them
+  except Exception as error:  # torch raises many types of errors for a damaged file
     raise _unreadable(Path(path), error) from error
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
-  """Writes a safetensors file that diffusers and transformers open; makes its folder if need be."""
+  """Writes a safetensors file that diffusers and transformers open; creates its folder."""
   Path(path).parent.mkdir(parents=True, exist_ok=True)
   save_file(dict(tensors), path, metadata={"format": "pt"})
 
@@ -172,13 +200,22 @@ def save_tensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
 def load_params(
   folder: str | Path, template: names.Params, variant: str | None = None
 ) -> names.Params:
-  """Parameters of one network's folder (`pipeline / "unet"`), as `names.to_tree` gives them."""
+  """Loads the parameters of a network.
+
+  Args:
+    folder: the network's folder, such as `pipeline / "unet"`.
+    template: tree of arrays or shapes with the structure, shapes and dtypes of the parameters.
+    variant: variant of the weights files; see `load_tensors`.
+
+  Raises:
+    ValueError: a file is missing or damaged, or its tensors do not match `template`.
+  """
   stem = names.kind_of(template).stem
   return names.to_tree(load_tensors(folder, stem, variant), template, what=str(folder))
 
 
 def save_params(folder: str | Path, params: names.Params, dtype: str = "float32") -> None:
-  """Writes one network's parameters, under names that old and new stock libraries know."""
+  """Writes a network's parameters under names that all versions of the stock libraries read."""
   stem = names.kind_of(params).stem
   tensors = {
     name: tensor.astype(dtype, copy=False) for name, tensor in names.to_torch(params).items()
@@ -187,15 +224,23 @@ def save_params(folder: str | Path, params: names.Params, dtype: str = "float32"
 
 
 def load_reward(path: str | Path, template: names.Params) -> names.Params:
-  """Parameters of a reward network: of a folder written here, or of a released checkpoint file."""
+  """Loads the parameters of a reward network.
+
+  Args:
+    path: a folder that `save_params` wrote, or a released checkpoint file.
+    template: tree of arrays or shapes with the structure, shapes and dtypes of the parameters.
+
+  Raises:
+    ValueError: a file is missing or damaged, or its tensors do not match `template`.
+  """
   if Path(path).is_dir():
     return load_params(path, template)
   tensors = names.convert_released_reward(load_file(path), what=str(path))
   return names.to_tree(tensors, template, what=str(path))
 
 
-# model.safetensors, model.fp16.safetensors, their shards in the old and the new order of the name's
-# parts, the indices of those, and all of these for .bin.
+# Names of weights files: model.safetensors and model.fp16.safetensors, their shards with the parts
+# of the name in the old and the new order, the indices of the shards, and all of these with .bin.
 _WEIGHTS = re.compile(
   r"(?P<stem>[^./]+?)(?P<shard>-\d+-of-\d+)?(\.(?P<variant>\w+)(?P<variant_shard>-\d+-of-\d+)?)?"
   r"\.(?P<kind>safetensors|bin)(?P<index>\.index(\.(?P<index_variant>\w+))?\.json)?"
@@ -203,15 +248,17 @@ _WEIGHTS = re.compile(
 
 
 class _WeightsFile(NamedTuple):
-  """What a weights file's name says; of several copies the least `generation` is best."""
+  """The parts of a weights file's name."""
 
   stem: str
-  generation: tuple[bool, bool, bool, str]  # (.bin, a variant, not fp16, the variant)
+  # (.bin, a variant, not fp16, the variant); of several copies the smallest is preferred.
+  generation: tuple[bool, bool, bool, str]
   is_shard: bool
   is_index: bool
 
   @classmethod
   def parse(cls, file_name: str) -> "_WeightsFile | None":
+    """Returns None if the file is not a weights file."""
     match = _WEIGHTS.fullmatch(file_name)
     if match is None:
       return None
@@ -222,8 +269,8 @@ class _WeightsFile(NamedTuple):
 
 
 def _weights_file(folder: Path, stem: str, variant: str | None) -> Path:
-  """The file with `stem`'s weights, or the index of its shards."""
-  stems = (stem, "pytorch_model") if stem == "model" else (stem,)  # transformers' name of a .bin
+  """Finds the preferred weights file, or the index of its shards."""
+  stems = (stem, "pytorch_model") if stem == "model" else (stem,)  # transformers' stem of .bin
   present = sorted(path.name for path in folder.glob("*"))
   candidates = [
     (parsed.generation, parsed.is_index, name)
@@ -233,12 +280,14 @@ def _weights_file(folder: Path, stem: str, variant: str | None) -> Path:
   ]
   if not candidates:
     wanted = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
-    raise ValueError(f"{folder}: no {wanted}, found {_listing(folder)}; give a folder that has it")
+    raise ValueError(
+      f"{folder}: no {wanted}, found {_listing(folder)}; give a folder that contains it"
+    )
   return folder / min(candidates)[-1]
 
 
-def _without_second_copies(files: Sequence[str]) -> list[str]:
-  """Leaves out, folder by folder, the weights files of every generation but the preferred one."""
+def _without_copies(files: Sequence[str]) -> list[str]:
+  """Removes, in each folder, weights files that are not of the preferred format and precision."""
   parsed = {file: _WeightsFile.parse(PurePosixPath(file).name) for file in files}
   best: dict[PurePosixPath, tuple] = {}
   for file, weights in parsed.items():
@@ -259,7 +308,7 @@ def _float32(tensor: np.ndarray) -> np.ndarray:
 def _unreadable(path: Path, error: Exception) -> ValueError:
   return ValueError(
     f"{path}: cannot be read at {path.stat().st_size} bytes ({first_line(error)});"
-    " it is truncated or no weights file, get it again"
+    " it is truncated or not a weights file: download it again"
   )
 
 

@@ -1,9 +1,9 @@
-"""PyTorch tensor names <-> our parameter trees: one renaming rule, one leaf rule, total and strict.
+"""Conversion of PyTorch tensors by name to Flax parameter trees and back.
 
-Linen attributes carry the names that diffusers and transformers use, with ".N" written "_N":
-`down_blocks.0.resnets.1.conv1.weight` is the leaf `down_blocks_0/resnets_1/conv1/kernel`, and no
-table per model is needed. Names of an older generation are first brought to today's by short
-ordered lists of (regex, replacement).
+Linen modules have the names of diffusers and transformers, with ".N" written "_N": the tensor
+`down_blocks.0.resnets.1.conv1.weight` is the leaf `down_blocks_0/resnets_1/conv1/kernel`. One rule
+therefore converts the names of all models. Short ordered lists of (regex, replacement) first
+convert names of older library versions to current names.
 """
 # Shapes: O outputs, I inputs, H W kernel height and width.
 
@@ -14,29 +14,29 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-Params = dict[str, Any]
-Upgrade = Sequence[tuple[str, str]]  # (regex, replacement), each applied in turn by re.sub
+Params = dict[str, Any]  # a tree of arrays, as nested dictionaries
+Upgrade = Sequence[tuple[str, str]]  # (regex, replacement), applied in order by re.sub
 
-# The only module names that end in a number of their own, not in a list index.
+# The only module names whose final number is part of the name and not a list index.
 _LITERAL_MODULES = frozenset({"linear_1", "linear_2"})
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
-# Where torch's axes lie in our kernels, by rank: OIHW in HWIO, OI in IO.
+# Axes of a Flax kernel in the order of torch's, by rank: HWIO to OIHW, IO to OI.
 _KERNEL_AXES = {4: (3, 2, 0, 1), 2: (1, 0)}
 
 
 class Kind(NamedTuple):
-  """How files hold one kind of model: stem of their name, older names, names knowingly left out."""
+  """How weights files store one kind of model."""
 
-  stem: str
-  upgrade: Upgrade = ()
-  drop: tuple[str, ...] = ()
+  stem: str  # file name without extensions
+  upgrade: Upgrade = ()  # from older names to current names
+  drop: tuple[str, ...] = ()  # regexes of tensors in files that the model does not use
 
 
-# Kinds by a module that no other kind has at the root of its tree.
+# Kinds, by a module at the root of the tree that no other kind has.
 _KINDS = {
   "conv_in": Kind("diffusion_pytorch_model"),  # UNet
-  # Diffusers' first attention block: most Stable Diffusion 1 and 2 folders still have its names.
+  # VAE. Most Stable Diffusion 1 and 2 folders have the names of diffusers' first attention block.
   "decoder": Kind(
     "diffusion_pytorch_model",
     upgrade=tuple(
@@ -49,8 +49,8 @@ _KINDS = {
       )
     ),
   ),
-  # transformers 5 saves a text encoder without the prefix that all earlier versions wrote. Besides
-  # `position_ids` (0, 1, 2, ...) the other half of a whole CLIP model is left out.
+  # Text encoder. transformers 5 saves it without the prefix "text_model." of earlier versions. The
+  # model does not use `position_ids` (0, 1, 2, ...), or the vision half of a whole CLIP model.
   "text_model": Kind(
     "model",
     upgrade=((r"^(?=(embeddings|encoder|final_layer_norm)\.)", "text_model."),),
@@ -71,26 +71,40 @@ _KINDS = {
 
 
 def kind_of(tree: Params) -> Kind:
-  """The kind of model that a parameter tree, or its template, belongs to."""
+  """Returns the kind of model of a parameter tree or template.
+
+  Raises:
+    ValueError: no kind has such a tree.
+  """
   for root, kind in _KINDS.items():
     if root in tree:
       return kind
-  raise ValueError(f"parameters: {', '.join(tree)} at the root; no kind of model known has these")
+  raise ValueError(
+    f"parameters have {', '.join(tree)} at the root; expected one of {', '.join(_KINDS)}: give the"
+    " parameters of one network"
+  )
 
 
 def torch_name(path: Sequence[str]) -> str:
-  """("down_blocks_0", "conv", "kernel") -> "down_blocks.0.conv.weight"."""
+  """Converts ("down_blocks_0", "conv", "kernel") to "down_blocks.0.conv.weight"."""
   *modules, leaf = path
   dotted = (m if m in _LITERAL_MODULES else re.sub(r"_(\d+)$", r".\1", m) for m in modules)
   return ".".join((*dotted, _LEAF_NAMES.get(leaf, leaf)))
 
 
 def to_tree(tensors: Mapping[str, np.ndarray], template: Params, *, what: str) -> Params:
-  """Parameter tree from torch-named tensors, with the shapes and dtypes of `template`'s leaves.
+  """Converts tensors by torch name to a parameter tree.
 
-  Every tensor is used exactly once, or known not to be needed by models of this kind; every leaf is
-  filled exactly once. Anything else is one ValueError that begins with `what` (the file or folder)
-  and names the tensors. Where the dtype allows, leaves are views of the tensors.
+  Each tensor fills one leaf, or is listed as unused by this kind of model; each leaf is filled by
+  one tensor. A leaf is a view of its tensor if their dtypes are equal.
+
+  Args:
+    tensors: torch name -> tensor.
+    template: tree of arrays or shapes with the structure, shapes and dtypes of the result.
+    what: the file or folder, with which an error begins.
+
+  Raises:
+    ValueError: tensors are missing, unexpected, repeated, or of another shape; names them all.
   """
   leaves = {torch_name(path): (path, leaf) for path, leaf in flatten_dict(template).items()}
   kind = kind_of(template)
@@ -108,7 +122,7 @@ def to_tree(tensors: Mapping[str, np.ndarray], template: Params, *, what: str) -
     axes = _kernel_axes(path[-1], len(leaf.shape))
     expected = tuple(leaf.shape[axis] for axis in axes)
     if name != found_name and tensor.shape == (*expected, 1, 1):
-      tensor = tensor[..., 0, 0]  # the oldest files write a Dense as a 1x1 convolution
+      tensor = tensor[..., 0, 0]  # the oldest files store a dense kernel as a 1x1 convolution
     if path in filled:
       repeated.append(found_name)
     filled[path] = tensor
@@ -117,22 +131,22 @@ def to_tree(tensors: Mapping[str, np.ndarray], template: Params, *, what: str) -
     else:
       filled[path] = tensor.transpose(np.argsort(axes)).astype(leaf.dtype, copy=False)
   missing = [name for name, (path, _) in leaves.items() if path not in filled]
-  faults = {
+  errors = {
     "missing": missing,
     "unexpected": unexpected,
     "present under two names": repeated,
     "of another shape": misshapen,
   }
-  if any(faults.values()):
+  if any(errors.values()):
     report = "; ".join(
-      f"{len(found)} {fault}: {_first(found)}" for fault, found in faults.items() if found
+      f"{len(found)} {error}: {_first(found)}" for error, found in errors.items() if found
     )
-    raise ValueError(f"{what}: tensors {report}; check that weights and config belong together")
+    raise ValueError(f"{what}: tensors {report}; give weights and config of the same model")
   return unflatten_dict(filled)
 
 
 def to_torch(params: Params) -> dict[str, np.ndarray]:
-  """Torch-named contiguous tensors of a parameter tree; the exact inverse of `to_tree`."""
+  """Converts a parameter tree to contiguous tensors by torch name; the inverse of `to_tree`."""
   tensors = {}
   for path, leaf in flatten_dict(params).items():
     axes = _kernel_axes(path[-1], leaf.ndim)
@@ -141,6 +155,7 @@ def to_torch(params: Params) -> dict[str, np.ndarray]:
 
 
 def _kernel_axes(leaf_name: str, rank: int) -> tuple[int, ...]:
+  """Returns the axes of a leaf in the order of torch's tensor."""
   return _KERNEL_AXES[rank] if leaf_name == "kernel" else tuple(range(rank))
 
 
@@ -170,7 +185,7 @@ _RELEASED_RENAMES: Upgrade = (
 _RELEASED_UNUSED = re.compile(
   r"clip_model\.(transformer|token_embedding|ln_final)\..*"
   r"|clip_model\.(positional_embedding|text_projection|logit_scale)"
-  r"|vit_block\.encoder_layer\..*"  # what torch's TransformerEncoder copied its layers from
+  r"|vit_block\.encoder_layer\..*"  # the layer that torch's TransformerEncoder copied
   r"|mlp\.last_layer_weight"
 )
 _REWARD_NAMES = re.compile(
@@ -181,16 +196,22 @@ _REWARD_NAMES = re.compile(
 def convert_released_reward(
   state_dict: Mapping[str, np.ndarray], *, what: str = "reward checkpoint"
 ) -> dict[str, np.ndarray]:
-  """The released reward checkpoint's tensors under the names of our reward network, float32.
+  """Converts the released reward checkpoint to float32 tensors with the names of `RewardNetwork`.
 
-  Splits the fused query-key-value projections [3·O, I] and transposes CLIP's visual projection to
-  [O, I]. Leaves out the text tower, the unused copy of the fusion layer and the alias of the head;
-  any other unknown name is a ValueError.
+  It splits the fused query-key-value projections [3·O, I] and transposes CLIP's visual projection
+  to [O, I]. It drops the text tower, the unused copy of the fusion layer and the alias of the head.
+
+  Args:
+    state_dict: tensors by their released names.
+    what: the file, with which an error begins.
+
+  Raises:
+    ValueError: a name is unknown or occurs twice, or the alias differs from the head.
   """
   if twice := [name for name in state_dict if f"module.{name}" in state_dict]:
     raise ValueError(
       f"{what}: {len(twice)} tensors with and without the prefix 'module.': {_first(twice)};"
-      " give one of each"
+      " remove one of each pair"
     )
   source = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
   alias, head = source.get("mlp.last_layer_weight"), source.get("mlp.last_layer.weight")
@@ -212,7 +233,7 @@ def convert_released_reward(
     if not _REWARD_NAMES.fullmatch(name):
       unknown.append(old_name)
     elif fused := re.fullmatch(r"(.*)\.in_proj_(weight|bias)", name):
-      # One that is not of three equal parts is left to `to_tree`, which names it.
+      # If the tensor is not three equal parts, `to_tree` reports the parts of a wrong shape.
       for part, values in zip("qkv", np.array_split(tensor, 3), strict=True):
         converted[f"{fused[1]}.{part}_proj.{fused[2]}"] = values
     else:

@@ -1,4 +1,4 @@
-"""The loss of alignment and its gradient: against torch, diffusers' UNet and closed forms."""
+"""The policy loss and its gradient, compared with torch, diffusers' UNet and closed forms."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from alignment_world import (
   loss_of,
   made_up_scores,
   make_settings,
-  painted,
+  one_rollout,
   quick_jit,
   sampler_of,
   steps_of,
@@ -35,10 +35,12 @@ from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.models import architectures
 from prefpaint_jax.weights import names
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @functools.cache
 def loss_and_gradient(settings: Settings, remat: bool = False):
-  """(params, frozen, prompts, trajectory, scores, indices) -> ((loss, metrics), gradients)."""
+  """Returns a function like `loss_of`'s that returns ((loss, metrics), gradients)."""
   modules = world()[0]
   modules = dataclasses.replace(modules, unet=modules.unet.clone(remat=remat))
   return quick_jit(jax.value_and_grad(loss_of(modules, settings), has_aux=True))
@@ -49,27 +51,27 @@ def perturbed(params, scale: float = 0.003):
   return jax.tree.map(lambda x: x + scale * rng.normal(size=x.shape).astype(x.dtype), params)
 
 
-# ----------------------------------------------------------------------- ratio one at equal weights
+# --------------------------------------------------------------- importance ratio at equal policies
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_first_update_has_ratio_one_and_no_clipping(dtype):
   settings = make_settings(clip_range=1e-5)
   modules, params, _, frozen = world(dtype)
-  prompts, trajectory, _ = painted(dtype)
+  prompts, trajectory, _ = one_rollout(dtype)
   evaluate = jax.jit(jax.grad(loss_of(modules, settings), has_aux=True))
   scores = made_up_scores()
   for index in range(STEPS):
     gradients, metrics = evaluate(params, frozen, prompts, trajectory, scores, jnp.array([index]))
-    assert metrics["ppo/clip_fraction"] == 0.0  # every single ratio is within 1e-5 of 1
+    assert metrics["ppo/clip_fraction"] == 0.0  # each ratio is within 1e-5 of 1
     assert metrics["ppo/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
     assert 0 < optax.tree.norm(gradients) < 1e4
 
 
 @pytest.mark.slow
-def test_rounding_parameters_before_the_unet_does_changes_no_bit():
+def test_rounding_the_parameters_in_advance_changes_no_bit():
   settings = make_settings()
   modules, params, _, frozen = world("bfloat16")
-  prompts, trajectory, _ = painted("bfloat16")
+  prompts, trajectory, _ = one_rollout("bfloat16")
   arguments = frozen, prompts, trajectory, made_up_scores(), jnp.array([1])
 
   @jax.jit
@@ -80,13 +82,13 @@ def test_rounding_parameters_before_the_unet_does_changes_no_bit():
 
   rounded = modules.round_params(params)
   kinds = [x.dtype for x in jax.tree.leaves(rounded)]
-  assert 0 < kinds.count(jnp.float32) < kinds.count(jnp.bfloat16)  # norms and the others
+  assert 0 < kinds.count(jnp.float32) < kinds.count(jnp.bfloat16)  # norms stay float32
   jax.tree.map(np.testing.assert_array_equal, evaluate(rounded), evaluate(params))
 
 
 # ------------------------------------------------------------------------------ against torch
 def torch_loss(settings: Settings, params, prompts, trajectory, scores, indices, frozen):
-  """The loss by the formulas alone, through diffusers' UNet; returns (loss, metrics, UNet)."""
+  """Computes the loss in torch through diffusers' UNet; returns (loss, metrics, UNet)."""
   import torch
   from diffusers import UNet2DConditionModel
 
@@ -103,7 +105,7 @@ def torch_loss(settings: Settings, params, prompts, trajectory, scores, indices,
   unet, base = make_unet(params), make_unet(frozen.base)
   alphas = torch.tensor(modules.schedule.alphas_cumprod, dtype=torch.float64)
   context = tensor(prompts.context).expand(B, -1, -1)
-  # The part of the latents that counts: those of which any pixel is missing.
+  # A latent is in the hole if any of its pixels is missing.
   factor = modules.vae.config.factor
   hole = torch.nn.functional.max_pool2d(nchw(prompts.mask), factor)
   weight = hole if settings.log_prob_region == "hole" else torch.ones_like(hole)
@@ -153,9 +155,9 @@ def test_loss_and_gradient_equal_torch_through_the_unet_of_diffusers(variant):
   if variant == "hole_and_kl":
     settings = dataclasses.replace(settings, log_prob_region="hole", kl_weight=0.7)
   _, base, _, frozen = world()
-  prompts, trajectory, _ = painted()
+  prompts, trajectory, _ = one_rollout()
   if settings.log_prob_region == "hole":
-    # Any old log-probabilities near enough will do; those of the rollout are of all latents.
+    # The log-probabilities of the rollout are over all latents; compute them again over the hole.
     trajectory = trajectory._replace(log_probs=hole_log_probs(settings, base, prompts, trajectory))
   params, scores, indices = perturbed(base), made_up_scores(), np.array([1, 3])
   arguments = params, frozen, prompts, trajectory, scores
@@ -164,7 +166,7 @@ def test_loss_and_gradient_equal_torch_through_the_unet_of_diffusers(variant):
     settings, params, prompts, trajectory, scores, indices, frozen
   )
   expected.backward()
-  assert 0 < counts["clip_fraction"] < 1  # both branches are at work
+  assert 0 < counts["clip_fraction"] < 1  # some ratios are clipped and some are not
   assert metrics["ppo/clip_fraction"] == pytest.approx(counts["clip_fraction"])
   assert loss == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
   if settings.kl_weight:
@@ -187,8 +189,8 @@ def hole_log_probs(settings, params, prompts, trajectory):
   return jnp.stack([score(params, prompts, *pair, steps.at(i)) for i, pair in enumerate(pairs)])
 
 
-# --------------------------------------------------------------------------------------- KL
-def test_kl_to_base_is_zero_at_the_base_and_the_closed_form_away_from_it():
+# ------------------------------------------------------------------------------ KL divergence
+def test_kl_to_base_is_zero_at_the_base_and_equals_the_closed_form_elsewhere():
   settings = make_settings(kl_weight=2.0, updates_per_iteration=1)
   prompts = toy_prompts()
   trajectory = toy_rollout(settings, TOY, prompts, 0)
@@ -206,7 +208,7 @@ def test_kl_to_base_is_zero_at_the_base_and_the_closed_form_away_from_it():
     alpha, alpha_prev, variance = (
       np.float64(x) for x in (step.alpha, step.alpha_prev, step.sigma**2)
     )
-    # The noise differs by 0.02·x, the mean by that times the derivative of the mean by the noise.
+    # The predicted noise changes by 0.02·x, the mean by 0.02·x times its derivative by the noise.
     factor = np.sqrt(1 - alpha_prev - variance) - np.sqrt(alpha_prev * (1 - alpha) / alpha)
     change = factor * 0.02 * np.asarray(trajectory.latents[index], np.float64)
     expected.append((change**2 / (2 * variance)).mean())
@@ -232,25 +234,25 @@ def test_trust_weights_equal_their_formulas():
   close(weights(norm="mahalanobis", k=2.0, b=0.1), np.exp(0.1 - 2.0 * mahalanobis))
   clamped = np.clip(np.exp(0.7 - 0.5 * released), 1.0, 1.5)
   close(weights(norm="released", k=0.5, minimum=1.0, maximum=1.5), clamped)
-  assert len({*clamped.round(3)}) > 2 and clamped.min() == 1.0  # the clamp is at work
+  assert len({*clamped.round(3)}) > 2 and clamped.min() == 1.0  # clamped and unclamped weights
   close(weights(norm="constant", constant=1.3), np.full(5, 1.3))
   close(weights(norm="none"), np.ones(5))
 
 
-def test_only_norms_need_a_bound():
+def test_only_weights_with_a_norm_need_a_bound():
   needs = {norm: Trust(norm).needs_bound for norm in TRUST_NORMS}
   assert needs == {"mahalanobis": True, "released": True, "constant": False, "none": False}
-  with pytest.raises(ValueError, match=r"trust\.norm is 'euclid'; give one of mahalanobis"):
+  with pytest.raises(ValueError, match=r"trust\.norm is 'euclid'; expected one of mahalanobis"):
     Trust("euclid")
 
 
-# ------------------------------------------------------------------------------------ passes
+# ------------------------------------------------------------- passes and rematerialisation
 @pytest.mark.slow
-def test_passes_and_rematerialisation_leave_the_gradient_as_it_is():
+def test_passes_and_rematerialisation_do_not_change_the_gradient():
   modules, params, _, frozen = world()
-  prompts, trajectory, _ = painted()
+  prompts, trajectory, _ = one_rollout()
   settings = make_settings(updates_per_iteration=1, timesteps_per_pass=1)
-  optimizer = optax.sgd(1.0)  # so that an update is the gradient
+  optimizer = optax.sgd(1.0)  # an update subtracts the gradient
   update = functools.partial(update_lib.update, sampler_of(modules, settings), optimizer)
   state = init_state(settings, optimizer, jax.tree.map(jnp.asarray, params))
   arguments = frozen, prompts, trajectory, made_up_scores(), jnp.array([0, 3])

@@ -1,4 +1,4 @@
-"""Alignment of a part: samples without a reward, chunks, and shares of eight devices."""
+"""Samples without a finite reward, batches in chunks, and batches split over eight devices."""
 
 import functools
 
@@ -15,7 +15,7 @@ from alignment_world import (
   assert_trees_close,
   made_up_scores,
   make_settings,
-  painted,
+  one_rollout,
   quick_jit,
   sampler_of,
   toy_loss,
@@ -35,9 +35,11 @@ from prefpaint_jax.diffusion.ddim import Trajectory
 from prefpaint_jax.models.pipeline import Prompts
 from prefpaint_jax.runtime import sharding
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-# -------------------------------------------------------------------------------- NaN rewards
-def test_sample_without_a_reward_changes_no_gradient_even_if_it_is_nan_throughout():
+
+# ------------------------------------------------------------------------------- invalid samples
+def test_invalid_sample_of_nan_changes_neither_loss_nor_gradient():
   settings = make_settings(kl_weight=0.5, updates_per_iteration=1)
   prompts = toy_prompts()
   trajectory = toy_rollout(settings, TOY, prompts, 0)
@@ -64,7 +66,7 @@ def test_sample_without_a_reward_changes_no_gradient_even_if_it_is_nan_throughou
     indices,
   )
 
-  # The same without that sample at all.
+  # The batch without the invalid sample.
   without = lambda x: np.delete(np.asarray(x), lost, axis=0)
   kept = Prompts(*(without(x) for x in prompts[:-1]), prompts.context)
   shorter = Trajectory(
@@ -81,17 +83,17 @@ def test_sample_without_a_reward_changes_no_gradient_even_if_it_is_nan_throughou
   assert_trees_close(gradients, expected_gradients, 1e-6)
 
 
-def test_sample_without_a_reward_enters_no_statistic():
+def test_invalid_sample_is_left_out_of_every_statistic():
   settings = make_settings(Trust("mahalanobis", k=0.3))
   _, _, network, frozen = world()
-  prompts, _, images = painted()
+  prompts, _, samples = one_rollout()
   lost = 5
-  images = images.at[lost, 0, 0, 0].set(jnp.nan)
+  samples = samples.at[lost, 0, 0, 0].set(jnp.nan)
   score = jax.jit(functools.partial(score_lib.score, network, settings))
-  scores, metrics = score(frozen, prompts, images)
+  scores, metrics = score(frozen, prompts, samples)
 
   kept = np.arange(B) != lost
-  rewards, features = testing.tiny_reward().score(images, prompts.masked_image)
+  rewards, features = testing.tiny_reward().score(samples, prompts.masked_image)
   np.testing.assert_array_equal(np.isfinite(rewards), kept)
   np.testing.assert_array_equal(scores.valid, kept)
   np.testing.assert_allclose(scores.reward[kept], rewards[kept], atol=1e-5)
@@ -128,9 +130,9 @@ def test_sample_without_a_reward_enters_no_statistic():
 
 # ------------------------------------------------------------------------------------ chunks
 @pytest.mark.parametrize("size", [0, 1, 2, 4, 5, 8, 100])
-def test_chunks_give_what_the_whole_gives(size):
+def test_chunks_equal_the_whole_batch(size):
   rng = np.random.default_rng(0)
-  x, y = rng.normal(size=(2, 8, 3)).astype(np.float32)
+  x, y = jnp.asarray(rng.normal(size=(2, 8, 3)), jnp.float32)
   seen = []
 
   def function(scale, x, y):
@@ -142,19 +144,19 @@ def test_chunks_give_what_the_whole_gives(size):
   assert max(seen[1:]) <= (size or 8)
 
 
-def test_scores_and_pictures_do_not_depend_on_the_chunk():
+def test_scores_and_samples_do_not_depend_on_the_chunk():
   modules, _, network, frozen = world()
-  prompts, trajectory, images = painted()
+  prompts, trajectory, samples = one_rollout()
   score = lambda chunk: jax.jit(
     functools.partial(score_lib.score, network, make_settings(decode_batch=chunk))
-  )(frozen, prompts, images)[0]
+  )(frozen, prompts, samples)[0]
   for ours, expected in zip(score(4), score(0), strict=True):
     np.testing.assert_allclose(ours, expected, atol=1e-4)
   decode = jax.jit(functools.partial(rollout_lib.decode, modules), static_argnames="chunk")
   ours = decode(frozen.vae, trajectory.latents[-1], prompts, chunk=2)
-  np.testing.assert_allclose(ours, images, atol=1e-5)
-  known = np.broadcast_to(prompts.mask == 0, images.shape)
-  np.testing.assert_array_equal(np.asarray(images)[known], np.asarray(prompts.masked_image)[known])
+  np.testing.assert_allclose(ours, samples, atol=1e-5)
+  known = np.broadcast_to(prompts.mask == 0, samples.shape)
+  np.testing.assert_array_equal(np.asarray(samples)[known], np.asarray(prompts.masked_image)[known])
 
 
 # ------------------------------------------------------------------------------------- devices
@@ -163,27 +165,27 @@ def test_eight_devices_equal_one():
   modules, params, network, frozen = world()
   settings = make_settings(updates_per_iteration=1, timesteps_per_pass=0, decode_batch=8)
   sampler, optimizer = sampler_of(modules, settings), optax.sgd(1.0)
-  pictures, masks = testing.tiny_prompts(8)
+  host_images, host_masks = testing.tiny_prompts(8)
 
   def iterate(devices):
     mesh = sharding.make_mesh(data=len(devices), devices=devices)
-    images, holes = sharding.to_global(mesh, (pictures, masks))
+    images, masks = sharding.to_global(mesh, (host_images, host_masks))
     everywhere = functools.partial(jax.device_put, device=sharding.replicated(mesh))
     policy, rest = everywhere(params), everywhere(frozen)
     rollout = quick_jit(functools.partial(rollout_lib.rollout, sampler))
-    prompts, trajectory, painted = rollout(policy, rest, images, holes, jax.random.key(0))
+    prompts, trajectory, samples = rollout(policy, rest, images, masks, jax.random.key(0))
     score = quick_jit(functools.partial(score_lib.score, network, settings))
-    scores, score_metrics = score(rest, prompts, painted)
+    scores, score_metrics = score(rest, prompts, samples)
     assert len(scores.reward.sharding.device_set) == len(devices)
     state = init_state(settings, optimizer, policy)
     update = quick_jit(functools.partial(update_lib.update, sampler, optimizer))
     after, metrics = update(state, rest, Experience(prompts, trajectory, scores), jnp.array([1, 2]))
     gradients = jax.tree.map(jnp.subtract, policy, after.params)
-    return jax.device_get((painted, scores, score_metrics | metrics, gradients))
+    return jax.device_get((samples, scores, score_metrics | metrics, gradients))
 
-  images, scores, metrics, gradients = iterate(jax.devices())
-  one_images, one_scores, one_metrics, one_gradients = iterate(jax.devices()[:1])
-  np.testing.assert_allclose(images, one_images, atol=1e-4)
+  samples, scores, metrics, gradients = iterate(jax.devices())
+  one_samples, one_scores, one_metrics, one_gradients = iterate(jax.devices()[:1])
+  np.testing.assert_allclose(samples, one_samples, atol=1e-4)
   for name, ours in scores._asdict().items():
     np.testing.assert_allclose(ours, one_scores._asdict()[name], atol=1e-3, err_msg=name)
   for name, value in metrics.items():

@@ -1,4 +1,4 @@
-"""The rhythm and the arithmetic of the released code: against its numbers and a loop in torch."""
+"""The settings and the update of the released code, compared with a loop in torch."""
 
 import dataclasses
 import functools
@@ -29,8 +29,10 @@ from prefpaint_jax.align.settings import settings_from
 from prefpaint_jax.align.state import Experience, Scores, init_state
 from prefpaint_jax.align.update import end_iteration
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-def test_released_preset_has_the_numbers_of_the_released_code():
+
+def test_released_preset_has_the_settings_of_the_released_code():
   config = get_config("released")
   adam = {"learning_rate": 2e-6, "adam_b1": 0.9, "adam_b2": 0.999, "adam_eps": 1e-8}
   expected = adam | {
@@ -57,12 +59,15 @@ def test_released_preset_has_the_numbers_of_the_released_code():
   assert {name: config.trust[name] for name in trust} == trust
 
 
-def test_released_rhythm_equals_a_torch_loop():
-  """Six iterations of five timesteps: two only accumulate, the third steps after each timestep."""
+def test_released_updates_equal_a_torch_loop():
+  """Six iterations of five timesteps each.
+
+  Of every three iterations, two accumulate gradients and the third steps after each timestep.
+  """
   torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
   config = get_config("released")
   settings = dataclasses.replace(settings_from(config), behaviour_refresh=2)
-  learning_rate = 1e-3  # the released 2e-6 would drown in the rounding of six iterations
+  learning_rate = 1e-3  # 2e-6, the released rate, would be below the rounding error of float32
   optimizer = make_optimizer(
     "adamw", learning_rate, config.adam_b1, config.adam_b2, config.adam_eps, config.weight_decay
   )
@@ -76,7 +81,7 @@ def test_released_rhythm_equals_a_torch_loop():
   frozen = TOY_FROZEN._replace(whitening=np.linalg.cholesky(inverse).T)
 
   policy = {name: torch.nn.Parameter(torch.tensor(float(x))) for name, x in TOY.items()}
-  stale = {name: parameter.detach().clone() for name, parameter in policy.items()}
+  behaviour = {name: parameter.detach().clone() for name, parameter in policy.items()}
   adam = torch.optim.AdamW(
     policy.values(), lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01
   )
@@ -119,7 +124,7 @@ def test_released_rhythm_equals_a_torch_loop():
     for index in indices:
       t = 20 * (49 - int(index)) + 1
       x, x_prev = (torch.tensor(np.asarray(trajectory.latents[i])) for i in (index, index + 1))
-      old = torch_log_prob(stale, prompts, x, x_prev, t)
+      old = torch_log_prob(behaviour, prompts, x, x_prev, t)
       ratio = torch.exp(torch_log_prob(policy, prompts, x, x_prev, t) - old)
       inside = ratio.clamp(1 - 1e-4, 1 + 1e-4)
       (trust * torch.maximum(-advantages * ratio, -advantages * inside)).sum().backward()
@@ -127,24 +132,25 @@ def test_released_rhythm_equals_a_torch_loop():
         adam.step()
         adam.zero_grad()
     if iteration % 2 == 1:
-      stale = {name: parameter.detach().clone() for name, parameter in policy.items()}
+      behaviour = {name: parameter.detach().clone() for name, parameter in policy.items()}
     for name, parameter in policy.items():
       moved = parameter.item() - float(TOY[name])
       assert float(state.params[name] - TOY[name]) == pytest.approx(moved, abs=1e-5), iteration
-      assert float(state.behaviour[name]) == pytest.approx(stale[name].item(), abs=1e-5)
+      assert float(state.behaviour[name]) == pytest.approx(behaviour[name].item(), abs=1e-5)
       assert (moved != 0) == (iteration >= 2)
-  assert max(clip_fractions[:11]) == 0.0  # fresh until the first step,
-  assert max(clip_fractions) > 0.5  # stale after it
+  # Both policies are equal until the first optimiser step; then the behaviour policy is older.
+  assert max(clip_fractions[:11]) == 0.0
+  assert max(clip_fractions) > 0.5
 
 
-def test_behaviour_is_the_policy_itself_when_refreshed_every_iteration():
+def test_state_has_no_behaviour_policy_if_refreshed_every_iteration():
   settings = make_settings(behaviour_refresh=1)
   state = init_state(settings, optax.sgd(1.0), TOY)
   assert state.behaviour is None and state.ema is None and state.gradients is None
   assert int(end_iteration(settings, state).iteration) == 1
 
 
-def test_moving_average_follows_by_its_decay():
+def test_moving_average_moves_by_one_minus_its_decay():
   settings = make_settings(ema_decay=0.75, updates_per_iteration=1)
   optimizer = optax.sgd(0.1)
   state = init_state(settings, optimizer, TOY)

@@ -1,4 +1,4 @@
-"""The optimiser against optax's own and closed forms."""
+"""The optimiser, compared with optax and closed forms."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ PARAMS = {"kernel": jnp.linspace(-1.0, 1.0, 64).reshape(8, 8), "bias": jnp.ones(
 
 
 def follow(optimizer, gradients_of, updates: int):
-  """Parameters and state after some updates of a function of their number."""
+  """Returns parameters and state after `updates` updates with `gradients_of(index)`."""
 
   @jax.jit
   def run(params):
@@ -34,19 +34,19 @@ def noisy(index):
   }
 
 
-def test_sgd_steps_by_the_gradient_and_feels_a_constant_factor():
+def test_sgd_steps_by_the_learning_rate_times_the_gradient():
   params, _ = follow(make_optimizer("sgd", 0.5), lambda _: PARAMS, 1)
   jax.tree.map(lambda p, q: np.testing.assert_allclose(p, 0.5 * q, rtol=1e-6), params, PARAMS)
 
 
-def test_adamw_is_blind_to_a_constant_factor():
+def test_adamw_ignores_a_constant_factor_of_the_gradient():
   optimizer = make_optimizer("adamw", 1e-3)
   ours, _ = follow(optimizer, noisy, 5)
   scaled, _ = follow(optimizer, lambda i: jax.tree.map(lambda g: 1.4 * g, noisy(i)), 5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, scaled)
 
 
-def test_rate_rises_evenly_until_warm():
+def test_learning_rate_rises_linearly_in_the_warm_up():
   optimizer = make_optimizer("sgd", 1.0, warmup_updates=4)
   constant = lambda _: jax.tree.map(jnp.ones_like, PARAMS)
   params, _ = follow(optimizer, constant, 6)
@@ -54,7 +54,7 @@ def test_rate_rises_evenly_until_warm():
   np.testing.assert_allclose(params["bias"], 1 - walked, rtol=1e-6)
 
 
-def test_stochastic_rounding_is_to_a_neighbour_and_right_on_average():
+def test_stochastic_rounding_gives_a_neighbour_and_is_unbiased():
   x = jnp.array([1.001, -3.14159, 2e-20, 0.0, 5.0, jnp.inf], jnp.float32)
   draw = jax.vmap(lambda key: stochastic_round(x, key).astype(jnp.float32))
   drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)), np.float64)
@@ -67,8 +67,8 @@ def test_stochastic_rounding_is_to_a_neighbour_and_right_on_average():
   assert (drawn[:, 3] == 0).all() and (drawn[:, 4] == 5).all() and np.isinf(drawn[:, 5]).all()
 
 
-def test_moments_in_bfloat16_follow_those_in_float32():
-  """Rounded to the nearest, the second moment would stop at the first that 0.1 % cannot move."""
+def test_moments_in_bfloat16_follow_moments_in_float32():
+  """With rounding to nearest, the second moment would stop: it changes by 0.1 % an update."""
   whole, whole_state = follow(make_optimizer("adamw", 1e-3), noisy, 1500)
   half, half_state = follow(make_optimizer("adamw", 1e-3, moments_dtype="bfloat16"), noisy, 1500)
   moments, exact = (
@@ -87,6 +87,6 @@ def test_moments_in_bfloat16_follow_those_in_float32():
 @pytest.mark.parametrize(
   "arguments", [{"name": "adam"}, {"name": "sgd", "moments_dtype": "float16"}], ids=str
 )
-def test_what_there_is_not_is_refused(arguments):
-  with pytest.raises(ValueError, match="give '"):
+def test_unknown_names_are_errors(arguments):
+  with pytest.raises(ValueError, match="expected '"):
     make_optimizer(learning_rate=1.0, **arguments)

@@ -1,4 +1,4 @@
-"""Advantages, PPO loss and timestep draws against torch, numpy and numbers worked out by hand."""
+"""Advantages, PPO loss and timestep draws, compared with torch, numpy and numbers by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def test_batch_advantages_equal_the_released_arithmetic(torch):
   np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_group_size_one_ignores_the_kind_of_deviation():
+def test_group_size_one_ignores_std():
   for std in ("batch", "group"):
     np.testing.assert_array_equal(
       ppo.standardise(rewards(), ALL, 1, std), ppo.standardise(rewards(), ALL)
@@ -65,7 +65,7 @@ def test_advantages_are_clipped():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
-def test_invalid_samples_get_zero_and_touch_no_statistic(bad):
+def test_invalid_samples_get_zero_and_are_left_out_of_every_statistic(bad):
   r, valid = rewards(), ALL.copy()
   valid[[2, 9]] = False
   r[[2, 9]] = bad
@@ -94,7 +94,7 @@ def test_nan_reward_is_never_valid():
 
 @pytest.mark.parametrize("group_size, std", [(1, "batch"), (4, "group"), (4, "batch")])
 @pytest.mark.parametrize("value", [0.0, 0.1, 1000.3])
-def test_degenerate_batches_give_zero(group_size, std, value):
+def test_batches_of_equal_rewards_or_one_sample_give_zero(group_size, std, value):
   equal = np.full(12, value, np.float32)
   one = np.arange(12) == 5
   for valid in (ALL, one, np.zeros(12, bool)):
@@ -103,8 +103,8 @@ def test_degenerate_batches_give_zero(group_size, std, value):
   np.testing.assert_array_equal(ppo.standardise(rewards(), one, group_size, std), np.zeros(12))
 
 
-def test_grouping_errors_are_named():
-  with pytest.raises(ValueError, match="12 rewards do not divide into groups of 5"):
+def test_wrong_group_size_or_std_is_an_error():
+  with pytest.raises(ValueError, match=r"group_size is 5; expected a divisor of .* 12 rewards"):
     ppo.standardise(rewards(), ALL, 5)
   with pytest.raises(ValueError, match="std is 'prompt'"):
     ppo.standardise(rewards(), ALL, 4, "prompt")
@@ -117,7 +117,8 @@ def loss_inputs(seed=0, count=16, spread=0.3):
 
 
 def test_ppo_loss_by_hand():
-  # Columns: better and kept, better and clipped, worse and clipped, worse but ρ too high: kept.
+  # Columns: A > 0 within the range, A > 0 with ρ above it, A < 0 with ρ below it, and A < 0 with ρ
+  # above it, where the maximum takes the unclipped term.
   ratio = np.array([1.05, 1.5, 0.5, 1.5])
   advantages = np.array([2.0, 2.0, -1.0, -1.0])
   weights = np.array([1.0, 3.0, 2.0, 0.5])
@@ -160,12 +161,12 @@ def test_ppo_loss_and_gradient_equal_torch_and_finite_differences(torch, clip_ra
 
 
 def test_approx_kl_keeps_its_digits_near_ratio_one():
-  delta = np.float32(1e-3)
-  _, metrics = ppo.ppo_loss(delta, np.float32(0), np.float32(1), np.float32(1), 1e-4)
-  assert metrics["approx_kl"] == pytest.approx(np.expm1(1e-3) - 1e-3, rel=1e-3)
+  log_prob, old, one = (np.float32([x]) for x in (1e-3, 0, 1))
+  _, metrics = ppo.ppo_loss(log_prob, old, one, one, 1e-4)
+  assert metrics["approx_kl"][0] == pytest.approx(np.expm1(1e-3) - 1e-3, rel=1e-3)
 
 
-def test_invalid_samples_send_no_nan_into_loss_or_gradient():
+def test_invalid_samples_of_nan_change_neither_loss_nor_gradient():
   inputs = [np.array(x, np.float32) for x in loss_inputs()]
   valid = np.arange(16) % 4 != 1
   clean = [x[valid] for x in inputs]
@@ -190,20 +191,20 @@ def test_timesteps_are_drawn_without_replacement_from_the_whole_range():
   assert all(len(set(row)) == 4 for row in draws.tolist())
   counts = np.bincount(draws.ravel(), minlength=10)
   assert not counts[[0, 8, 9]].any()
-  # Each of 7 steps is in a draw with probability 4/7; four standard deviations.
+  # A draw has each of the 7 steps with probability 4/7; the tolerance is 4 standard deviations.
   np.testing.assert_allclose(counts[1:8], 200 * 4 / 7, atol=4 * np.sqrt(200 * 12 / 49))
   everything = ppo.draw_timesteps(jax.random.key(1), 6, 6)
   assert sorted(everything.tolist()) == list(range(6))
 
 
-def test_impossible_draws_are_named():
-  with pytest.raises(ValueError, match="cannot draw 5 of the 4 steps"):
+def test_impossible_draws_are_errors():
+  with pytest.raises(ValueError, match="k is 5; expected 1 to 4"):
     ppo.draw_timesteps(jax.random.key(0), 10, 5, first=2, last=6)
   with pytest.raises(ValueError, match="rollout of 10 steps"):
     ppo.draw_timesteps(jax.random.key(0), 10, 1, last=11)
 
 
-def test_masked_mean_ignores_what_is_not_valid():
+def test_masked_mean_ignores_invalid_values():
   values = jnp.array([[1.0, np.nan, 5.0], [2.0, np.inf, 4.0]])
   assert ppo.masked_mean(values, jnp.array([True, False, True])) == 3.0
   assert ppo.masked_mean(values, jnp.zeros(3, bool)) == 0.0

@@ -1,4 +1,4 @@
-"""The programs of an iteration on meshes of every kind: same numbers, nothing sent needlessly."""
+"""The programs of an iteration on several meshes: equal results, and only necessary collectives."""
 
 import collections
 import functools
@@ -24,14 +24,14 @@ KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 @pytest.fixture(scope="module")
 def small_arrays_are_split():
-  """So that the tiny models have something to split."""
+  """Lowers the size from which arrays are split, so that the tiny models have such arrays."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, "SMALL", 64)
     yield
 
 
 def collectives(compiled) -> dict[str, collections.Counter]:
-  """{kind: {elements of the result: how often}}, scalars apart from arrays."""
+  """Counts collectives: {kind: {elements of the result: number}}."""
   found = collections.defaultdict(collections.Counter)
   for shapes, kind in re.findall(rf"= (.*?) ({KINDS})(?:-start)?\(", compiled.as_text()):
     for dimensions in re.findall(r"\w+\[([\d,]*)\]", shapes):
@@ -44,10 +44,10 @@ def elements(counter: collections.Counter) -> int:
 
 
 class Iteration:
-  """One iteration on a mesh: what it computes and what its programs send."""
+  """An iteration on a mesh: its results, and the collectives of its programs."""
 
   def __init__(self, data: int, fsdp: int, rank: int = 0):
-    # Four timesteps in four passes of one update, and a plain SGD whose steps are the gradients.
+    # One update of four timesteps in four passes. A step of SGD with rate 1 is the gradient.
     settings = make_settings(
       train_timesteps=4, updates_per_iteration=1, timesteps_per_pass=1, lora=rank > 0
     )
@@ -72,15 +72,15 @@ class Iteration:
       return compiled(*arguments)
 
     before = jax.device_get(state.params)
-    prompts, trajectory, painted = run("rollout", state.params, frozen, images, masks, key)
-    scores, metrics = run("score", frozen, prompts, painted)
+    prompts, trajectory, samples = run("rollout", state.params, frozen, images, masks, key)
+    scores, metrics = run("score", frozen, prompts, samples)
     (indices,) = stages.draw_timesteps(key)
     state, update_metrics = run(
       "update", state, frozen, Experience(prompts, trajectory, scores), indices
     )
     after = jax.device_get(state.params)
     self.gradients = jax.tree.map(np.subtract, before, after)
-    self.scores, self.painted = jax.device_get((scores, painted))
+    self.scores, self.samples = jax.device_get((scores, samples))
     self.metrics = {k: float(v) for k, v in (metrics | update_metrics).items()}
     self.layout = stages.layout.params
 
@@ -93,17 +93,17 @@ on_every_mesh = pytest.mark.parametrize(
 
 
 def split_elements(iteration: Iteration) -> int:
-  """Of the parameters that are spread over "fsdp"."""
+  """Returns the number of elements of the parameters that are split over "fsdp"."""
   leaves = zip(jax.tree.leaves(iteration.gradients), jax.tree.leaves(iteration.layout), strict=True)
   return sum(leaf.size for leaf, place in leaves if "fsdp" in place.spec)
 
 
 @pytest.mark.slow
 @on_every_mesh
-def test_every_mesh_gives_the_losses_gradients_and_rewards_of_one_device(sizes):
-  """In float32; sums over samples are taken in another order."""
+def test_losses_gradients_and_rewards_of_every_mesh_equal_one_device(sizes):
+  """In float32, up to the order of the sums over samples."""
   one, many = make(1, 1), make(*sizes)
-  np.testing.assert_allclose(many.painted, one.painted, atol=2e-5)
+  np.testing.assert_allclose(many.samples, one.samples, atol=2e-5)
   np.testing.assert_allclose(many.scores.reward, one.scores.reward, atol=2e-5)
   np.testing.assert_allclose(many.scores.trust, one.scores.trust, atol=2e-5)
   assert many.metrics.keys() == one.metrics.keys()
@@ -125,7 +125,7 @@ def test_one_device_sends_nothing():
 
 @pytest.mark.slow
 @on_every_mesh
-def test_rollout_sends_only_the_policy_and_once(sizes):
+def test_rollout_gathers_the_policy_once_and_sends_nothing_else(sizes):
   many = make(*sizes)
   sent = many.sent["rollout"]
   assert set(sent) <= {"all-gather"}
@@ -150,8 +150,8 @@ def test_update_gathers_parameters_and_reduces_gradients_once_for_all_passes(siz
   assert set(sent) <= {"all-gather", "all-reduce", "reduce-scatter"}
   assert elements(sent["all-gather"]) == split
   assert elements(sent["reduce-scatter"]) == split // fsdp if fsdp > 1 else not split
-  # What is whole, and the shares of what is split. Besides, scalars: metrics, and for the norm of
-  # the gradients at most one of each.
+  # Gradients of whole parameters, and shares of the gradients of split parameters. The scalars are
+  # metrics, and at most one per gradient for the gradient norm.
   shares = split // fsdp if data > 1 else 0
   scalars = sent["all-reduce"][1]
   assert elements(sent["all-reduce"]) - scalars <= total - split + shares
@@ -159,7 +159,7 @@ def test_update_gathers_parameters_and_reduces_gradients_once_for_all_passes(siz
 
 
 @pytest.mark.slow
-def test_adapters_are_all_that_is_reduced_and_stay_as_good_on_many_devices():
+def test_with_adapters_only_their_gradients_are_reduced_and_equal_one_device():
   one, many = make(1, 1, 2), make(8, 1, 2)
   total = sum(leaf.size for leaf in jax.tree.leaves(one.gradients))
   assert 0 < elements(many.sent["update"]["all-reduce"]) <= total + 40
@@ -171,5 +171,5 @@ def test_adapters_are_all_that_is_reduced_and_stay_as_good_on_many_devices():
 
 
 @pytest.mark.slow
-def test_untrained_adapters_paint_as_the_base():
-  np.testing.assert_allclose(make(1, 1, 2).painted, make(1, 1).painted, atol=1e-6)
+def test_samples_with_untrained_adapters_equal_the_base():
+  np.testing.assert_allclose(make(1, 1, 2).samples, make(1, 1).samples, atol=1e-6)

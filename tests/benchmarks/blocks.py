@@ -1,10 +1,11 @@
-"""Cycles of Stable Diffusion's first blocks on a TPU, as its compiler estimates them.
+"""Prints the cycles of Stable Diffusion's first blocks on TPUs, as the TPU compiler estimates them.
 
   python tests/benchmarks/blocks.py --topology=v5e:1x1 --topology=v5p:1x1x1 --topology=v6e:1x1
 
-Four pictures at 512 pixels in bfloat16, with XLA's usual options and with those of `fast_jit`:
-millions of cycles, and those of them that are products and convolutions with what is fused to
-them. Of kernels the compiler estimates nothing, so self-attention is left out. No TPU is needed.
+The table has millions of cycles for four images at 512 pixels in bfloat16, with XLA's default
+options and with the options of `fast_jit`; and the part of these cycles in fusions around a product
+or a convolution. Self-attention is left out, because the compiler has no estimate for Pallas
+kernels. No TPU is needed.
 """
 
 import functools
@@ -21,16 +22,18 @@ from prefpaint_jax.planning import cost, stages
 from prefpaint_jax.planning.chips import topology_devices
 from prefpaint_jax.runtime.compilation import fast_jit
 
-SIDE, CHANNELS = 64, 320  # of the highest resolution, where most copies are made
+SIDE, CHANNELS = 64, 320  # the highest resolution, where XLA makes most copies
 BLOCKS = {
   "residual": blocks.ResnetBlock2D(CHANNELS, 32, 1e-5, jnp.bfloat16),
   "transformer": blocks.Transformer2DModel(8, 1, 32, False, jnp.bfloat16),
 }
-REPEATS = 10  # in a loop, so that what a block is given has the layout of what it gives
+REPEATS = 10  # in a loop, so that the input of a block has the layout of its output
 _TOPOLOGY = flags.DEFINE_multi_string("topology", ["v5e:1x1"], "TPUs to compile for.")
 
 
 def program(block: nn.Module, backward: bool):
+  """Returns a function that applies a block REPEATS times, or its gradient."""
+
   def run(params, x, other):
     apply = jax.checkpoint(lambda x: block.apply(params, x, other))
     return jax.lax.scan(lambda x, _: (apply(x), None), x, length=REPEATS)[0]
@@ -39,7 +42,7 @@ def program(block: nn.Module, backward: bool):
 
 
 def cycles(text: str) -> tuple[float, float]:
-  """Millions of a block: all, and of fusions around a product or a convolution."""
+  """Returns millions of cycles of a block: all, and in fusions around a product or convolution."""
   total = products = 0
   for one in cost.instructions(text):
     if (found := re.search(r'"estimated_cycles":"(\d+)"', one.rest)) and not one.fused:
@@ -52,7 +55,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
   jax.config.update("jax_platforms", "cpu")
-  print("| chip, block | usual options | products in it | here | products in it |")
+  print("| chip, block | default options | in products | fast_jit | in products |")
   print("| --- |" + " ---: |" * 4)
   for name in _TOPOLOGY.value:
     device = topology_devices(name)[0]
@@ -69,8 +72,8 @@ def main(argv: list[str]) -> None:
           lowered = jit(program(block, backward)).lower(params, x, other)
           _, text = stages.compile_and_print(lowered, device)
           cells += [f"{figure:.2f}" for figure in cycles(text)]
-        what = kind + ", and backward" * backward
-        print(f"| {name.split(':')[0]}, {what} |", " | ".join(cells), "|", flush=True)
+        title = kind + ", and backward" * backward
+        print(f"| {name.split(':')[0]}, {title} |", " | ".join(cells), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The stages of a benchmark as prefpaint_jax computes them."""
+"""The stages of a benchmark, computed by prefpaint_jax."""
 
 import functools
 
@@ -25,19 +25,19 @@ Outputs = dict[str, jax.Array]
 
 
 class Ours:
-  """`work(stage)` gives what the stage computes, ready; `read` makes host arrays of it.
+  """Computes the stages on one device. A program is compiled when it first runs.
 
-  One device. Programs are compiled when they first run.
+  `work(stage)` waits for the outputs of the stage; `read` copies them to the host.
   """
 
-  checks = True  # the noise is that of the same keys every time
+  checks = True  # ignored: the keys, and so the noise, are always the same
 
   def __init__(self, world: World):
     config = world.config
     self.world, self.settings = world, settings_from(config)
     self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
     policy = Inpainter.from_pretrained(config.policy, config.dtype, config.remat)
-    judge = RewardModel.from_pretrained(config.reward, dtype=config.dtype)
+    reward_model = RewardModel.from_pretrained(config.reward, dtype=config.dtype)
     modules = policy.modules
     optimizer = optimizer_from(config)
     place = functools.partial(sharding.place, sharding.replicated(self.mesh))
@@ -45,22 +45,21 @@ class Ours:
     self.frozen = place(
       Frozen(
         vae=policy.params["vae"],
-        reward=judge.params,
-        whitening=judge.bound.whitening.astype(np.float32),
+        reward=reward_model.params,
+        whitening=reward_model.bound.whitening.astype(np.float32),
         context=world.context,
         base=None,
       )
     )
     steps = ddim.ddim_steps(modules.schedule, config.num_steps, config.eta)
-    self.stages = make_stages(
-      Sampler(modules, self.settings, steps), judge.network, optimizer, self.mesh, begin
-    )
+    sampler = Sampler(modules, self.settings, steps)
+    self.stages = make_stages(sampler, reward_model.network, optimizer, self.mesh, begin)
     self.before = small_params(policy.params["unet"])
     self.state = self.stages.init(begin)
     self.latents, self.cotangent = place((world.latents, world.cotangent))
-    self.painted = place(world.painted)
+    self.samples = place(world.samples)
 
-    def weighed(params, prompts, latents, cotangent):
+    def weighted_sum(params, prompts, latents, cotangent):
       return jnp.sum(modules.predict(params, prompts, latents, worlds.TIMESTEP) * cotangent)
 
     jit = fast_jit(self.mesh)
@@ -68,7 +67,7 @@ class Ours:
     self._encode = jit(functools.partial(encode_prompts, modules, self.settings))
     self._decode = jit(modules.decode)
     self._predict = jit(modules.predict)
-    self._gradient = jit(jax.grad(weighed))
+    self._gradient = jit(jax.grad(weighted_sum))
 
   def work(self, stage: str) -> Outputs:
     return jax.block_until_ready(getattr(self, stage)())
@@ -79,12 +78,12 @@ class Ours:
     return {name: as_vector(value) for name, value in outputs.items()}
 
   def prepare(self, stage: str) -> None:
-    """Makes what the stage takes from stages before it."""
+    """Computes the inputs that the stage takes from earlier stages."""
     if stage in ("unet_forward", "unet_gradient", "score", "update"):
       self.prompts = self._encode(self.frozen, *self._images())
     if stage == "update":
-      _, self.trajectory, painted = self._rollout()
-      self.scores, _ = self.stages.score(self.frozen, self.prompts, painted)
+      _, self.trajectory, samples = self._rollout()
+      self.scores, _ = self.stages.score(self.frozen, self.prompts, samples)
     jax.block_until_ready(self.frozen)
 
   def _images(self) -> tuple[jax.Array, jax.Array]:
@@ -116,11 +115,11 @@ class Ours:
     return {"images": self._decode(self.frozen.vae, self.latents)}
 
   def rollout(self) -> Outputs:
-    _, trajectory, painted = self._rollout()
-    return {"images": painted, "log_probs": trajectory.log_probs}
+    _, trajectory, samples = self._rollout()
+    return {"images": samples, "log_probs": trajectory.log_probs}
 
   def score(self) -> Outputs:
-    scores, _ = self.stages.score(self.frozen, self.prompts, self.painted)
+    scores, _ = self.stages.score(self.frozen, self.prompts, self.samples)
     return {"reward": scores.reward, "trust": scores.trust, "advantages": scores.advantages}
 
   def update(self) -> Outputs:
@@ -131,12 +130,13 @@ class Ours:
     if not self.is_compiled:
       compile_iteration(self.stages, self.state, self.frozen, *self._images())
       self.is_compiled = True
-    prompts, trajectory, painted = self._rollout()
-    scores, _ = self.stages.score(self.frozen, prompts, painted)
+    prompts, trajectory, samples = self._rollout()
+    scores, _ = self.stages.score(self.frozen, prompts, samples)
     self._update(prompts, trajectory, scores)
-    return {"images": painted, "reward": scores.reward, "params": self.state.params}
+    return {"images": samples, "reward": scores.reward, "params": self.state.params}
 
 
 def small_params(params) -> np.ndarray:
+  """Joins the small parameters to one vector, in the order of their PyTorch names."""
   small = {path: x for path, x in flatten_dict(params).items() if x.size <= worlds.SMALL}
-  return worlds.in_a_row(names.to_torch(unflatten_dict(small)))
+  return worlds.join_small(names.to_torch(unflatten_dict(small)))

@@ -1,13 +1,14 @@
-"""Times a stage of alignment here and in PyTorch, side by side, once both gave the same result.
+"""Compares the time and memory of alignment stages in this package and in PyTorch.
 
   python tests/benchmarks/run.py --size=mini --stage=iteration --opponent=tuned --repeats=5
 
-Each side is a process of its own, so that neither's threads, allocator or compiler disturbs the
-other and memory can be told apart; while one works, the other waits for a message. They work in
-turn (A B A B ...), with the same weights, shapes, dtype, number of cores and of samples, steps and
-updates. The first run of each is checked against the other's and timed apart: it compiles.
+Each side ("ours", "theirs") runs in a separate process, so that the threads, the allocator and the
+compiler of one do not disturb the other, and their memory is measured separately. The sides run in
+turn (A B A B ...); one is idle while the other works. Both have the same weights, shapes, dtype,
+cores and numbers of samples, steps and updates. The first run of each side compiles and is timed
+separately; its outputs must agree with the other side's before anything else is timed.
 """
-# A sample is the mean time of so many runs in a row that they take `least_seconds`.
+# A timing sample is the mean time of a run, over as many runs as take `least_seconds`.
 
 import contextlib
 import ctypes
@@ -32,46 +33,51 @@ STAGES = (
   *("unet_forward", "unet_gradient", "encode", "decode"),
   *("rollout", "score", "update", "iteration"),
 )
-OPPONENTS = ("reference", "tuned", "compiled")  # `theirs` says what they are
+OPPONENTS = ("reference", "tuned", "compiled")  # `theirs` explains them
 
-# Largest error of an output, and of the change of the parameters, by their Euclidean norms. AdamW
-# begins with a step of the same length for every parameter, also where a gradient is mere rounding.
+# Largest relative error, by Euclidean norms: of an output, and of the change of the parameters. The
+# second is larger, because AdamW's first step has the same length for every parameter, even for a
+# gradient that is only rounding error.
 TOLERANCES = {"float32": (1e-3, 1e-2), "bfloat16": (5e-2, 0.6)}
 
-# PIL rounds the reference's resized pictures to bytes before they are scored.
+# The same with `reference`, where PIL rounds resized images to bytes before they are scored.
 TOLERANCES_AFTER_BYTES = (5e-2, 0.2)
 
 
-### A side, in its own process.
+### A side, in its process.
 def serve(connection, side: str, folder: Path, opponent: str, cores: list[int]) -> None:
-  """Answers (name of a function below, arguments) with its result, or with a traceback."""
+  """Answers messages until the connection closes.
+
+  A message is ("make",) or (name of a method of `Side`, *arguments). The answer is ("done", result)
+  or ("failed", traceback).
+  """
   if cores:
     os.sched_setaffinity(0, cores)
   os.environ |= {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # both share the memory of one GPU
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # both sides share the memory of one GPU
     "OMP_NUM_THREADS": str(len(cores) or os.cpu_count()),
     "HF_HUB_OFFLINE": "1",
   }
-  made = None
+  implementation = None
   while True:
     try:
       name, *arguments = connection.recv()
-    except EOFError:  # the other end is gone
+    except EOFError:  # the other end closed the connection
       return
     try:
       if name == "make":
-        made, answer = Side(side, folder, opponent), None
+        implementation, answer = Side(side, folder, opponent), None
       else:
-        answer = getattr(made, name)(*arguments)
+        answer = getattr(implementation, name)(*arguments)
       connection.send(("done", answer))
     except Exception:
       connection.send(("failed", traceback.format_exc()))
 
 
 class Side:
-  """One side at work on one stage."""
+  """Runs and measures the stages of one side."""
 
   def __init__(self, side: str, folder: Path, opponent: str):
     world = worlds.read(folder)
@@ -80,59 +86,62 @@ class Side:
 
       from prefpaint_jax.runtime import compilation
 
-      compilation.keep_memory()  # as every command does
-      self.does = Ours(world)
+      compilation.keep_memory()  # every command calls it
+      self.stages = Ours(world)
     else:
       import torch
       from theirs import Theirs
 
       torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-      self.does = Theirs(world, opponent)
+      self.stages = Theirs(world, opponent)
 
   def prepare(self, stage: str) -> dict[str, int]:
-    self.does.prepare(stage)
-    give_back()
+    """Computes the inputs of a stage; returns the memory with weights and inputs loaded."""
+    self.stages.prepare(stage)
+    release_free_memory()
     return memory()
 
   def check(self, stage: str) -> tuple[float, dict[str, np.ndarray]]:
-    """Seconds of the first run, which compiles, and what it gave."""
+    """Runs the stage for the first time, which compiles it; returns its seconds and outputs."""
     began = time.perf_counter()
-    outputs = self.does.work(stage)
+    outputs = self.stages.work(stage)
     seconds = time.perf_counter() - began
-    outputs = self.does.read(outputs)
-    self.does.checks = False
-    give_back()
+    outputs = self.stages.read(outputs)
+    self.stages.checks = False
+    release_free_memory()
     return seconds, outputs
 
   def before(self) -> np.ndarray | None:
-    """What an update changes."""
-    return self.does.before if hasattr(self.does, "before") else None
+    """Returns the parameters before the first update, where the side has them."""
+    return self.stages.before if hasattr(self.stages, "before") else None
 
   def sample(self, stage: str, number: int) -> float:
-    """Mean seconds of `number` runs."""
+    """Returns the mean seconds of `number` runs."""
     began = time.perf_counter()
     for _ in range(number):
-      self.does.work(stage)
+      self.stages.work(stage)
     return (time.perf_counter() - began) / number
 
   def memory(self) -> dict[str, int]:
+    """Returns `memory()` of this process."""
     return memory()
 
   def machine(self) -> dict[str, Any]:
+    """Returns `device()` of this process."""
     return device()
 
 
-def give_back() -> None:
-  """Gives back what loading and compiling used: it is not counted as work's."""
+def release_free_memory() -> None:
+  """Returns freed memory of loading and compilation to the system, so that it is not counted."""
   with contextlib.suppress(OSError, AttributeError):
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory() -> dict[str, int]:
-  """Bytes of this process: in use now, at most since the last call; and of its GPU, if any."""
+  """Returns bytes of this process in use now and at most since the last call; and of its GPU."""
   with open("/proc/self/status") as status:
     fields = dict(line.split(":", 1) for line in status)
-  with contextlib.suppress(OSError):  # begins the next peak here; not every container allows it
+  with contextlib.suppress(OSError):  # resets the peak; some containers forbid it
     Path("/proc/self/clear_refs").write_text("5")
   in_bytes = lambda name: int(fields[name].split()[0]) * 1024
   return {"now": in_bytes("VmRSS"), "peak": in_bytes("VmHWM")} | _device_memory()
@@ -150,15 +159,15 @@ def _device_memory() -> dict[str, int]:
 
 
 def device() -> dict[str, Any]:
-  """Of the side with JAX: what it runs on."""
+  """Returns the kind of JAX's device."""
   import jax
 
   return {"device": jax.devices()[0].device_kind}
 
 
-### Both sides.
+### The comparison.
 class Remote:
-  """A side in another process."""
+  """A side in another process; a call sends a message and returns the answer."""
 
   def __init__(self, side: str, folder: Path, opponent: str, cores: list[int]):
     context = multiprocessing.get_context("spawn")
@@ -173,7 +182,9 @@ class Remote:
       outcome, answer = self.connection.recv()
     except EOFError:
       self.process.join()
-      raise RuntimeError(f"a side ended with exit status {self.process.exitcode}") from None
+      raise RuntimeError(
+        f"a benchmark process ended with exit status {self.process.exitcode}; read its output above"
+      ) from None
     if outcome == "failed":
       raise RuntimeError(answer)
     return answer
@@ -188,9 +199,13 @@ class Remote:
 def disagreements(
   ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], before: np.ndarray | None
 ) -> dict[str, float]:
-  """Error of every output as a share of it, by their Euclidean norms."""
+  """Computes the relative error of every output, by Euclidean norms.
+
+  Args:
+    before: the parameters before the update; the error of "params" is relative to their change.
+  """
   if ours.keys() != theirs.keys():
-    raise AssertionError(f"outputs {sorted(ours)} and {sorted(theirs)}")
+    raise AssertionError(f"outputs are {sorted(ours)} here; expected {sorted(theirs)}")
   errors = {}
   for name, value in theirs.items():
     start = before if name == "params" else 0.0
@@ -200,17 +215,20 @@ def disagreements(
 
 
 def check(errors: dict[str, float], dtype: str, opponent: str) -> None:
-  """Raises AssertionError where the two sides did not compute the same."""
+  """Raises AssertionError if the outputs of the two sides differ by more than the tolerance."""
   for name, error in errors.items():
     is_change = name == "params"
     tolerance = TOLERANCES[dtype][is_change]
     if opponent == "reference" and name in ("reward", "trust", "advantages", "params"):
       tolerance = max(tolerance, TOLERANCES_AFTER_BYTES[is_change])
     if not error <= tolerance:
-      raise AssertionError(f"{name} differs by {error:.2e} of its size, allowed is {tolerance:g}")
+      raise AssertionError(
+        f"{name} differs by {error:.2e} of its size; expected {tolerance:g} or less"
+      )
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
+  """Computes the quartiles of some values."""
   low, median, high = np.percentile(values, [25, 50, 75])
   return {"q1": float(low), "median": float(median), "q3": float(high)}
 
@@ -224,7 +242,18 @@ def measure(
   cores: list[int],
   report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-  """Times of both sides at a stage in the world of `folder`."""
+  """Checks and times both sides at a stage.
+
+  Args:
+    folder: written by `worlds.write`.
+    repeats: timing samples of each side.
+    least_seconds: the shortest duration of a timing sample.
+    cores: the CPU cores that both sides use; empty: all.
+    report: called with lines about the progress.
+
+  Returns:
+    A result that can be written as JSON.
+  """
   config = worlds.read(folder).config
   with contextlib.ExitStack() as stack:
     sides = {}
@@ -245,7 +274,7 @@ def measure(
     check(errors, config.dtype, opponent)
 
     numbers = {}
-    for name, side in sides.items():  # warm-up: not counted
+    for name, side in sides.items():  # a warm-up, then the number of runs per timing sample
       side("sample", stage, 1)
       numbers[name] = max(1, round(least_seconds / side("sample", stage, 1)))
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -279,6 +308,7 @@ def measure(
 
 
 def machine(cores: list[int]) -> dict[str, Any]:
+  """Describes the CPU and the versions of the packages."""
   processor = platform.processor() or platform.machine()
   with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
     names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
@@ -292,13 +322,13 @@ def machine(cores: list[int]) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> str:
-  """One line for people."""
+  """Formats a result as one line."""
   used = lambda side, name: (side["memory"][name] - side["memory"]["loaded"]) / 2**20
   sides = [
     f"{name} {side['seconds']['median']:.4g} s [{side['seconds']['q1']:.4g}, "
     f"{side['seconds']['q3']:.4g}], compiling {side['compile_s']:.3g} s, "
-    f"{used(side, 'peak_running'):.0f} MiB above its weights, {used(side, 'compiled'):.0f} of them "
-    "before it works"
+    f"peak {used(side, 'peak_running'):.0f} MiB above weights and inputs, of which "
+    f"{used(side, 'compiled'):.0f} after compilation"
     for name, side in (("ours", result["ours"]), (result["opponent"], result["theirs"]))
   ]
   ratio = result["ratio"]
@@ -309,18 +339,19 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def save(path: Path, results: list[dict[str, Any]]) -> None:
-  """Adds results to a json file, in place of those of the same measurement."""
-  what = lambda one: (
+  """Adds results to a JSON file and removes older results of the same measurement."""
+  key = lambda one: (
     *(one[k] for k in ("size", "stage", "opponent", "dtype")),
     one["machine"]["device"],
   )
   kept = json.loads(path.read_text()) if path.is_file() else []
-  new = {what(one) for one in results}
-  kept = [one for one in kept if what(one) not in new] + results
+  new = {key(one) for one in results}
+  kept = [one for one in kept if key(one) not in new] + results
   path.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def in_another_process(function: Callable, *arguments: Any) -> None:
+  """Calls a function in a new process and waits for its end."""
   process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
   process.start()
   process.join()
@@ -329,15 +360,15 @@ def in_another_process(function: Callable, *arguments: Any) -> None:
 
 
 if __name__ == "__main__":
-  _SIZE = flags.DEFINE_enum("size", "mini", worlds.SIZES, "What to run; sd15 is for a GPU.")
-  _STAGE = flags.DEFINE_multi_enum("stage", ["iteration"], (*STAGES, "all"), "What to time.")
-  _OPPONENT = flags.DEFINE_multi_enum("opponent", ["tuned"], OPPONENTS, "Against whom.")
-  _REPEATS = flags.DEFINE_integer("repeats", 5, "Samples of each side.", lower_bound=1)
-  _LEAST = flags.DEFINE_float("least_seconds", 0.5, "A sample repeats its work for so long.")
-  _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: the size's own.")
-  _CORES = flags.DEFINE_integer("cores", 0, "CPU cores of each side; 0: all that there are.")
-  _WORLD = flags.DEFINE_string("world", None, "Folder for the weights, kept and used again.")
-  _OUTPUT = flags.DEFINE_string("output", None, "json to add the results to.")
+  _SIZE = flags.DEFINE_enum("size", "mini", worlds.SIZES, "Models and settings; sd15 needs a GPU.")
+  _STAGE = flags.DEFINE_multi_enum("stage", ["iteration"], (*STAGES, "all"), "Stages to time.")
+  _OPPONENT = flags.DEFINE_multi_enum("opponent", ["tuned"], OPPONENTS, "Opponents to time.")
+  _REPEATS = flags.DEFINE_integer("repeats", 5, "Timing samples of each side.", lower_bound=1)
+  _LEAST = flags.DEFINE_float("least_seconds", 0.5, "Shortest duration of a timing sample.")
+  _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: of the size.")
+  _CORES = flags.DEFINE_integer("cores", 0, "CPU cores that the sides use; 0: all.")
+  _WORLD = flags.DEFINE_string("world", None, "Folder to keep weights and inputs in.")
+  _OUTPUT = flags.DEFINE_string("output", None, "JSON file to add the results to.")
 
   def main(argv: list[str]) -> None:
     if len(argv) > 1:

@@ -1,9 +1,10 @@
-"""Times how long commands take to begin: imports, --help, and the first iteration of the mini run.
+"""Times the start of the commands: imports, --help, and the first iteration of the mini run.
 
   python tests/benchmarks/startup.py --repeats=5 --output=startup.json
 
-The first iteration is that of a new workdir, from the start of the process to its line in
-metrics.jsonl: once with an empty compilation cache, then with what that left there.
+The time to the first iteration is from the start of the process to the first line of metrics.jsonl,
+with a new workdir: once with an empty compilation cache ("cold"), once with the cache of that run
+("warm").
 """
 
 import json
@@ -37,13 +38,14 @@ WITH_CONFIG = {
 
 
 def timed(command: list[str], **options: Any) -> float:
+  """Runs a command and returns its seconds."""
   began = time.perf_counter()
   subprocess.run(command, cwd=ROOT, capture_output=True, **options)
   return time.perf_counter() - began
 
 
 def imports(repeats: int) -> dict[str, dict[str, float]]:
-  """Seconds to import each module, without what Python itself takes."""
+  """Times the import of each module, without the start of Python."""
   python = lambda code: timed([sys.executable, "-c", code], check=True)
   modules = ["prefpaint_jax", *(f"prefpaint_jax.{name}" for name in MAINS)]
   bare = quartiles([python("pass") for _ in range(repeats)])["median"]
@@ -53,7 +55,7 @@ def imports(repeats: int) -> dict[str, dict[str, float]]:
 
 
 def helps(repeats: int) -> dict[str, dict[str, float]]:
-  """Seconds that each command takes to print its help."""
+  """Times `--help` of each command."""
   found = {}
   for name in MAINS:
     command = [sys.executable, "-m", f"prefpaint_jax.{name}"]
@@ -64,7 +66,10 @@ def helps(repeats: int) -> dict[str, dict[str, float]]:
 
 
 def slowest_imports(number: int = 12) -> dict[str, float]:
-  """Seconds within each outermost package when `train` is imported, with all that it brings."""
+  """Returns the top-level packages that take longest when `train` is imported, with seconds.
+
+  The seconds include the imports that a package triggers.
+  """
   command = [sys.executable, "-X", "importtime", "-c", "import prefpaint_jax.train"]
   lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr
   found: dict[str, float] = {}
@@ -76,12 +81,12 @@ def slowest_imports(number: int = 12) -> dict[str, float]:
 
 
 def first_iteration(cache: Path) -> float:
-  """Seconds from the start of a mini run to the line of its first iteration."""
+  """Returns the seconds from the start of a mini run to the end of its first iteration."""
   folder = Path(tempfile.mkdtemp(prefix="run"))
-  nothing_else = ("sample_every", "eval_every", "checkpoint_every", "final_prompts")
+  measurements = ("sample_every", "eval_every", "checkpoint_every", "final_prompts")
   command = [sys.executable, "-m", "prefpaint_jax.train", "--config=configs/rl.py:mini"]
   command += [f"--workdir={folder}", "--config.num_iterations=1"]
-  command += [f"--config.{name}=0" for name in nothing_else]
+  command += [f"--config.{name}=0" for name in measurements]
   environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
   lines = folder / "metrics.jsonl"
   began = time.perf_counter()
@@ -101,6 +106,7 @@ def first_iteration(cache: Path) -> float:
 
 
 def first_iterations(repeats: int) -> dict[str, dict[str, float]]:
+  """Times the first iteration with an empty and with a full compilation cache."""
   seconds: dict[str, list[float]] = {"cold": [], "warm": []}
   for _ in range(repeats):
     with tempfile.TemporaryDirectory(prefix="cache") as cache:
@@ -110,8 +116,8 @@ def first_iterations(repeats: int) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-  _REPEATS = flags.DEFINE_integer("repeats", 5, "Of each command.", lower_bound=1)
-  _OUTPUT = flags.DEFINE_string("output", None, "json to write.")
+  _REPEATS = flags.DEFINE_integer("repeats", 5, "Runs of each command.", lower_bound=1)
+  _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the results.")
 
   def main(argv: list[str]) -> None:
     if len(argv) > 1:

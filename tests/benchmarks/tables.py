@@ -2,7 +2,8 @@
 
   python tests/benchmarks/tables.py --results=results.json --startup=startup.json
 
-A table stands between `<!-- NAME -->` and `<!-- end -->`; what was not measured stays as it is.
+The command replaces the text between `<!-- NAME -->` and `<!-- end -->` by the table NAME. A table
+without measurements keeps its text.
 """
 
 import json
@@ -29,7 +30,7 @@ Results = Sequence[dict[str, Any]]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A table whose columns but the first are numbers."""
+  """Formats a table; all columns but the first are aligned to the right."""
   line = lambda cells: f"| {' | '.join(cells)} |"
   rule = ["---", *["---:"] * (len(header) - 1)]
   return "\n".join(map(line, [header, rule, *rows]))
@@ -38,7 +39,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def by_stage(
   results: Results, ours: Callable[[dict], str], theirs: Callable[[dict], str]
 ) -> str | None:
-  """A row for each stage: what `ours` says of it, and `theirs` of each opponent."""
+  """Makes a table with a row per stage and a column per side; None without results.
+
+  Args:
+    ours: formats the cell of this package from a result.
+    theirs: formats the cell of an opponent from a result.
+  """
   found = {(one["stage"], one["opponent"]): one for one in results}
   opponents = [name for name in OPPONENTS if any(name == opponent for _, opponent in found)]
   rows = []
@@ -52,7 +58,7 @@ def by_stage(
 
 
 def speed(results: Results) -> str | None:
-  """Medians in seconds; of opponents with the ratio and its quartiles."""
+  """Makes the table of median seconds; opponents have the ratio and its quartiles in brackets."""
 
   def theirs(one: dict[str, Any]) -> str:
     ratio = one["ratio"]
@@ -63,29 +69,30 @@ def speed(results: Results) -> str | None:
 
 
 def memory(results: Results) -> str | None:
-  """MiB above the loaded weights and inputs, or of the whole process on the GPU.
+  """Makes the table of peak MiB above the loaded weights and inputs.
 
-  Here with what was kept since compiling before any of it was at work, in brackets.
+  The cell of this package has in brackets the MiB that remain after compilation.
   """
 
   def mebibytes(side: dict[str, Any], name: str) -> str:
     used = side["memory"]
-    return f"{used.get('device_peak', used[name] - used['loaded']) / 2**20:,.0f}"
+    return f"{(used[name] - used['loaded']) / 2**20:,.0f}"
 
   def ours(one: dict[str, Any]) -> str:
-    most, before = (mebibytes(one["ours"], name) for name in ("peak_running", "compiled"))
-    return most if "device_peak" in one["ours"]["memory"] else f"{most} ({before})"
+    peak, compiled = (mebibytes(one["ours"], name) for name in ("peak_running", "compiled"))
+    return f"{peak} ({compiled})"
 
   return by_stage(results, ours, lambda one: mebibytes(one["theirs"], "peak_running"))
 
 
 def compiling(results: Results) -> str | None:
-  """Seconds that the first run took longer than the others."""
-  of = lambda side: f"{side['compile_s']:.3g}"
-  return by_stage(results, lambda one: of(one["ours"]), lambda one: of(one["theirs"]))
+  """Makes the table of compilation: the first run's seconds minus the median run's."""
+  seconds = lambda side: f"{side['compile_s']:.3g}"
+  return by_stage(results, lambda one: seconds(one["ours"]), lambda one: seconds(one["theirs"]))
 
 
 def describe_machine(results: Results) -> str | None:
+  """Describes the machine of the first result; None without results."""
   if not results:
     return None
   one = results[0]["machine"]
@@ -93,25 +100,8 @@ def describe_machine(results: Results) -> str | None:
   return f"{one['device']}, {one['processor']}, {one['cores']} cores; {versions}."
 
 
-def startup(found: dict[str, Any] | None) -> str | None:
-  if found is None:
-    return None
-
-  def seconds(one: dict[str, float] | None) -> str:
-    if one is None:
-      return ""
-    median, low, high = (f"{max(one[name], 0.0):.2f}" for name in ("median", "q1", "q3"))
-    return f"{median} ({low} to {high})"
-
-  helps = {f"prefpaint_jax.{name}": values for name, values in found["helps"].items()}
-  rows = [
-    [f"`{module}`", seconds(values), seconds(helps.get(module))]
-    for module, values in found["imports"].items()
-  ]
-  return markdown(["", "import, s", "--help, s"], rows)
-
-
 def first_iteration(found: dict[str, Any] | None) -> str | None:
+  """Makes the table of the time to the first iteration; None without measurements."""
   if found is None:
     return None
   rows = [[name, f"{one['median']:.1f}"] for name, one in found["first_iteration"].items()]
@@ -119,20 +109,27 @@ def first_iteration(found: dict[str, Any] | None) -> str | None:
 
 
 def all_tables(results: Results, started: dict[str, Any] | None) -> dict[str, str | None]:
-  """Every table by the name that the document has for it, such as "speed mini cpu"."""
-  tables = {"startup": startup(started), "first iteration": first_iteration(started)}
-  for kind in ("cpu", "gpu"):
-    here = [one for one in results if (one["machine"]["device"] == "cpu") == (kind == "cpu")]
-    tables[f"machine {kind}"] = describe_machine(here)
-    for size in ("mini", "medium", "sd15"):
-      chosen = [one for one in here if one["size"] == size]
-      for table in (speed, memory, compiling):
-        tables[f"{table.__name__} {size} {kind}"] = table(chosen)
+  """Makes every table of the document by its name, such as "speed mini cpu".
+
+  Args:
+    results: of run.py; only results of CPUs are used.
+    started: the measurements of startup.py, if any.
+  """
+  results = [one for one in results if one["machine"]["device"] == "cpu"]
+  tables = {"first iteration": first_iteration(started), "machine cpu": describe_machine(results)}
+  for size in ("mini", "medium"):
+    chosen = [one for one in results if one["size"] == size]
+    for table in (speed, memory, compiling):
+      tables[f"{table.__name__} {size} cpu"] = table(chosen)
   return tables
 
 
 def fill(document: str, tables: dict[str, str | None]) -> str:
-  """The document with the tables replaced that there are; an unknown name is a KeyError."""
+  """Returns the document with the tables that are not None.
+
+  Raises:
+    KeyError: if the document has the marker of an unknown table.
+  """
 
   def put(match: re.Match) -> str:
     table = tables[match[2]]
@@ -142,8 +139,8 @@ def fill(document: str, tables: dict[str, str | None]) -> str:
 
 
 if __name__ == "__main__":
-  _RESULTS = flags.DEFINE_multi_string("results", [], "json files of run.py.")
-  _STARTUP = flags.DEFINE_string("startup", None, "json file of startup.py.")
+  _RESULTS = flags.DEFINE_multi_string("results", [], "JSON files of run.py.")
+  _STARTUP = flags.DEFINE_string("startup", None, "JSON file of startup.py.")
 
   def main(argv: list[str]) -> None:
     if len(argv) > 1:

@@ -1,14 +1,15 @@
-"""The same stages in PyTorch, with the stock classes of diffusers and transformers.
+"""The stages of a benchmark, computed by PyTorch with the classes of diffusers and transformers.
 
 Opponents:
-  reference: as the released PrefPaint code computes. Guidance between two equal halves in rollout
-    and update, a copy of the policy that paints, the reward's pictures prepared one by one by PIL,
-    a masked image embedded again for each of its samples.
-  tuned: without that, as one would write it with care: channels last, fused attention and AdamW,
-    one batch for the reward, pictures resized on the device, no gradient where none is needed.
-    (Not torch.inference_mode: what it leaves behind cannot go through a later update.)
-  compiled: tuned, and every network through torch.compile.
-All train one timestep per backward pass, and compute in the asked dtype (autocast, for bfloat16).
+  reference: computes as the released PrefPaint code does: guidance between two equal predictions in
+    rollout and update, a copy of the policy for sampling, images for the reward model resized one
+    by one with PIL, and a masked image embedded once for each of its samples.
+  tuned: removes these costs: channels last, fused attention and AdamW, one batch for the reward
+    model, images resized on the device, and no gradient where none is needed. It does not use
+    torch.inference_mode, because an update cannot use tensors that were made in it.
+  compiled: tuned, with every network in torch.compile.
+All train one timestep per backward pass, and compute in the dtype of the config (bfloat16 by
+autocast).
 """
 # Shapes: as in `worlds`, but channels first.
 
@@ -30,6 +31,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from worlds import World
 
+# Otherwise diffusers advises in ten lines to install accelerate, for each network that it loads.
+diffusers.utils.logging.set_verbosity_error()
+
 OPPONENTS = ("reference", "tuned", "compiled")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -37,24 +41,30 @@ Outputs = dict[str, Tensor | dict[str, Tensor]]
 
 
 class Prompts(NamedTuple):
+  """The prompts of B samples."""
+
   mask: Tensor  # [B, 1, H, W]
   masked_image: Tensor  # [B, 3, H, W]
   conditions: Tensor  # [B, 5, h, w], mask and masked latents
 
 
 class Trajectory(NamedTuple):
+  """The DDIM chain of a rollout."""
+
   latents: list[Tensor]  # T+1 of [B, 4, h, w]
   log_probs: list[Tensor]  # T of [B]
 
 
 class Scores(NamedTuple):
+  """Rewards of a batch of samples, and the weights of their losses."""
+
   reward: Tensor  # [B]
   trust: Tensor  # [B]
   advantages: Tensor  # [B]
 
 
 class RewardNetwork(nn.Module):
-  """The reward folder's network: transformers' CLIP tower, torch's encoder layer, linear layers."""
+  """The network of a reward folder: transformers' CLIP, torch's encoder layer, linear layers."""
 
   def __init__(self, config: dict):
     super().__init__()
@@ -77,6 +87,7 @@ class RewardNetwork(nn.Module):
 
   @classmethod
   def from_pretrained(cls, folder: Path) -> "RewardNetwork":
+    """Loads a reward folder."""
     self = cls(json.loads((folder / "config.json").read_text()))
     tensors = load_file(folder / "model.safetensors")
     heads = {"mlp.layers.0": "hidden", "mlp.layers.2": "features", "mlp.last_layer": "last"}
@@ -92,7 +103,12 @@ class RewardNetwork(nn.Module):
     return self.eval()
 
   def forward(self, pixels: Tensor, masked_pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalised pictures [B, 3, H, W], and masked ones [B or B/S, ...] -> reward [B], z [B, F]."""
+    """Computes rewards [B] and features z [B, F].
+
+    Args:
+      pixels: normalised images [B, 3, H, W].
+      masked_pixels: normalised masked images [B or B/S, 3, H, W].
+    """
     batch = len(pixels)
     repeats = batch // len(masked_pixels)
     if self.is_early:
@@ -103,14 +119,15 @@ class RewardNetwork(nn.Module):
       masked = embeddings[batch:].repeat_interleave(repeats, 0)
       tokens = torch.stack([embeddings[:batch], masked], 1)
       tokens = tokens.reshape(batch, self.config["num_tokens"], -1)
-    bends = self.config["activation"] == "gelu"
-    activate = (lambda x: F.gelu(x, approximate="tanh")) if bends else nn.Identity()
+    has_gelu = self.config["activation"] == "gelu"
+    activate = (lambda x: F.gelu(x, approximate="tanh")) if has_gelu else nn.Identity()
     x = activate(self.hidden(self.encoder_layer(tokens).flatten(1)))
     z = activate(self.features(x)).float()
     with torch.autocast(pixels.device.type, enabled=False):
       return (self.last(z)[:, 0] - self.config["shift"]) / self.config["scale"], z
 
   def _early_channels(self, pixels: Tensor, masked_pixels: Tensor) -> Tensor:
+    """Computes the 13 input channels of a reward model with early fusion."""
     hole = (masked_pixels <= self.black).all(1, keepdim=True).to(pixels.dtype)
     channels = [pixels * hole, masked_pixels * (1 - hole), hole]
     for axis, pads in ((3, (0, 1)), (2, (0, 0, 0, 1))):
@@ -121,23 +138,26 @@ class RewardNetwork(nn.Module):
 
 
 class Theirs:
-  """`work(stage)` gives what the stage computes, ready; `read` makes host arrays of it."""
+  """Computes the stages.
+
+  `work(stage)` waits for the outputs of the stage; `read` copies them to the host.
+  """
 
   def __init__(self, world: World, opponent: str):
     config = world.config
     self.world, self.config = world, config
     self.is_reference = opponent == "reference"
     self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    self.checks = True  # with the recorded noise, steps and timesteps, not new ones
+    self.checks = True  # use the recorded noise and timesteps; False: draw new ones
 
     policy = Path(config.policy)
     load = {"torch_dtype": torch.float32}
     self.unet = diffusers.UNet2DConditionModel.from_pretrained(policy, subfolder="unet", **load)
     self.vae = diffusers.AutoencoderKL.from_pretrained(policy, subfolder="vae", **load)
-    self.judge = RewardNetwork.from_pretrained(Path(config.reward))
-    networks = [self.unet, self.vae, self.judge]
+    self.reward_network = RewardNetwork.from_pretrained(Path(config.reward))
+    networks = [self.unet, self.vae, self.reward_network]
     for network in networks:
-      network.eval().to(self.device)  # nothing here drops out
+      network.eval().to(self.device)  # turns dropout off
     for network in networks[1:]:
       network.requires_grad_(False)
     if not self.is_reference:
@@ -159,7 +179,7 @@ class Theirs:
     )
     self.updates = 0
     if opponent == "compiled":
-      for network in (self.unet, self.vae.encoder, self.vae.decoder, self.judge):
+      for network in (self.unet, self.vae.encoder, self.vae.decoder, self.reward_network):
         network.compile(dynamic=False)
 
     scheduler = diffusers.DDIMScheduler.from_pretrained(policy, subfolder="scheduler")
@@ -174,8 +194,8 @@ class Theirs:
       sigma = config.eta * variance.sqrt()
       self.steps.append((torch.tensor(t).to(self.device), *map(float, (alpha, alpha_prev, sigma))))
     self.context, self.chol = self._tensor(world.context), self._tensor(world.chol)
-    arrays = world.latents, world.cotangent, world.painted
-    self.latents, self.cotangent, self.painted = map(self._picture, arrays)
+    arrays = world.latents, world.cotangent, world.samples
+    self.latents, self.cotangent, self.samples = map(self._channels_first, arrays)
     self.timestep = torch.tensor(worlds.TIMESTEP).to(self.device)
 
   def work(self, stage: str) -> Outputs:
@@ -188,42 +208,41 @@ class Theirs:
   def read(outputs: Outputs) -> dict[str, np.ndarray]:
     def as_array(value) -> np.ndarray:
       if isinstance(value, dict):
-        return worlds.in_a_row({name: x.float().cpu().numpy() for name, x in value.items()})
+        return worlds.join_small({name: x.float().cpu().numpy() for name, x in value.items()})
       return (value.permute(0, 2, 3, 1) if value.ndim == 4 else value).float().cpu().numpy()
 
     return {name: as_array(value) for name, value in outputs.items()}
 
   def prepare(self, stage: str) -> None:
-    """Makes what the stage takes from stages before it."""
+    """Computes the inputs that the stage takes from earlier stages."""
     with torch.no_grad():
       if stage in ("unet_forward", "unet_gradient", "score", "update"):
         self.prompts = self._encode(*self._images())
       if stage == "update":
         self.trajectory = self._chain(self.prompts)
-        painted = self._decode(self.trajectory.latents[-1], self.prompts)
-        self.scores = self._score(self.prompts, painted)
+        samples = self._decode(self.trajectory.latents[-1], self.prompts)
+        self.scores = self._score(self.prompts, samples)
 
   def _tensor(self, array: np.ndarray) -> Tensor:
     return torch.tensor(array, device=self.device)
 
-  def _picture(self, array: np.ndarray) -> Tensor:
-    """[B, H, W, C] -> [B, C, H, W]."""
+  def _channels_first(self, array: np.ndarray) -> Tensor:
+    """Transposes [B, H, W, C] to [B, C, H, W]."""
     return self._tensor(array).permute(0, 3, 1, 2).contiguous()
 
   def _autocast(self) -> contextlib.AbstractContextManager:
-    halves = self.config.dtype == "bfloat16"
-    return torch.autocast(self.device.type, torch.bfloat16) if halves else contextlib.nullcontext()
+    if self.config.dtype == "bfloat16":
+      return torch.autocast(self.device.type, torch.bfloat16)
+    return contextlib.nullcontext()
 
   def _images(self) -> tuple[Tensor, Tensor]:
-    return tuple(
-      self._tensor(x).permute(0, 3, 1, 2).contiguous()
-      for x in (self.world.images, self.world.masks)
-    )
+    return tuple(map(self._channels_first, (self.world.images, self.world.masks)))
 
   def _noise(self, number: int, like: Tensor) -> Tensor:
+    """Returns the initial noise (number 0) or the noise of a step (from 1)."""
     if not self.checks:
       return torch.randn_like(like)
-    return self._picture(self.world.noise[number])
+    return self._channels_first(self.world.noise[number])
 
   def _encode(self, images: Tensor, masks: Tensor) -> Prompts:
     known = 1 - masks
@@ -244,7 +263,7 @@ class Theirs:
       return unet(sample, timestep, context, return_dict=False)[0].float()
 
   def _guided(self, unet: nn.Module, prompts: Prompts, latents: Tensor, timestep: Tensor):
-    """What the opponent's policy predicts; for the reference, twice."""
+    """Predicts the noise; the reference predicts it twice and guides between the two."""
     if not self.is_reference:
       return self._predict(unet, prompts, latents, timestep)
     twice = Prompts(*(torch.cat([x, x]) for x in prompts))
@@ -286,41 +305,41 @@ class Theirs:
     return torch.where(prompts.mask > 0, self._decode_all(latents), prompts.masked_image)
 
   def _pixels(self, images: Tensor) -> Tensor:
-    """CLIP's preprocessing: shorter side resized, centre cut out, normalised."""
-    size = self.judge.config["vision"]["image_size"]
+    """Preprocesses images for CLIP: resizes the shorter side, crops the centre, normalises."""
+    size = self.reward_network.config["vision"]["image_size"]
     *_, height, width = images.shape
     resized = tuple(size * side // min(height, width) for side in (height, width))
     top, left = ((side - size) // 2 for side in resized)
     if self.is_reference:
-      pictures = []
+      prepared = []
       for image in images:
         array = (255 * image).round().byte().permute(1, 2, 0).cpu().numpy()
-        picture = Image.fromarray(array).resize(resized[::-1], Image.Resampling.BICUBIC)
-        picture = picture.crop((left, top, left + size, top + size))
-        pictures.append(torch.tensor(np.array(picture)).permute(2, 0, 1) / 255)
-      images = torch.stack(pictures).to(self.device)
+        image = Image.fromarray(array).resize(resized[::-1], Image.Resampling.BICUBIC)
+        image = image.crop((left, top, left + size, top + size))
+        prepared.append(torch.tensor(np.array(image)).permute(2, 0, 1) / 255)
+      images = torch.stack(prepared).to(self.device)
     elif resized != (height, width):
       images = F.interpolate(images, resized, mode="bicubic", antialias=True)
       images = images[..., top : top + size, left : left + size].clamp(0, 1)
     mean, std = (self._tensor(np.float32(x))[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
     return (images - mean) / std
 
-  def _score(self, prompts: Prompts, painted: Tensor) -> Scores:
-    config, samples = self.config, self.config.samples_per_prompt
-    each = 1 if self.is_reference else samples
+  def _score(self, prompts: Prompts, samples: Tensor) -> Scores:
+    config, S = self.config, self.config.samples_per_prompt
+    stride = 1 if self.is_reference else S
     with self._autocast():
-      arguments = self._pixels(painted), self._pixels(prompts.masked_image[::each])
-      reward, z = self.judge(*arguments)
+      arguments = self._pixels(samples), self._pixels(prompts.masked_image[::stride])
+      reward, z = self.reward_network(*arguments)
     norm = torch.linalg.solve_triangular(self.chol, z.float().T, upper=False).norm(dim=0)
     trust = torch.exp(config.trust.b - config.trust.k * norm)
-    grouped = reward.reshape(-1, samples) if samples > 1 else reward[None]
+    grouped = reward.reshape(-1, S) if S > 1 else reward[None]
     centred = grouped - grouped.mean(1, keepdim=True)
     deviation = (centred.square().sum() / (centred.numel() - 1)).sqrt()
     limit = config.advantage_clip
     return Scores(reward, trust, (centred / (deviation + 1e-7)).clamp(-limit, limit).flatten())
 
   def _update(self, prompts: Prompts, trajectory: Trajectory, scores: Scores) -> list[Tensor]:
-    """All updates of an iteration; metrics of each, left on the device."""
+    """Does all updates of an iteration; returns their metrics, which stay on the device."""
     config = self.config
     if self.checks:
       drawn = self.world.indices
@@ -384,12 +403,12 @@ class Theirs:
   def rollout(self) -> Outputs:
     prompts = self._encode(*self._images())
     trajectory = self._chain(prompts)
-    painted = self._decode(trajectory.latents[-1], prompts)
-    return {"images": painted, "log_probs": torch.stack(trajectory.log_probs)}
+    samples = self._decode(trajectory.latents[-1], prompts)
+    return {"images": samples, "log_probs": torch.stack(trajectory.log_probs)}
 
   @torch.no_grad()
   def score(self) -> Outputs:
-    return self._score(self.prompts, self.painted)._asdict()
+    return self._score(self.prompts, self.samples)._asdict()
 
   def update(self) -> Outputs:
     self._update(self.prompts, self.trajectory, self.scores)
@@ -399,7 +418,7 @@ class Theirs:
     with torch.no_grad():
       prompts = self._encode(*self._images())
       trajectory = self._chain(prompts)
-      painted = self._decode(trajectory.latents[-1], prompts)
-      scores = self._score(prompts, painted)
+      samples = self._decode(trajectory.latents[-1], prompts)
+      scores = self._score(prompts, samples)
     self._update(prompts, trajectory, scores)
-    return {"images": painted, "reward": scores.reward, "params": self._params()}
+    return {"images": samples, "reward": scores.reward, "params": self._params()}

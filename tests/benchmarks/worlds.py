@@ -1,9 +1,9 @@
-"""What both sides of a benchmark are given: a config, weights and inputs, made here.
+"""The config, weights and inputs that both sides of a benchmark read.
 
-`write` needs JAX, `read` does not: the side without it stays without it.
-Shapes: P prompts, S samples each, B = P S samples, T rollout steps, U updates of k steps each,
-H W pixels, h w latents, L text tokens, D text width, F features.
+`write` needs JAX. `read` does not, so that the PyTorch side does not import JAX.
 """
+# Shapes: P prompts, S samples of each, B = P S samples, T rollout steps, U updates of k steps each,
+# H W pixels, h w latents, L text tokens, D text width, F features.
 
 import json
 import runpy
@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ("tiny", "mini", "medium", "sd15")
 
-# A run's own rhythm, and what differs by size. Neither side rematerialises, every iteration paints
-# with the current policy, and no term is on that only one of the sides would compute. A step of the
-# optimiser is far above the rounding of a parameter, which would hide what is compared.
+# Changes of the config for every size, and for each size. Neither side rematerialises; the rollout
+# samples with the current policy; and no loss term is on that only one side implements. The
+# learning rate makes an optimiser step much larger than the rounding error of a parameter, so that
+# `check` can compare the steps.
 _COMMON = {"remat": False, "behaviour_refresh": 1, "learning_rate": 1e-4}
 _CHANGES: dict[str, dict[str, Any]] = {
   "tiny": {"batch_size": 2, "samples_per_prompt": 2, "updates_per_iteration": 1},
@@ -41,36 +42,45 @@ _CHANGES: dict[str, dict[str, Any]] = {
 
 
 class World(NamedTuple):
+  """The contents of the folder that `write` makes."""
+
   config: ConfigDict  # of configs/rl.py; its policy and reward are folders
   images: np.ndarray  # [P, H, W, 3] in [0, 1]
   masks: np.ndarray  # [P, H, W, 1]
-  painted: np.ndarray  # [B, H, W, 3] in [0, 1], to score
+  samples: np.ndarray  # [B, H, W, 3] in [0, 1], for the stage `score`
   context: np.ndarray  # [1, L, D], of the empty text
   chol: np.ndarray  # [F, F], of the reward's bound
-  noise: np.ndarray  # [T+1, B, h, w, 4]: where the chain of `rollout_key` begins, and of its steps
+  noise: np.ndarray  # [T+1, B, h, w, 4]: initial noise and noise of each step, of `rollout_key`
   indices: np.ndarray  # [U, k], the steps that `timestep_key` draws
   latents: np.ndarray  # [B, h, w, 4]
   cotangent: np.ndarray  # [B, h, w, 4], of the UNet's output
 
 
 TIMESTEP = 501  # of `latents`
-SMALL = 4096
+SMALL = 4096  # elements of the largest parameter that `check` compares
 
 
 def rollout_key():
+  """Returns the key of every rollout."""
   import jax
 
   return jax.random.key(0)
 
 
 def timestep_key():
+  """Returns the key that draws the trained timesteps."""
   import jax
 
   return jax.random.key(1)
 
 
 def make_config(size: str, dtype: str = "", folder: Path | None = None) -> ConfigDict:
-  """The config of a size, in its own `dtype` unless another is given."""
+  """Makes the config of a size.
+
+  Args:
+    dtype: "": the default of the size.
+    folder: holds the policy and the reward model.
+  """
   get_config = runpy.run_path(str(ROOT / "configs" / "rl.py"))["get_config"]
   config = get_config("mini" if size == "mini" else "")
   if size == "tiny":
@@ -84,7 +94,7 @@ def make_config(size: str, dtype: str = "", folder: Path | None = None) -> Confi
 
 
 def _models(size: str):
-  """(Inpainter, RewardModel) in float32: the embedded ones, or random ones of the size."""
+  """Returns (Inpainter, RewardModel) in float32: the embedded models, or random ones of a size."""
   import jax
 
   from prefpaint_jax import testing
@@ -115,20 +125,20 @@ def _models(size: str):
 
 
 def write(size: str, dtype: str, folder: Path) -> None:
-  """Writes the size's policy, reward, config and inputs."""
+  """Writes the policy, the reward model, the config and the inputs of a size."""
   import jax
 
   from prefpaint_jax import testing
   from prefpaint_jax.align import ppo
 
   config = make_config(size, dtype, folder)
-  policy, judge = _models(size)
+  policy, reward_model = _models(size)
   policy.save_pretrained(folder / "policy")
-  judge.save_pretrained(folder / "reward")
+  reward_model.save_pretrained(folder / "reward")
 
   batch = config.batch_size * config.samples_per_prompt
   shape = policy.modules.latent_shape(batch, config.size, config.size)
-  # The keys of `alignment.rollout` and of `diffusion.rollout`; the first check sees it if not.
+  # Split the key as `align.rollout` and `ddim.rollout` do; `check` fails if they change.
   first, chain = jax.random.split(rollout_key())
   steps = [jax.random.fold_in(chain, i) for i in range(config.num_steps)]
   noise = [jax.random.normal(key, shape) for key in (first, *steps)]
@@ -141,9 +151,9 @@ def write(size: str, dtype: str, folder: Path) -> None:
   inputs = {
     "images": images,
     "masks": masks,
-    "painted": rng.uniform(size=(batch, config.size, config.size, 3)),
+    "samples": rng.uniform(size=(batch, config.size, config.size, 3)),
     "context": policy.empty_context,
-    "chol": judge.bound.chol,
+    "chol": reward_model.bound.chol,
     "noise": noise,
     "latents": rng.normal(size=shape),
     "cotangent": rng.normal(size=shape) / np.prod(shape),
@@ -155,11 +165,15 @@ def write(size: str, dtype: str, folder: Path) -> None:
 
 
 def read(folder: Path) -> World:
+  """Reads the folder that `write` makes."""
   config = ConfigDict(json.loads((folder / "config.json").read_text()))
   return World(config, **np.load(folder / "inputs.npz"))
 
 
-def in_a_row(tensors: dict[str, np.ndarray]) -> np.ndarray:
-  """Those of at most SMALL elements, by name: of every layer some, of a large network few."""
+def join_small(tensors: dict[str, np.ndarray]) -> np.ndarray:
+  """Joins the tensors of at most SMALL elements to one vector, in the order of their names.
+
+  Every layer has such tensors, and in a large network they are a small part.
+  """
   chosen = (np.ravel(tensors[name]) for name in sorted(tensors) if tensors[name].size <= SMALL)
   return np.concatenate(list(chosen)).astype(np.float32)

@@ -1,8 +1,9 @@
-"""Annotations: agreement as published, scores joined as given, every fault told at once."""
+"""Annotations: Krippendorff's alpha, joined scores, and the report of all errors."""
 
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -13,8 +14,13 @@ from prefpaint_jax.data import agreement, annotations, masks
 CRITERIA = ("structure", "texture", "overall")
 
 
-def write_pictures(folder, names, size=8, whole=True):
-  """Masks, pictures (whole, or with the hole black) and candidates {image id: how many}."""
+def write_images(folder, names, size=8, whole=True):
+  """Writes masks, images and candidates.
+
+  Args:
+    names: {image ID: number of candidates}.
+    whole: write whole images; else images with the missing pixels black.
+  """
   for kind in ("masks", "images" if whole else "masks_color", "inpaint"):
     (folder / kind).mkdir(parents=True, exist_ok=True)
   rng = np.random.default_rng(len(names))
@@ -40,8 +46,8 @@ def rating(image_id, k, annotator, *scores):
 
 
 def write_candidates_folder(folder, names, ratings):
-  """A candidates folder of two policies that take turns."""
-  write_pictures(folder, names)
+  """Writes a candidates folder with two policies that take turns."""
+  write_images(folder, names)
   write_lines(
     folder / "prompts.jsonl",
     [
@@ -61,29 +67,32 @@ def write_candidates_folder(folder, names, ratings):
   return folder
 
 
-def faults_of(folder):
-  """The lines of the report without the first, which counts them."""
+def errors_of(folder):
+  """Returns the errors that reading the folder reports, without the line that counts them."""
   with pytest.raises(annotations.BadAnnotations) as error:
     annotations.read_annotations(folder)
-  first, *faults = str(error.value).splitlines()
-  assert first.startswith(f"{folder}: ")
-  return faults
+  first, *errors = str(error.value).splitlines()
+  assert re.fullmatch(
+    rf"\d+ errors in the annotations of {re.escape(str(folder))}\. Fix all of them and rerun:",
+    first,
+  )
+  return errors
 
 
-def test_alpha_is_the_published_one():
+def test_alpha_equals_the_published_value():
   nan = math.nan
   observers = [
     [1, 2, 3, 3, 2, 1, 4, 1, 2, nan, nan, nan],
     [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, nan, 3],
     [nan, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, nan],
     [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, nan],
-  ]  # Krippendorff's four observers of twelve units; alpha 0.849 for interval data
+  ]  # Krippendorff's example of four observers and twelve units: alpha is 0.849 for interval data
   alpha = agreement.krippendorff_alpha(np.transpose(observers))
   assert round(alpha, 3) == 0.849
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_alpha_equals_the_sum_over_all_pairs(seed):
+def test_alpha_equals_a_sum_over_all_pairs_of_ratings(seed):
   rng = np.random.default_rng(seed)
   ratings = np.round(rng.normal(3, 1, (7, 1)) + rng.normal(0, seed / 2 + 0.1, (7, 4)), 1)
   ratings[rng.random(ratings.shape) < 0.3] = np.nan
@@ -97,13 +106,13 @@ def test_alpha_equals_the_sum_over_all_pairs(seed):
   np.testing.assert_allclose(alpha, 1 - observed / expected, rtol=1e-12)
 
 
-def test_alpha_of_full_agreement_is_one_and_of_nothing_is_unknown():
+def test_alpha_is_one_for_full_agreement_and_nan_without_pairs_or_variance():
   assert agreement.krippendorff_alpha([[1, 1], [4, 4], [7, math.nan]]) == 1
-  for nothing in ([[1, math.nan], [math.nan, 2]], [[3, 3], [3, 3]], np.zeros((0, 2))):
-    assert math.isnan(agreement.krippendorff_alpha(nothing))
+  for ratings in ([[1, math.nan], [math.nan, 2]], [[3, 3], [3, 3]], np.zeros((0, 2))):
+    assert math.isnan(agreement.krippendorff_alpha(ratings))
 
 
-def test_annotators_are_averaged_and_criteria_weighted(tmp_path):
+def test_scores_are_averaged_over_annotators_and_criteria_are_weighted(tmp_path):
   ratings = [
     rating("a", 1, "mia", 7, 0, 3),
     rating("a", 0, "mia", 1, 2, 3),
@@ -127,8 +136,8 @@ def test_annotators_are_averaged_and_criteria_weighted(tmp_path):
   np.testing.assert_allclose(read.agreement["combined"], agreement.krippendorff_alpha(pair))
 
 
-def test_released_layout_is_read_flat_and_grouped(tmp_path):
-  write_pictures(tmp_path, {"x_1": 11, "x_2": 2, "x_3": 1}, whole=False)
+def test_released_layout_is_read_from_flat_and_grouped_files(tmp_path):
+  write_images(tmp_path, {"x_1": 11, "x_2": 2, "x_3": 1}, whole=False)
   flat = {"x_1_10": [-0.5, 3], "x_1_2.png": [1.25, 1], "x_2_0": [0.5, 1]}
   grouped = {"x_2": {"x_2_1": [7.5, 2], "x_2_0.png": [0.5, 1]}}
   (tmp_path / "flat.json").write_text(json.dumps(flat, indent=1))
@@ -137,7 +146,7 @@ def test_released_layout_is_read_flat_and_grouped(tmp_path):
   scores = {c.name: c.score for prompt in read.prompts for c in prompt.candidates}
   assert scores == {"x_1_2": 1.25, "x_1_10": -0.5, "x_2_0": 0.5, "x_2_1": 7.5}
   assert list(scores) == ["x_1_2", "x_1_10", "x_2_0", "x_2_1"]  # by number
-  assert [prompt.kind for prompt in read.prompts] == [0, 1]  # seen from the masks
+  assert [prompt.kind for prompt in read.prompts] == [0, 1]  # derived from the masks
   assert read.prompts[0].image == tmp_path / "masks_color" / "x_1_mask_color.png"
   assert all(math.isnan(x) for x in read.prompts[0].candidates[0][3:6])
   assert all(math.isnan(alpha) for alpha in read.agreement.values())
@@ -147,7 +156,7 @@ def test_released_layout_is_read_flat_and_grouped(tmp_path):
 def test_unscored_candidates_and_prompts_are_left_out_and_counted(tmp_path):
   ratings = [rating("b", 1, "mia", 1, 2, 3)]
   folder = write_candidates_folder(tmp_path, {"a": 2, "b": 3}, ratings)
-  (folder / "inpaint" / "a_0.png").unlink()  # what is left out need not be there
+  (folder / "inpaint" / "a_0.png").unlink()  # images that are left out need not exist
   read = annotations.read_annotations(folder)
   assert [[c.name for c in prompt.candidates] for prompt in read.prompts] == [["b_1"]]
   assert read.left_out == {"candidates": 4, "prompts": 1}
@@ -156,7 +165,7 @@ def test_unscored_candidates_and_prompts_are_left_out_and_counted(tmp_path):
     annotations.read_annotations(folder)
 
 
-def test_every_fault_of_a_candidates_folder_is_in_one_report(tmp_path):
+def test_one_report_lists_every_error_of_a_candidates_folder(tmp_path):
   names = dict.fromkeys("abcdef", 2)
   ratings = [rating(name, k, "mia", 1, 2, 3) for name in names for k in range(2)]
   folder = write_candidates_folder(tmp_path, names, ratings)
@@ -184,49 +193,49 @@ def test_every_fault_of_a_candidates_folder_is_in_one_report(tmp_path):
   with (folder / "candidates.jsonl").open("a") as file:
     file.write('{"image_id": "a", "candidate": "a_1", "policy": "base"}\n')
   (folder / "inpaint" / "a_1.png").unlink()
-  picture = folder / "inpaint" / "b_0.png"
-  picture.write_bytes(picture.read_bytes()[:80])
-  (folder / "images" / "c.png").write_text("no picture")
+  candidate = folder / "inpaint" / "b_0.png"
+  candidate.write_bytes(candidate.read_bytes()[:80])
+  (folder / "images" / "c.png").write_text("no image")
   Image.new("L", (8, 9), 255).save(folder / "masks" / "d_mask.png")
   Image.new("L", (8, 8)).save(folder / "masks" / "e_mask.png")
   Image.new("RGB", (9, 8)).save(folder / "inpaint" / "f_1.png")
   at = "annotations.jsonl"
   expected = [
     "prompts.jsonl:7: kind is 'odd'",
-    "prompts.jsonl:8: image id 'a' is in prompts.jsonl:1 too",
-    "candidates.jsonl:13: candidate 'a_1' is in candidates.jsonl:2 too",
+    "prompts.jsonl:8: image id 'a' is also in prompts.jsonl:1",
+    "candidates.jsonl:13: candidate 'a_1' is also in candidates.jsonl:2",
     f"{at}:13: not JSON",
     f"{at}:14: not a JSON object",
     f"{at}:15: missing overall",
     f"{at}:16: unknown image id 'z'",
     f"{at}:17: unknown candidate 'a_9'",
-    f"{at}:18: candidate 'b_0' is not one of image id 'a'",
-    f"{at}:19: structure is 8: give a number from 0 to 7",
-    f"{at}:19: texture is -1: give a number from 0 to 7",
-    f"{at}:19: overall is NaN: give a number from 0 to 7",
-    f'{at}:20: structure is "5": give a number from 0 to 7',
-    f"{at}:20: texture is true: give a number from 0 to 7",
-    f"{at}:20: overall is null: give a number from 0 to 7",
-    f"{at}:21: 'mia' scored 'a_0' in {at}:1 already",
-    f"{at}:22: annotator: give a string",
+    f"{at}:18: candidate 'b_0' does not belong to image id 'a'",
+    f"{at}:19: structure is 8; expected a number from 0 to 7",
+    f"{at}:19: texture is -1; expected a number from 0 to 7",
+    f"{at}:19: overall is NaN; expected a number from 0 to 7",
+    f'{at}:20: structure is "5"; expected a number from 0 to 7',
+    f"{at}:20: texture is true; expected a number from 0 to 7",
+    f"{at}:20: overall is null; expected a number from 0 to 7",
+    f"{at}:21: 'mia' already scored 'a_0' in {at}:1",
+    f"{at}:22: annotator: expected a non-empty string",
     f"{at}:23: not JSON",
     "train.txt:4: unknown image id 'nobody'",
-    "test.txt:2: 'a' is in train.txt:1 too",
+    "test.txt:2: 'a' is also in train.txt:1",
     "candidates.jsonl:13: inpaint/a_1.png: no such file",
-    "candidates.jsonl:3: inpaint/b_0.png: the picture is truncated",
-    "prompts.jsonl:3: images/c.png: not a picture",
+    "candidates.jsonl:3: inpaint/b_0.png: the image is truncated",
+    "prompts.jsonl:3: images/c.png: not an image",
     "prompts.jsonl:4: masks/d_mask.png: the mask is 9x8, its image 8x8",
     "prompts.jsonl:5: masks/e_mask.png: the mask is empty",
-    "candidates.jsonl:12: inpaint/f_1.png is 8x9, its prompt 8x8",
+    "candidates.jsonl:12: inpaint/f_1.png is 8x9, its prompt is 8x8",
   ]
-  found = faults_of(folder)
-  for fault in expected:
-    assert sum(line.startswith(fault) for line in found) == 1, (fault, found)
+  found = errors_of(folder)
+  for message in expected:
+    assert sum(line.startswith(message) for line in found) == 1, (message, found)
   assert len(found) == len(expected), found
 
 
-def test_faults_of_the_released_layout_name_the_line_of_their_key(tmp_path):
-  write_pictures(tmp_path, {"a": 2, "b": 1}, whole=False)
+def test_errors_of_the_released_layout_name_the_line_of_their_key(tmp_path):
+  write_images(tmp_path, {"a": 2, "b": 1}, whole=False)
   (tmp_path / "masks_color" / "b_mask_color.png").unlink()
   (tmp_path / "flat.json").write_text(
     '{"a_0": [1.0, 1],\n"a_1": [NaN, 2],\n"c_0": [1, 1],\n"a_7": [1, 1],\n"b_0": [2, 1],\n'
@@ -234,37 +243,37 @@ def test_faults_of_the_released_layout_name_the_line_of_their_key(tmp_path):
   )
   (tmp_path / "grouped.json").write_text('{"a":\n{"b_0": [2, 1],\n"a_0": [9, 1]}}')
   (tmp_path / "torn.json").write_text('{"a_0":\n[1,')
-  found = faults_of(tmp_path)
+  found = errors_of(tmp_path)
   expected = [
     "flat.json:2: 'a_1' is not [score, rank]",
     "flat.json:3: unknown image id 'c'",
     "flat.json:4: unknown candidate 'a_7'",
     "flat.json:6: 'a_1' is not [score, rank]",
     "flat.json:7: 'a_0' has another score in flat.json:1",
-    "grouped.json:2: candidate 'b_0' is not one of image id 'a'",
+    "grouped.json:2: candidate 'b_0' does not belong to image id 'a'",
     "grouped.json:3: 'a_0' has another score in flat.json:1",
     "torn.json:2: not JSON",
     "flat.json:5: masks_color/b_mask_color.png: no such file",
   ]
   assert len(found) == len(expected), found
-  for line, fault in zip(found, expected, strict=True):
-    assert line.startswith(fault)
+  for line, message in zip(found, expected, strict=True):
+    assert line.startswith(message)
 
 
-def test_a_long_report_is_cut_and_says_by_how_much(tmp_path):
+def test_a_report_lists_at_most_fifty_errors_and_counts_the_others(tmp_path):
   ratings = [rating("a", 0, f"rater {i}", 9, 2, 3) for i in range(60)]
-  found = faults_of(write_candidates_folder(tmp_path, {"a": 1}, ratings))
+  found = errors_of(write_candidates_folder(tmp_path, {"a": 1}, ratings))
   assert len(found) == 51 and found[-1] == "and 10 more"
 
 
-def test_mistakes_about_the_folder_end_in_one_line(tmp_path):
+def test_errors_about_the_folder_are_one_line(tmp_path):
   def expect(pattern, *arguments):
     with pytest.raises(ValueError, match=pattern) as error:
       annotations.read_annotations(*arguments)
     assert "\n" not in str(error.value)
 
   expect("no such folder", tmp_path / "gone")
-  expect("neither annotations.jsonl nor JSON files", tmp_path)
+  expect("contains neither annotations.jsonl nor JSON files", tmp_path)
   for weights in ({"structure": 1}, dict.fromkeys(CRITERIA, 0), dict.fromkeys(CRITERIA, -1)):
     expect("weights are", tmp_path, weights)
   folder = write_candidates_folder(tmp_path, {"a": 1}, [])

@@ -1,4 +1,4 @@
-"""Pictures and masks: what is read is what PIL says, and what is wrong is said in one line."""
+"""Images and masks: loading equals PIL, and an error is one line that names the source."""
 
 import io
 
@@ -26,7 +26,7 @@ def message(error):
   return text
 
 
-def test_path_pil_and_arrays_give_the_same_image(tmp_path, photo):
+def test_paths_pil_images_and_arrays_load_to_the_same_image(tmp_path, photo):
   expected = photo.astype(np.float32) / 255
   path = save(tmp_path / "photo.png", photo)
   for source in (path, str(path), Image.fromarray(photo), photo, expected, jnp.asarray(photo)):
@@ -35,7 +35,7 @@ def test_path_pil_and_arrays_give_the_same_image(tmp_path, photo):
     np.testing.assert_array_equal(loaded, expected)
 
 
-def test_grey_is_repeated_and_palettes_are_looked_up(photo):
+def test_grey_is_repeated_and_palettes_are_converted_to_rgb(photo):
   grey = Image.fromarray(photo[..., 0])
   np.testing.assert_array_equal(
     images.load_image(grey), np.repeat(photo[..., :1], 3, -1).astype(np.float32) / 255
@@ -47,7 +47,7 @@ def test_grey_is_repeated_and_palettes_are_looked_up(photo):
   )
 
 
-def test_sixteen_bits_keep_their_depth(tmp_path):
+def test_sixteen_bit_values_keep_their_precision(tmp_path):
   ramp = np.linspace(0, 65535, 240).astype(np.uint16).reshape(12, 20)
   path = save(tmp_path / "deep.png", ramp)
   for source in (path, ramp):
@@ -68,7 +68,7 @@ def test_transparent_pixels_are_white_in_images_and_known_in_masks(photo):
 
 def test_exif_orientation_is_applied(tmp_path, photo):
   exif = Image.Exif()
-  exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
+  exif[0x0112] = 6  # 6 = rotate the stored pixels by 90 degrees clockwise
   path = save(tmp_path / "turned.png", photo, exif=exif)
   expected = np.rot90(photo, -1).astype(np.float32) / 255
   np.testing.assert_array_equal(images.load_image(path), expected)
@@ -76,7 +76,7 @@ def test_exif_orientation_is_applied(tmp_path, photo):
     np.testing.assert_array_equal(images.load_image(opened), expected)
 
 
-def test_mask_is_one_from_half_white_on():
+def test_mask_is_one_for_pixels_of_at_least_half_white():
   values = np.array([[0, 127, 128, 255]], np.uint8)
   for source in (values, Image.fromarray(values), values / 255.0, values[..., None], values > 127):
     mask = images.load_mask(source)
@@ -84,14 +84,14 @@ def test_mask_is_one_from_half_white_on():
     np.testing.assert_array_equal(mask, np.array([0, 0, 1, 1]).reshape(1, 4, 1))
 
 
-def test_missing_folder_not_a_picture_and_truncated_files_are_named(tmp_path, photo):
+def test_files_that_are_missing_not_images_or_truncated_are_named(tmp_path, photo):
   with pytest.raises(ValueError, match=r"gone\.png: no such file"):
     images.load_image(tmp_path / "gone.png")
   with pytest.raises(ValueError, match="folder"):
     images.load_image(tmp_path)
   text = tmp_path / "text.png"
-  text.write_text("not a picture")
-  with pytest.raises(ValueError, match=r"text\.png: not a picture"):
+  text.write_text("not an image")
+  with pytest.raises(ValueError, match=r"text\.png: not an image"):
     images.load_image(text)
   for suffix in ("png", "jpg"):
     whole = save(tmp_path / f"whole.{suffix}", np.tile(photo, (20, 20, 1)))
@@ -102,7 +102,7 @@ def test_missing_folder_not_a_picture_and_truncated_files_are_named(tmp_path, ph
     message(error)
 
 
-def test_masks_of_another_size_empty_or_full_are_named(tmp_path):
+def test_masks_of_another_size_and_empty_or_full_masks_are_named(tmp_path):
   blank = np.zeros((12, 20), np.uint8)
   holed = blank.copy()
   holed[3:5] = 255
@@ -128,14 +128,15 @@ def test_masks_of_another_size_empty_or_full_are_named(tmp_path):
     (np.zeros((0, 4, 3), np.uint8), "shape"),
   ],
 )
-def test_wrong_arrays_are_refused(array, expected):
+def test_arrays_of_wrong_range_dtype_or_shape_are_refused(array, expected):
   with pytest.raises(ValueError, match=expected) as error:
     images.load_image(array)
   message(error)
 
 
-def test_resize_agrees_with_pil_to_its_eight_bits():
-  photo = np.random.default_rng(0).integers(80, 176, (12, 20, 3), np.uint8)  # no overshoot to clip
+def test_resizing_equals_pil_to_eight_bits():
+  # The narrow range of values avoids clipped overshoot.
+  photo = np.random.default_rng(0).integers(80, 176, (12, 20, 3), np.uint8)
   image = photo.astype(np.float32) / 255
   for size in ((6, 7), (24, 40)):
     ours = images.resize_image(image, size)
@@ -145,21 +146,21 @@ def test_resize_agrees_with_pil_to_its_eight_bits():
   assert images.resize_image(image, (12, 20)) is image
 
 
-def test_resize_stays_in_range_where_the_kernel_overshoots():
+def test_resizing_clips_the_overshoot_of_the_filter():
   edge = np.zeros((16, 16, 3), np.float32)
   edge[:, 8:] = 1
   larger = images.resize_image(edge, (40, 40))
   assert larger.min() == 0 and larger.max() == 1
 
 
-def test_resized_mask_agrees_with_pil_nearest():
+def test_resizing_a_mask_equals_nearest_neighbour_in_pil():
   mask = (np.random.default_rng(1).random((12, 20, 1)) < 0.5).astype(np.float32)
   for size in ((6, 8), (12, 20), (32, 44)):
-    picture = Image.fromarray(mask[..., 0]).resize(size[::-1], Image.Resampling.NEAREST)
-    np.testing.assert_array_equal(images.resize_mask(mask, size)[..., 0], np.asarray(picture))
+    expected = Image.fromarray(mask[..., 0]).resize(size[::-1], Image.Resampling.NEAREST)
+    np.testing.assert_array_equal(images.resize_mask(mask, size)[..., 0], np.asarray(expected))
 
 
-def test_paste_back_keeps_known_pixels_bit_for_bit():
+def test_paste_back_keeps_known_pixels_bit_identical():
   rng = np.random.default_rng(2)
   image, result = rng.random((2, 3, 8, 8, 3)).astype(np.float32)
   mask = (rng.random((3, 8, 8, 1)) < 0.5).astype(np.float32)
@@ -169,7 +170,7 @@ def test_paste_back_keeps_known_pixels_bit_for_bit():
   np.testing.assert_array_equal(on_device, expected)
 
 
-def test_an_opened_picture_of_bytes_loads(photo):
+def test_a_pil_image_opened_from_bytes_loads(photo):
   file = io.BytesIO()
   Image.fromarray(photo).save(file, "png")
   np.testing.assert_array_equal(images.load_image(Image.open(file)), photo.astype(np.float32) / 255)

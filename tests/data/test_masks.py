@@ -1,4 +1,4 @@
-"""Masks: always usable, the same for the same seed, and of the kind they were drawn as."""
+"""Masks: never empty or full, equal for equal seeds, and of the kind that was drawn."""
 
 import subprocess
 import sys
@@ -26,12 +26,12 @@ def test_masks_are_binary_neither_empty_nor_full_and_of_their_kind(name, size):
     mask = draw(seed, *size)
     assert mask.shape == (*size, 1) and mask.dtype == np.float32
     assert set(np.unique(mask)) == {0.0, 1.0}
-    # A brush leaves what looks like any other holes.
+    # mask_kind cannot tell brush strokes from holes.
     assert masks.mask_kind(mask) == (masks.WARPING if kind == masks.BRUSH else kind)
 
 
 @pytest.mark.parametrize("draw", RANGED.values())
-def test_even_the_smallest_picture_keeps_something_and_misses_something(draw):
+def test_the_smallest_masks_have_known_and_missing_pixels(draw):
   for size in [(2, 2), (2, 7), (5, 3)]:
     for seed in range(50):
       for missing in [(0.01, 0.02), (0.98, 0.99), (0.1, 0.9)]:
@@ -39,7 +39,7 @@ def test_even_the_smallest_picture_keeps_something_and_misses_something(draw):
 
 
 @pytest.mark.parametrize("name", masks.DRAW)
-def test_same_seed_same_mask_and_other_seeds_other_masks(name):
+def test_equal_seeds_draw_equal_masks_and_other_seeds_other_masks(name):
   _, draw = masks.DRAW[name]
   np.testing.assert_array_equal(draw(7, 32, 32), draw(7, 32, 32))
   np.testing.assert_array_equal(draw(7, 32, 32), draw(np.random.default_rng(7), 32, 32))
@@ -48,29 +48,29 @@ def test_same_seed_same_mask_and_other_seeds_other_masks(name):
 
 @pytest.mark.parametrize("name", RANGED)
 @pytest.mark.parametrize("missing", [(0.05, 0.1), (0.15, 0.4), (0.6, 0.8)])
-def test_the_missing_share_is_drawn_from_its_range(name, missing):
+def test_the_share_of_missing_pixels_covers_its_range(name, missing):
   shares = [RANGED[name](seed, 60, 80, missing=missing).mean() for seed in range(50)]
-  step = 0 if name == "brush" else 1 / 60  # whole rows and columns only
+  step = 0 if name == "brush" else 1 / 60  # the others have whole rows and columns
   assert missing[0] - step - 1e-3 <= min(shares) and max(shares) <= missing[1] + step + 1e-3
   third = (missing[1] - missing[0]) / 3
   assert min(shares) < missing[0] + third and max(shares) > missing[1] - third
 
 
-def test_outpainting_keeps_one_rectangle_cropped_on_any_sides():
+def test_outpainting_keeps_one_rectangle_and_covers_all_combinations_of_sides():
   sides = set()
   for seed in range(300):
     known = masks.outpainting_mask(seed, 64, 64)[..., 0] == 0
     window = ndimage.find_objects(known.astype(int))[0]
     assert known[window].all()
     sides.add(tuple((s.start > 0, s.stop < 64) for s in window))
-  assert len(sides) == 15  # every way to crop some of four sides
+  assert len(sides) == 15  # all non-empty subsets of four sides
 
 
 @pytest.mark.parametrize(
   "sides, ways",
   [(["left"], 1), (["top", "bottom"], 3), (["right", "bottom"], 3)],
 )
-def test_outpainting_crops_only_the_sides_it_may(sides, ways):
+def test_outpainting_removes_pixels_only_at_the_given_sides(sides, ways):
   seen = set()
   for seed in range(300):
     mask = masks.outpainting_mask(seed, 50, 64, sides=sides)[..., 0]
@@ -79,22 +79,23 @@ def test_outpainting_crops_only_the_sides_it_may(sides, ways):
   assert len(seen) == ways and frozenset().union(*seen) == set(sides)
 
 
-def test_boxes_and_brushes_reach_every_part_of_the_picture():
+@pytest.mark.slow
+def test_boxes_and_brush_strokes_reach_every_pixel():
   for draw in (masks.box_mask, masks.brush_mask):
     mean = np.mean([draw(seed, 24, 32) for seed in range(300)], axis=0)
     assert mean.min() > 0 and mean.max() < 0.8
 
 
-def test_brush_strokes_are_as_wide_as_a_brush():
+def test_brush_strokes_have_the_width_of_a_brush():
   for seed in range(20):
     mask = masks.brush_mask(seed, 128, 128)[..., 0] > 0
-    # The thinnest brush has a radius of 3.2; only the last disc may be cut off.
+    # The smallest radius is 3.2 pixels; only the last disc may be incomplete.
     opened = ndimage.binary_opening(np.pad(mask, 8, mode="edge"), np.ones((3, 3)))[8:-8, 8:-8]
     assert (mask & ~opened).mean() < 0.004
     assert ndimage.distance_transform_edt(mask).max() < 40
 
 
-def test_warping_leaves_an_edge_band_and_holes_apart_from_it():
+def test_warping_masks_have_a_band_at_one_edge_and_inner_holes():
   inner, shares = [], []
   for seed in range(200):
     mask = masks.warping_mask(seed, 64, 64)[..., 0]
@@ -108,7 +109,7 @@ def test_warping_leaves_an_edge_band_and_holes_apart_from_it():
   assert min(shares) >= 0.08 and max(shares) <= 0.55
 
 
-def test_an_unknown_mask_is_named_after_its_rectangle():
+def test_the_kind_of_a_mask_follows_from_its_rectangle():
   mask = np.zeros((8, 9, 1))
   mask[2:5, 3:6] = 1
   assert masks.mask_kind(mask) == masks.BOX
@@ -120,7 +121,7 @@ def test_an_unknown_mask_is_named_after_its_rectangle():
   assert masks.mask_kind(half) == masks.OUTPAINTING
 
 
-def test_what_cannot_be_drawn_is_refused():
+def test_invalid_sizes_shares_and_sides_are_refused():
   for _, draw in masks.DRAW.values():
     with pytest.raises(ValueError, match="1x8"):
       draw(0, 1, 8)
@@ -133,7 +134,7 @@ def test_what_cannot_be_drawn_is_refused():
       masks.outpainting_mask(0, 8, 8, sides=sides)
 
 
-def test_the_command_draws_a_row_of_each_kind(tmp_path):
+def test_the_command_writes_a_row_for_each_kind(tmp_path):
   photo, output = tmp_path / "photo.png", tmp_path / "sheet.png"
   noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
   Image.fromarray(noise).save(photo)

@@ -1,4 +1,4 @@
-"""Preferences: read back as people gave them, split without leaks, fed in one order to everyone."""
+"""Preferences: reading equals the scores as given; splits; the order of batches; errors."""
 
 import json
 import runpy
@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 from scipy import stats
-from test_annotations import CRITERIA, rating, write_candidates_folder, write_pictures
+from test_annotations import CRITERIA, rating, write_candidates_folder, write_images
 
 from prefpaint_jax.data import (
   annotations,
@@ -33,7 +33,7 @@ def pixels(file):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-  """Fourteen prompts of two to four candidates, scored by two people; the last two are tests."""
+  """Fourteen prompts with 2 to 4 candidates and two annotators; the last two are for testing."""
   rng = np.random.default_rng(0)
   ratings = [
     rating(name, k, annotator, *rng.integers(0, 8, 3).tolist())
@@ -53,18 +53,18 @@ def built(source, tmp_path_factory):
   return folder
 
 
-def people(source):
-  """{candidate: [what each said, the three criteria]}"""
-  said = {}
+def scores_of(source):
+  """Returns {candidate: scores [annotators, criteria]} of annotations.jsonl."""
+  given = {}
   for line in (source / "annotations.jsonl").read_text().splitlines():
     row = json.loads(line)
-    said.setdefault(row["candidate"], []).append([row[name] for name in CRITERIA])
-  return {name: np.array(scores, float) for name, scores in said.items()}
+    given.setdefault(row["candidate"], []).append([row[name] for name in CRITERIA])
+  return {name: np.array(scores, float) for name, scores in given.items()}
 
 
-def test_what_is_read_is_what_was_put_in(source, built):
-  said, weights = people(source), [WEIGHTS[name] for name in CRITERIA]
-  raw = {name: scores.mean(0) @ weights for name, scores in said.items()}
+def test_reading_returns_the_images_and_scores_of_the_source(source, built):
+  given, weights = scores_of(source), [WEIGHTS[name] for name in CRITERIA]
+  raw = {name: scores.mean(0) @ weights for name, scores in given.items()}
   train = [raw[f"{name}_{k}"] for name in list(NAMES)[:12] for k in range(NAMES[name])]
   seen = []
   for split, number in (("train", 12), ("test", 2)):
@@ -94,8 +94,8 @@ def test_what_is_read_is_what_was_put_in(source, built):
     opened[2]
 
 
-def test_stock_tfds_reads_every_feature(source, built):
-  said = people(source)
+def test_tfds_reads_every_feature(source, built):
+  given = scores_of(source)
   builder = tfds.builder_from_directory(built / "preferences" / "1.0.0")
   for record in builder.as_data_source(split="train"):
     id_, candidates = record["id"].decode(), record["candidates"]
@@ -107,13 +107,13 @@ def test_stock_tfds_reads_every_feature(source, built):
     assert record["source"] == b"photos"
     np.testing.assert_array_equal(record["image"], pixels(source / f"images/{id_}.png"))
     for index, name in enumerate(CRITERIA):
-      np.testing.assert_allclose(candidates[name], [said[n].mean(0)[index] for n in names])
+      np.testing.assert_allclose(candidates[name], [given[n].mean(0)[index] for n in names])
     scores = np.array(candidates["score"])
     np.testing.assert_array_equal(candidates["rank"], stats.rankdata(-scores, method="min"))
     assert list(candidates["annotators"]) == [2] * len(names)
 
 
-def test_ranks_are_those_of_scipy_and_forgive_rounding():
+def test_ranks_equal_scipy_and_ignore_rounding():
   rng = np.random.default_rng(0)
   for _ in range(50):
     scores = rng.integers(0, 5, rng.integers(1, 7)) / 3
@@ -123,7 +123,7 @@ def test_ranks_are_those_of_scipy_and_forgive_rounding():
     np.testing.assert_array_equal(preference_records.ranks(noisy), expected)
 
 
-def test_metadata_says_what_was_built(built):
+def test_metadata_describes_the_dataset(built):
   metadata = preferences.read_metadata(built)
   assert metadata == preferences.read_metadata(built / "preferences" / "1.0.0")
   opened = preferences.open_preferences(built, "train")
@@ -144,9 +144,9 @@ def test_metadata_says_what_was_built(built):
 
 def test_released_layout_is_built_from_its_combined_scores(tmp_path):
   source = tmp_path / "source"
-  write_pictures(source, {"a": 3, "b": 3}, whole=False)
-  said = {"a": {"a_0": [1.5, 2], "a_1": [-2, 3], "a_2": [4, 1]}, "b": {"b_1.png": [0.5, 1]}}
-  (source / "scores.json").write_text(json.dumps(said))
+  write_images(source, {"a": 3, "b": 3}, whole=False)
+  scores = {"a": {"a_0": [1.5, 2], "a_1": [-2, 3], "a_2": [4, 1]}, "b": {"b_1.png": [0.5, 1]}}
+  (source / "scores.json").write_text(json.dumps(scores))
   (source / "test.txt").write_text("b\n")
   preference_records.build_preferences(source, tmp_path)
   (train,) = preferences.open_preferences(tmp_path, "train")
@@ -160,7 +160,7 @@ def test_released_layout_is_built_from_its_combined_scores(tmp_path):
   assert preferences.read_metadata(tmp_path)["alpha"]["overall"] is None
 
 
-def test_without_lists_crops_of_one_picture_share_a_split(source, tmp_path):
+def test_without_lists_crops_of_one_image_share_a_split(source, tmp_path):
   names = {f"{i}": 1 for i in range(60)}
   ratings = [rating(name, 0, "mia", i % 7, 1, 2) for i, name in enumerate(names)]
   folder = write_candidates_folder(tmp_path / "source", names, ratings)
@@ -179,7 +179,7 @@ def test_without_lists_crops_of_one_picture_share_a_split(source, tmp_path):
   assert 6 <= list(split_of.values()).count("test") <= 33  # 18 expected
 
 
-def test_lists_are_the_splits_and_others_are_left_out(source, tmp_path):
+def test_lists_define_the_splits_and_unlisted_prompts_are_left_out(source, tmp_path):
   read = annotations.read_annotations(source)
   both = read._replace(lists={"train": frozenset({"p1", "p5"}), "test": frozenset({"p0"})})
   splits = preference_records.assign_splits(both, 0.5)
@@ -198,7 +198,7 @@ def test_size_resizes_and_keeps_the_hole_black(built):
   np.testing.assert_array_equal(same["candidates"], stored["candidates"])
 
 
-def test_batches_are_padded_and_say_so(built):
+def test_batches_are_padded_and_mark_the_padding(built):
   opened = preferences.open_preferences(built, "train")
   batch = next(preferences.preference_loader(opened, batch_size=6, seed=0, shuffle=False))
   shapes = {name: value.shape for name, value in batch.items()}
@@ -213,7 +213,7 @@ def test_batches_are_padded_and_say_so(built):
     assert not batch["scores"][row, count:].any() and not batch["candidates"][row, count:].any()
 
 
-def test_two_processes_see_halves_of_the_global_batches_in_the_order_of_prompts(built):
+def test_two_processes_read_the_halves_of_each_batch_in_the_order_of_the_prompt_loader(built):
   opened = preferences.open_preferences(built, "train")
   whole = preferences.preference_loader(opened, batch_size=4, seed=5)
   parts = [preferences.preference_loader(opened, 4, 5, index, 2) for index in range(2)]
@@ -222,7 +222,7 @@ def test_two_processes_see_halves_of_the_global_batches_in_the_order_of_prompts(
     batch_size=4,
     seed=5,
   )
-  for _ in range(7):  # over the ends of epochs
+  for _ in range(7):  # more than two epochs
     expected, halves = next(whole), [next(part) for part in parts]
     assert expected["id"].tolist() == next(order)["id"].tolist()
     for index, half in enumerate(halves):
@@ -230,7 +230,7 @@ def test_two_processes_see_halves_of_the_global_batches_in_the_order_of_prompts(
         np.testing.assert_array_equal(value, expected[name][2 * index : 2 * index + 2])
 
 
-def test_resumed_loader_goes_on_exactly(built):
+def test_a_restored_loader_continues_exactly(built):
   opened = preferences.open_preferences(built, "train")
   loader = preferences.preference_loader(opened, batch_size=5, seed=1)
   for _ in range(3):
@@ -256,7 +256,7 @@ def test_building_and_reading_import_no_tensorflow_and_annotations_no_jax(source
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_main_reports_what_it_built_or_all_that_is_wrong(source, tmp_path, capsys):
+def test_main_prints_the_metadata_or_all_errors(source, tmp_path, capsys):
   config = runpy.run_path(str(CONFIG))["get_config"]()
   with pytest.raises(ValueError, match=r"config\.source is empty"):
     preferences.main(config, tmp_path)
@@ -264,8 +264,8 @@ def test_main_reports_what_it_built_or_all_that_is_wrong(source, tmp_path, capsy
   preferences.main(config, tmp_path)
   report = capsys.readouterr().out
   metadata = preferences.read_metadata(tmp_path)
-  for told in (f"{metadata['mean']:.3f}", f"{metadata['alpha']['texture']:.3f}", str(tmp_path)):
-    assert told in report
+  for text in (f"{metadata['mean']:.3f}", f"{metadata['alpha']['texture']:.3f}", str(tmp_path)):
+    assert text in report
   assert (tmp_path / "config.json").is_file()
   ratings = [rating("a", 0, "mia", 9, 9, 1)]
   config.source = str(write_candidates_folder(tmp_path / "bad", {"a": 1}, ratings))
@@ -275,20 +275,20 @@ def test_main_reports_what_it_built_or_all_that_is_wrong(source, tmp_path, capsy
   assert not (tmp_path / "other").exists()
 
 
-def test_mistakes_end_in_one_line(source, built, tmp_path):
+def test_errors_are_one_line(source, built, tmp_path):
   def expect(pattern, function, *arguments, **options):
     with pytest.raises(ValueError, match=pattern) as error:
       function(*arguments, **options)
     assert "\n" not in str(error.value)
 
-  expect("there already", preference_records.build_preferences, source, built)
+  expect("already contains preferences", preference_records.build_preferences, source, built)
   expect("test_share is 1", preference_records.build_preferences, source, tmp_path, test_share=1)
-  expect("holds 0 data sets", preferences.open_preferences, tmp_path, "train")
-  expect("has no split 'valid': it has", preferences.open_preferences, built, "valid")
+  expect("contains 0 datasets", preferences.open_preferences, tmp_path, "train")
+  expect("has no split 'valid'; it has", preferences.open_preferences, built, "valid")
   same = write_candidates_folder(
     tmp_path, {"a": 2}, [rating("a", k, "mia", 1, 2, 3) for k in range(2)]
   )
-  expect("they prefer nothing", preference_records.build_preferences, same, tmp_path)
+  expect("express no preference", preference_records.build_preferences, same, tmp_path)
   (same / "train.txt").write_text("")
   expect("none of 1 prompts is for training", preference_records.build_preferences, same, tmp_path)
   opened = preferences.open_preferences(built, "train")

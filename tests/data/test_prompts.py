@@ -1,4 +1,4 @@
-"""Prompts: written and opened in every layout, fed in one order to everyone."""
+"""Prompts: writing and opening in every layout, and the order of batches."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from prefpaint_jax.data.drawn_prompts import DrawnPrompts
 
 @pytest.fixture(scope="module")
 def photos_dir(tmp_path_factory):
-  """Two photos whose red channel tells the column and whose green channel tells the row."""
+  """Two photographs: red is the column, green is the row, blue is noise."""
   folder = tmp_path_factory.mktemp("photos")
   rng = np.random.default_rng(0)
   rows, columns = np.mgrid[:90, :200].astype(np.uint8)
@@ -34,7 +34,7 @@ def built(photos_dir, tmp_path_factory):
 
 @pytest.fixture
 def released(tmp_path):
-  """A folder of picture files: a, b with the hole blacked, c whole; c is larger."""
+  """A folder of image files: a and b with the missing pixels black; c whole and larger."""
   for name in ("masks", "masks_color", "images"):
     (tmp_path / name).mkdir()
   rng = np.random.default_rng(1)
@@ -52,7 +52,7 @@ def released(tmp_path):
 
 
 class Numbered:
-  """A sequence of n tiny prompts that say their own index."""
+  """A sequence of tiny prompts; the ID and the pixels of a prompt are its index."""
 
   def __init__(self, number):
     self.number = number
@@ -69,7 +69,7 @@ def ids(batch):
   return batch["id"].astype(int).tolist()
 
 
-def test_what_is_opened_is_what_was_drawn(built, photos_dir):
+def test_opened_prompts_equal_the_drawn_prompts(built, photos_dir):
   for split, number in (("train", 12), ("test", 6)):
     opened = prompts.open_prompts(built, split)
     kinds = {"outpainting": 1, "holes": 1}
@@ -83,9 +83,7 @@ def test_what_is_opened_is_what_was_drawn(built, photos_dir):
     assert all(masks.mask_kind(p["mask"]) == p["kind"] for p in opened)
 
 
-def test_building_twice_gives_the_same_prompts_and_never_mixes_two_sets(
-  built, photos_dir, tmp_path
-):
+def test_building_is_deterministic_and_never_overwrites_a_dataset(built, photos_dir, tmp_path):
   prompts.build_prompts(tmp_path, photos_dir, num_train=12, num_test=6, size=16)
   for split in examples.SPLITS:
     again, before = prompts.open_prompts(tmp_path, split), prompts.open_prompts(built, split)
@@ -94,7 +92,7 @@ def test_building_twice_gives_the_same_prompts_and_never_mixes_two_sets(
       np.testing.assert_array_equal(ours["image"], theirs["image"])
       np.testing.assert_array_equal(ours["mask"], theirs["mask"])
   assert [path.name for path in tmp_path.iterdir()] == ["prompts"]
-  with pytest.raises(ValueError, match="there already"):
+  with pytest.raises(ValueError, match="already contains prompts"):
     prompts.build_prompts(tmp_path, photos_dir, num_train=2, num_test=2, size=16)
 
 
@@ -107,7 +105,7 @@ def test_building_and_reading_import_no_tensorflow(built):
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_embedded_set_is_complete_and_balanced():
+def test_the_embedded_prompts_are_complete_and_balanced():
   for split in examples.SPLITS:
     opened = prompts.open_prompts("mini", split)
     assert len(opened) >= 512
@@ -120,10 +118,10 @@ def test_the_embedded_set_is_complete_and_balanced():
   assert opened[-1]["id"] == opened[len(opened) - 1]["id"]
 
 
-def test_folder_of_pictures_opens_with_and_without_lists(released):
+def test_a_folder_of_image_files_opens_with_and_without_lists(released):
   everything = prompts.open_prompts(released, "train")
   assert [p["id"] for p in everything] == ["a", "b", "c"]
-  assert [p["kind"] for p in everything] == [0, 1, 0]  # seen from the masks
+  assert [p["kind"] for p in everything] == [0, 1, 0]  # derived from the masks
   for prompt in everything:
     hole = prompt["mask"][..., 0] == 1
     assert (prompt["image"][~hole] > 0).all()
@@ -136,7 +134,7 @@ def test_folder_of_pictures_opens_with_and_without_lists(released):
   assert [p["id"] for p in elsewhere] == ["c", "a"]
 
 
-def test_kinds_are_those_of_the_list_where_there_is_one(released):
+def test_kinds_come_from_prompts_jsonl_if_it_exists(released):
   kinds = [{"image_id": "a", "kind": "brush"}, {"image_id": "c", "kind": "box", "source": "x"}]
   (released / "prompts.jsonl").write_text("\n".join(map(json.dumps, kinds)))
   opened = prompts.open_prompts(released, "train")
@@ -146,7 +144,7 @@ def test_kinds_are_those_of_the_list_where_there_is_one(released):
     prompts.open_prompts(released, "train")
 
 
-def test_pictures_open_as_prompts_drawn_from_them(photos_dir, tmp_path):
+def test_images_open_as_prompts_drawn_from_them(photos_dir, tmp_path):
   for i in range(20):
     shutil.copy(photos_dir / "one.png", tmp_path / f"{i}.png")
   opened = {split: prompts.open_prompts(tmp_path, split, 16) for split in examples.SPLITS}
@@ -156,11 +154,11 @@ def test_pictures_open_as_prompts_drawn_from_them(photos_dir, tmp_path):
   assert abs(kinds.count("outpainting") - kinds.count("warping")) <= 1
   mixture = prompts.open_prompts(f"3*{tmp_path},{tmp_path}", "train", (12, 16))
   assert mixture[0]["image"].shape == (12, 16, 3)
-  with pytest.raises(ValueError, match="holds pictures: give the size"):
+  with pytest.raises(ValueError, match="contains images; give the size"):
     prompts.open_prompts(tmp_path, "train")
 
 
-def test_size_resizes_on_the_fly(released, built):
+def test_size_resizes_images_and_masks(released, built):
   for source in (released, built):
     for prompt in prompts.open_prompts(source, "test", size=20):
       assert prompt["image"].shape == (20, 20, 3) and prompt["mask"].shape == (20, 20, 1)
@@ -168,10 +166,10 @@ def test_size_resizes_on_the_fly(released, built):
   assert prompts.open_prompts(released, "test", size=(20, 12))[0]["image"].shape == (20, 12, 3)
 
 
-def test_mistakes_in_folders_end_in_one_line(released, built, tmp_path_factory):
-  empty, pictures_only = tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("pictures")
-  shutil.copytree(built, pictures_only, dirs_exist_ok=True)
-  features = next(pictures_only.rglob("features.json"))
+def test_errors_about_folders_are_one_line(released, built, tmp_path_factory):
+  empty, images_only = tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("pictures")
+  shutil.copytree(built, images_only, dirs_exist_ok=True)
+  features = next(images_only.rglob("features.json"))
   kept = json.loads(features.read_text())
   kept["featuresDict"]["features"] = {"image": kept["featuresDict"]["features"]["image"]}
   features.write_text(json.dumps(kept))
@@ -182,9 +180,9 @@ def test_mistakes_in_folders_end_in_one_line(released, built, tmp_path_factory):
     assert "\n" not in str(error.value)
 
   expect("not a folder", released / "gone")
-  expect(r"no \.jpg, .* in it", empty)
-  expect("has no id, kind, mask: .*say tfds:", pictures_only)
-  expect("has no split 'valid': it has", built, "valid")
+  expect(r"contains no \.jpg, ", empty)
+  expect("has no id, kind, mask; give tfds:", images_only)
+  expect("has no split 'valid'; it has", built, "valid")
   expect(r"mine\.txt: no such list", f"{released}:mine.txt")
   (released / "train.txt").write_text("\n")
   expect(r"train\.txt: the list of prompts is empty", released)
@@ -207,7 +205,7 @@ def test_every_epoch_has_every_prompt_once_in_a_new_order():
   assert [ids(next(plain)) for _ in range(4)][3] == [0, 1, 2, 3]
 
 
-def test_batches_have_their_shapes_and_depend_on_the_seed_alone():
+def test_batches_have_their_shapes_and_depend_only_on_the_seed():
   def first(seed):
     return next(prompts.prompt_loader(Numbered(10), batch_size=4, seed=seed))
 
@@ -218,25 +216,25 @@ def test_batches_have_their_shapes_and_depend_on_the_seed_alone():
   assert ids(first(0)) == ids(batch) != ids(first(1))
 
 
-def test_batches_of_one_are_fed():
+def test_batches_of_one_work():
   loader = prompts.prompt_loader(Numbered(3), batch_size=1, seed=0)
   assert sorted(ids(next(loader))[0] for _ in range(3)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("process_count", [2, 4])
-def test_processes_together_see_the_global_batches(process_count):
+def test_processes_together_read_the_global_batches(process_count):
   whole = prompts.prompt_loader(Numbered(10), batch_size=8, seed=5)
   parts = [
     prompts.prompt_loader(Numbered(10), 8, 5, process_index=index, process_count=process_count)
     for index in range(process_count)
   ]
-  for _ in range(5):  # over the ends of epochs
+  for _ in range(5):  # more than one epoch
     expected = ids(next(whole))
     batches = [ids(next(part)) for part in parts]
     assert [number for batch in batches for number in batch] == expected
 
 
-def test_resumed_loader_goes_on_exactly():
+def test_a_restored_loader_continues_exactly():
   def fresh():
     return prompts.prompt_loader(Numbered(10), batch_size=4, seed=1)
 
@@ -250,7 +248,7 @@ def test_resumed_loader_goes_on_exactly():
   assert [ids(next(resumed)) for _ in range(6)] == rest
 
 
-def test_mistakes_in_batches_end_in_one_line(released):
+def test_errors_about_batches_are_one_line(released):
   with pytest.raises(ValueError, match="multiple of 3"):
     prompts.prompt_loader(Numbered(10), batch_size=4, seed=0, process_count=3)
   with pytest.raises(ValueError, match="10 prompts are fewer than batch_size 16"):
@@ -261,7 +259,7 @@ def test_mistakes_in_batches_end_in_one_line(released):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_embedded_prompts_are_what_their_photographs_and_seed_give(split):
+def test_embedded_prompts_equal_prompts_drawn_from_the_embedded_photographs(split):
   embedded = prompts.open_prompts("mini", split)
   kinds = {"outpainting": 1.0, "holes": 1.0}
   drawn = DrawnPrompts("mini", split, 64, 32, fit="random", test_share=0.22, kinds=kinds)

@@ -1,4 +1,4 @@
-"""The noise schedule, DDIM step, log-probability and rollout against diffusers and scipy."""
+"""Noise schedules, DDIM steps, log-probabilities and rollouts equal diffusers and scipy."""
 
 import json
 
@@ -11,7 +11,7 @@ import scipy.stats
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.diffusion.schedule import Schedule
 
-SD = {  # The schedule of Stable Diffusion, as its PNDM file writes it.
+SD = {  # scheduler_config.json of Stable Diffusion
   "_class_name": "PNDMScheduler",
   "_diffusers_version": "0.6.0",
   "beta_start": 0.00085,
@@ -52,7 +52,7 @@ def torch():
 
 @pytest.fixture(params=CONFIGS)
 def pair(request, torch):
-  """(our schedule, diffusers' scheduler of the same file)."""
+  """Returns (our schedule, diffusers' scheduler) of the same config."""
   from diffusers import DDIMScheduler
 
   config = CONFIGS[request.param]
@@ -66,14 +66,14 @@ def one_sample(shape=(3, 4, 5, 2), seed=0):
 def assert_same_alphas(schedule, theirs):
   ours, theirs = schedule.alphas_cumprod, theirs.alphas_cumprod.numpy()
   assert ours.dtype == np.float32
-  if schedule.rescale_betas_zero_snr:  # Theirs goes through seven float32 operations.
+  if schedule.rescale_betas_zero_snr:  # diffusers rounds to float32 seven times
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
     assert ours[-1] == theirs[-1] == 0
   else:
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_alphas_equal_diffusers_to_the_bit(pair):
+def test_alphas_equal_diffusers_bit_for_bit(pair):
   assert_same_alphas(*pair)
 
 
@@ -95,8 +95,8 @@ def test_timesteps_equal_diffusers_for_every_length(torch):
     for num_steps in range(1, 1001, 3):
       theirs.set_timesteps(num_steps)
       ours = ddim.timesteps(schedule, num_steps)
-      stray = theirs.timesteps[num_steps:].tolist()  # float rounding in diffusers' "trailing"
-      assert len(ours) == num_steps and stray in ([], [-1])
+      extra = theirs.timesteps[num_steps:].tolist()  # a rounding error of "trailing" in diffusers
+      assert len(ours) == num_steps and extra in ([], [-1])
       np.testing.assert_array_equal(ours, theirs.timesteps[:num_steps].numpy())
 
 
@@ -105,7 +105,7 @@ def test_timesteps_equal_diffusers_for_every_length(torch):
 def test_every_step_equals_diffusers(pair, torch, num_steps, eta):
   schedule, theirs = pair
   theirs.set_timesteps(num_steps)
-  # In double precision, diffusers' differences of nearly equal numbers are exact enough to judge.
+  # diffusers subtracts nearly equal numbers; in float64 the differences are accurate.
   theirs.alphas_cumprod = torch.tensor(schedule.alphas_cumprod, dtype=torch.float64)
   theirs.final_alpha_cumprod = (
     torch.tensor(1.0).double() if schedule.set_alpha_to_one else theirs.alphas_cumprod[0]
@@ -113,25 +113,25 @@ def test_every_step_equals_diffusers(pair, torch, num_steps, eta):
   steps = ddim.ddim_steps(schedule, num_steps, eta)
   latents, output, noise = (one_sample(seed=seed) for seed in range(3))
   as_torch = [torch.tensor(x, dtype=torch.float64) for x in (latents, output, noise)]
-  sampled = jax.jit(ddim.step, static_argnums=0)
+  step = jax.jit(ddim.step, static_argnums=0)
   for i, t in enumerate(theirs.timesteps.tolist()):
     variance = theirs._get_variance(t, t - theirs.config.num_train_timesteps // num_steps)
     np.testing.assert_allclose(steps.sigma[i], eta * variance.sqrt().item(), rtol=1e-6)
     at = steps.at(i)
-    x_prev, score = sampled(schedule, at, latents, output, noise=noise)
+    x_prev, score = step(schedule, at, latents, output, noise=noise)
     expected = theirs.step(as_torch[1], t, as_torch[0], eta=eta, variance_noise=as_torch[2])
     original = ddim.original_sample(schedule, at, jnp.array(latents), jnp.array(output))
     np.testing.assert_allclose(original, expected.pred_original_sample, rtol=1e-5, atol=1e-5)
     assert np.isfinite(score).all()
     if steps.alpha[i] == 0 and eta == 1:
-      # diffusers gives NaN here: the root of what is 0 but for its rounding. x_t says nothing.
+      # diffusers gives NaN: the argument of a square root is exactly 0, but rounds below it.
       prev = np.sqrt(steps.alpha_prev[i]) * original + steps.sigma[i] * noise
       np.testing.assert_allclose(x_prev, prev, atol=2e-3)
     else:
       np.testing.assert_allclose(x_prev, expected.prev_sample, rtol=1e-4, atol=1e-5)
 
 
-def test_sigmas_equal_the_formula_in_exact_arithmetic_of_the_released_chain():
+def test_sigmas_of_the_released_chain_equal_the_formula_in_float64():
   steps = ddim.ddim_steps(Schedule.from_config(SD), 50, eta=1.0)
   np.testing.assert_array_equal(steps.timestep, 20 * np.arange(49, -1, -1) + 1)
   betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
@@ -145,7 +145,7 @@ def test_sigmas_equal_the_formula_in_exact_arithmetic_of_the_released_chain():
   assert steps.sigma[-1] == pytest.approx(0.0206, abs=5e-5)
 
 
-def test_steps_of_several_samples_broadcast():
+def test_one_step_per_sample_equals_separate_calls():
   schedule = Schedule.from_config(SD)
   steps = ddim.ddim_steps(schedule, 10, 1.0)
   latents, output, noise = (jnp.array(one_sample(seed=seed)) for seed in range(3))
@@ -158,12 +158,12 @@ def test_steps_of_several_samples_broadcast():
       np.testing.assert_allclose(a[one], b, rtol=1e-6)
 
 
-def test_step_at_traced_index_of_host_arrays():
+def test_numpy_steps_take_a_traced_index():
   steps = ddim.ddim_steps(Schedule.from_config(SD), 10, 1.0)
   assert jax.jit(lambda i: steps.at(i).timestep)(3) == steps.timestep[3]
 
 
-def test_sampling_and_scoring_agree_to_the_bit():
+def test_sampling_and_scoring_give_the_same_log_probability_bit_for_bit():
   schedule = Schedule.from_config(SD)
   at = ddim.ddim_steps(schedule, 10, 1.0).at(4)
   latents, output, noise = (jnp.array(one_sample(seed=seed)) for seed in range(3))
@@ -171,7 +171,7 @@ def test_sampling_and_scoring_agree_to_the_bit():
   same, scored = ddim.step(schedule, at, latents, output, x_prev=x_prev)
   np.testing.assert_array_equal(sampled, scored)
   np.testing.assert_array_equal(same, x_prev)
-  with pytest.raises(ValueError, match="exactly one"):
+  with pytest.raises(ValueError, match="neither given; give exactly one"):
     ddim.step(schedule, at, latents, output)
 
 
@@ -183,7 +183,7 @@ def test_log_prob_equals_scipy():
   np.testing.assert_allclose(ours, density.mean((1, 2, 3)), rtol=1e-5)
 
 
-def test_weighted_log_prob_averages_the_hole_only():
+def test_weighted_log_prob_averages_only_the_latents_of_the_hole():
   x, mean = one_sample(seed=1), one_sample(seed=2)
   weight = (one_sample((3, 4, 5, 1), seed=3) > 0).astype(np.float32)
   weight[2] = 0
@@ -219,12 +219,12 @@ def test_deterministic_step_has_value_zero_and_gradient_zero(measure):
 
 
 def network(latents, timestep):
-  """A stand-in that depends on every input."""
+  """A function of latents and timestep in place of a network."""
   return jnp.tanh(jnp.roll(latents, 1, axis=1) * 0.7 + timestep / 1000)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_rollout_equals_a_python_loop_of_diffusers(torch, eta):
+def test_rollout_equals_a_loop_over_diffusers_steps(torch, eta):
   from diffusers import DDIMScheduler
 
   schedule, theirs = Schedule.from_config(SD), DDIMScheduler.from_config(SD)
@@ -254,7 +254,7 @@ def test_rollout_equals_a_python_loop_of_diffusers(torch, eta):
       assert not np.any(trajectory.log_probs[i])
 
 
-def test_sample_equals_the_end_of_rollout():
+def test_sample_equals_the_last_state_of_rollout():
   schedule = Schedule.from_config(SD)
   steps = ddim.ddim_steps(schedule, 5, 1.0)
   key, latents = jax.random.key(3), jnp.array(one_sample(seed=4))
@@ -263,7 +263,7 @@ def test_sample_equals_the_end_of_rollout():
   np.testing.assert_allclose(end, trajectory.latents[-1], rtol=1e-6, atol=1e-6)
 
 
-def test_scoring_a_rollout_again_gives_ratio_one():
+def test_scoring_a_rollout_gives_an_importance_ratio_of_one():
   schedule = Schedule.from_config(SD)
   steps = ddim.ddim_steps(schedule, 5, 1.0)
   trajectory = ddim.rollout(
@@ -275,7 +275,7 @@ def test_scoring_a_rollout_again_gives_ratio_one():
     np.testing.assert_allclose(np.exp(score - trajectory.log_probs[i]), 1, atol=5e-6)
 
 
-def test_half_precision_network_output_leaves_float32_results():
+def test_results_are_float32_for_a_bfloat16_network():
   schedule = Schedule.from_config(SD)
   steps = ddim.ddim_steps(schedule, 2, 1.0)
   half = lambda latents, t: network(latents, t).astype(jnp.bfloat16)
@@ -301,7 +301,7 @@ def test_forward_process_and_targets_equal_diffusers(pair, torch):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_a_network_that_hits_its_target_recovers_the_original(prediction_type):
+def test_network_output_equal_to_its_target_gives_the_original(prediction_type):
   schedule = Schedule.from_config(SD | {"prediction_type": prediction_type})
   at = ddim.ddim_steps(schedule, 50, 1.0).at(jnp.array([0, 25, 49]))
   x0, noise = jnp.array(one_sample(seed=1)), jnp.array(one_sample(seed=2))
@@ -313,7 +313,7 @@ def test_a_network_that_hits_its_target_recovers_the_original(prediction_type):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config_round_trip_is_exact_through_json_and_diffusers(name, tmp_path, torch):
+def test_config_survives_json_and_diffusers(name, tmp_path, torch):
   from diffusers import DDIMScheduler
 
   schedule = Schedule.from_config(CONFIGS[name])
@@ -340,7 +340,7 @@ def test_config_round_trip_is_exact_through_json_and_diffusers(name, tmp_path, t
     "UniPCMultistepScheduler",
   ],
 )
-def test_files_of_other_samplers_give_the_same_noise(class_name, torch):
+def test_configs_of_other_samplers_give_the_same_noise_schedule(class_name, torch):
   import diffusers
 
   betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -352,7 +352,7 @@ def test_files_of_other_samplers_give_the_same_noise(class_name, torch):
   assert schedule.clip_sample == (class_name == "DDPMScheduler")
 
 
-def test_missing_fields_get_the_defaults_of_the_class():
+def test_missing_fields_get_the_defaults_of_the_class_that_wrote_the_file():
   assert Schedule.from_config({}) == Schedule()
   assert Schedule().clip_sample and Schedule().set_alpha_to_one and Schedule().steps_offset == 0
   pndm = Schedule.from_config({"_class_name": "FlaxPNDMScheduler", "trained_betas": None})
@@ -375,17 +375,17 @@ def test_missing_fields_get_the_defaults_of_the_class():
     ("trained_betas", [0.1, 0.2]),
   ],
 )
-def test_what_is_not_done_is_refused_by_name(field, value):
+def test_unsupported_field_raises_an_error_that_names_it(field, value):
   with pytest.raises(ValueError, match=field):
     Schedule.from_config(SD | {field: value})
 
 
-def test_scheduler_without_betas_is_refused_by_name():
+def test_scheduler_without_betas_raises_an_error_that_names_it():
   with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler"):
     Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
 
 
-def test_impossible_chains_are_refused():
+def test_impossible_chains_raise_errors():
   schedule = Schedule.from_config(SD)
   for num_steps in (0, 1001):
     with pytest.raises(ValueError, match=f"num_steps is {num_steps}"):

@@ -1,4 +1,4 @@
-"""The page of an evaluation: well-formed, self-contained, complete, and safe to open."""
+"""Tests that the report of an evaluation is well-formed, self-contained, complete and escaped."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ VOID = {"meta", "img"}
 
 
 class Page(HTMLParser):
-  """Elements as (tag, attributes), all text, and that tags close in the order they were opened."""
+  """Parses a page into elements (tag, attributes) and texts; asserts that the tags are balanced."""
 
   def __init__(self, source: str):
     super().__init__()
@@ -46,13 +46,13 @@ class Page(HTMLParser):
 
 
 def example(size=(8, 8), seed=0, name="prompt 7, warping"):
-  pictures = np.random.default_rng(seed).random((3, *size, 3)).astype(np.float32)
-  return report.Example(name, *pictures, {"learned": (1.25, -0.5)})
+  images = np.random.default_rng(seed).random((3, *size, 3)).astype(np.float32)
+  return report.Example(name, *images, {"learned": (1.25, -0.5)})
 
 
 @pytest.fixture(scope="module")
 def evaluation():
-  """Arguments of `write_report` for two judges and two kinds."""
+  """Returns arguments of `write_report` for two judges and two kinds of prompts."""
   rng = np.random.default_rng(0)
   baseline = rng.standard_normal((30, 10))
   scores = {
@@ -70,7 +70,7 @@ def evaluation():
     "summary": winrate.summarise(scores, np.repeat([OUTPAINTING, WARPING], [10, 20])),
     "scores": scores,
     "drift": drift.drift(measures["policy"], measures["baseline"], {"seam": np.full(30, 0.125)}),
-    "gallery": {"Largest <gains>": [example()], "About the median": [example(seed=1)] * 2},
+    "gallery": {"Largest <gains>": [example()], "Near the median": [example(seed=1)] * 2},
   }
 
 
@@ -92,7 +92,7 @@ def test_page_is_self_contained(page):
   assert "@import" not in report._STYLE.read_text()
 
 
-def test_page_holds_every_value_of_the_tables(page, evaluation):
+def test_page_has_every_value_of_the_tables(page, evaluation):
   texts = {text.strip() for text in page.texts}
   shown = lambda statistic, number: tables.show(statistic, number).replace("-", "−")
   for judge, groups in evaluation["summary"].items():
@@ -114,13 +114,13 @@ def test_page_holds_every_value_of_the_tables(page, evaluation):
   assert page.texts.count("flagged") == 1  # contrast
 
 
-def test_headline_says_who_is_preferred(page):
+def test_headline_names_the_preferred_side(page):
   text = "".join(page.texts)
   assert text.index("The policy is preferred.") < text.index("The baseline is preferred.")
   assert "WinRate over 30 prompts" in text
 
 
-def test_text_of_users_is_escaped(page):
+def test_texts_are_escaped(page):
   text = "".join(page.texts)
   for given in (
     "policy <i>A</i> & baseline",
@@ -138,8 +138,8 @@ def test_gallery_shows_prompt_baseline_and_policy_with_their_scores(page, evalua
   assert len(images) == 9 and all(image["class"] == "small" for image in images)
   assert [image["alt"].split(": ")[1] for image in images[:3]] == ["prompt", "baseline", "policy"]
   shown = [pixels(image) / 255 for image in images[:3]]
-  for picture, given in zip(shown, evaluation["gallery"]["Largest <gains>"][0][1:4], strict=True):
-    np.testing.assert_allclose(picture, given, atol=0.51 / 255)
+  for image, given in zip(shown, evaluation["gallery"]["Largest <gains>"][0][1:4], strict=True):
+    np.testing.assert_allclose(image, given, atol=0.51 / 255)
   assert page.texts.count("−0.500") == page.texts.count("1.250") == 3
 
 
@@ -150,8 +150,8 @@ def pixels(attributes):
     return np.asarray(image, np.float32)
 
 
-def test_large_pictures_are_reduced_and_the_page_stays_small(evaluation, tmp_path):
-  examples = [example((512, 768), seed) for seed in range(18)]  # noise: no picture is larger
+def test_large_images_are_reduced_and_the_page_stays_small(evaluation, tmp_path):
+  examples = [example((512, 768), seed) for seed in range(18)]  # noise compresses worst
   arguments = evaluation | {"gallery": {"all": examples}}
   report.write_report(tmp_path / "report.html", **arguments)
   assert (tmp_path / "report.html").stat().st_size < 10_000_000
@@ -162,7 +162,7 @@ def test_large_pictures_are_reduced_and_the_page_stays_small(evaluation, tmp_pat
 
 
 @pytest.mark.parametrize("case", ["one prompt", "one sample", "constant", "not finite", "negative"])
-def test_smallest_evaluations_have_a_page(case, tmp_path):
+def test_smallest_and_degenerate_evaluations_have_a_page(case, tmp_path):
   rng = np.random.default_rng(0)
   number, samples = (1 if case == "one prompt" else 5), (1 if case == "one sample" else 3)
   policy, baseline = rng.standard_normal((2, number, samples))
@@ -201,7 +201,7 @@ def test_histogram_draws_the_share_of_each_bin():
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 5, 18, 100])
-def test_choice_shows_both_ends_and_the_middle_each_prompt_once(number):
+def test_chosen_prompts_are_the_largest_median_and_smallest_gains_each_once(number):
   gains = np.random.default_rng(number).standard_normal(number + 2)
   gains[[0, -1]] = np.nan, -np.inf
   sections = report.choose(gains, each=6)
@@ -217,7 +217,7 @@ def test_choice_shows_both_ends_and_the_middle_each_prompt_once(number):
     assert abs((below + above) / 2 - (number - 1) / 2) <= 0.5
 
 
-def test_gallery_is_sorted_by_the_first_judge_and_shows_what_its_scores_belong_to():
+def test_gallery_is_sorted_by_the_first_judge_and_matches_images_with_scores():
   rng = np.random.default_rng(0)
   scores = {name: Scores(*rng.standard_normal((2, 40, 3))) for name in ("learned", "true")}
   prompts, baseline, policy = rng.integers(0, 256, (3, 40, 4, 4, 3), dtype=np.uint8)
@@ -228,13 +228,13 @@ def test_gallery_is_sorted_by_the_first_judge_and_shows_what_its_scores_belong_t
   shown = [example for examples in sections.values() for example in examples]
   for one, index in zip(shown, order[[0, 1, 19, 20, 38, 39]], strict=True):
     assert one.name == f"prompt {index}"
-    for given, picture in zip((prompts, baseline, policy), one[1:4], strict=True):
-      np.testing.assert_array_equal(picture, given[index])
+    for given, image in zip((prompts, baseline, policy), one[1:4], strict=True):
+      np.testing.assert_array_equal(image, given[index])
     expected = {judge: (s.policy[index, 0], s.baseline[index, 0]) for judge, s in scores.items()}
     assert one.scores == expected
 
 
-def test_whole_numbers_and_floats_give_the_same_picture():
+def test_integer_and_float_images_give_the_same_tag():
   levels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-  attributes = [re.findall('src="(.*)"', report._picture(x, "")) for x in (levels, levels / 255)]
+  attributes = [re.findall('src="(.*)"', report._image_tag(x, "")) for x in (levels, levels / 255)]
   assert attributes[0] == attributes[1]

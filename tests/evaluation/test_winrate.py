@@ -1,4 +1,4 @@
-"""Statistics against loops and SciPy; drift on pictures made by hand."""
+"""Tests of the statistics against loops and SciPy, and of drift on synthetic images."""
 
 import json
 import time
@@ -15,19 +15,19 @@ from prefpaint_jax.preference import simulation
 
 
 def draw_scores(number=40, samples=10, shift=0.4, seed=0):
-  """Scores with whole numbers among them, so that some tie."""
+  """Draws scores [number, samples] for both sides, rounded so that some tie."""
   rng = np.random.default_rng(seed)
   prompt = rng.standard_normal((number, 1))
   draw = lambda: np.round(prompt + 0.5 * rng.standard_normal((number, samples)), 1)
   return Scores((draw() + shift).astype(np.float32), draw().astype(np.float32))
 
 
-def brute_force_win_rate(ours, theirs, best_of, paired):
+def brute_force_win_rate(scores, baseline, best_of, paired):
   rates = []
-  for mine, other in zip(ours.tolist(), theirs.tolist(), strict=True):
+  for own, other in zip(scores.tolist(), baseline.tolist(), strict=True):
     won = []
-    for start in range(0, len(mine) - best_of + 1, best_of):
-      best = max(mine[start : start + best_of])
+    for start in range(0, len(own) - best_of + 1, best_of):
+      best = max(own[start : start + best_of])
       rival = max(other[start : start + best_of]) if paired else other[start]
       won.append(1.0 if best > rival else 0.5 if best == rival else 0.0)
     rates.append(sum(won) / len(won))
@@ -43,7 +43,7 @@ def test_every_statistic_equals_a_loop_over_prompts(samples):
     "reward/gain": [np.mean(p) - np.mean(b) for p, b in zip(policy, baseline, strict=True)]
   }
   for best_of in (n for n in (1, 3, 10) if n <= samples):
-    rate = lambda ours, paired, n=best_of: brute_force_win_rate(ours, baseline, n, paired)
+    rate = lambda side, paired, n=best_of: brute_force_win_rate(side, baseline, n, paired)
     expected[f"winrate/s{best_of}"] = rate(policy, False)
     if best_of > 1:
       expected[f"winrate_paired/s{best_of}"] = rate(policy, True)
@@ -57,7 +57,7 @@ def test_every_statistic_equals_a_loop_over_prompts(samples):
     np.testing.assert_allclose(found[name], values, rtol=1e-12, atol=1e-15, err_msg=name)
 
 
-def test_policy_against_itself_is_exactly_one_half_one_to_one_and_paired():
+def test_policy_against_itself_wins_exactly_half_of_equal_comparisons():
   policy, _ = draw_scores()
   found = winrate.summarise({"judge": Scores(policy, policy)}, np.zeros(len(policy), int))
   half = {"value": 0.5, "low": 0.5, "high": 0.5}
@@ -70,15 +70,17 @@ def test_policy_against_itself_is_exactly_one_half_one_to_one_and_paired():
       assert group[f"winrate/s{best_of}"] == group[f"baseline/winrate/s{best_of}"]
 
 
-def test_best_of_several_against_one_of_them_is_what_its_docstring_says():
-  scores = np.random.default_rng(0).standard_normal((20_000, 10))  # no ties but with itself
+def test_best_of_several_against_one_of_them_has_the_documented_rate():
+  scores = np.random.default_rng(0).standard_normal(
+    (20_000, 10)
+  )  # no ties between different samples
   for best_of in (1, 3, 10):
     rate = winrate.best_of_wins(scores, scores, best_of).mean()
     assert rate == pytest.approx(1 - 1 / (2 * best_of), abs=0.01)
 
 
-def test_best_of_several_against_an_independent_one_is_unbiased():
-  # The best of S beats one more of the same distribution with probability S / (S + 1).
+def test_best_of_several_against_an_independent_sample_is_unbiased():
+  # The best of S samples beats one more sample with probability S / (S + 1).
   rng = np.random.default_rng(1)
   policy, baseline = rng.standard_normal((2, 20_000, 10))
   for best_of in (1, 3, 10):
@@ -94,7 +96,7 @@ def test_ties_count_half():
   np.testing.assert_allclose(winrate.best_of_wins(policy, baseline, 1), 1 / 3)
 
 
-def test_each_kind_is_summarised_as_if_alone():
+def test_summary_of_a_kind_equals_that_of_its_prompts_alone():
   scores = {"learned": draw_scores(seed=1), "true": draw_scores(seed=2, shift=-1)}
   kinds = np.random.default_rng(0).choice([OUTPAINTING, WARPING, BRUSH], 40)
   summary = winrate.summarise(scores, kinds)
@@ -109,7 +111,7 @@ def test_each_kind_is_summarised_as_if_alone():
   assert summary["true"]["all"]["winrate/s1"]["high"] < 0.5
 
 
-def test_interval_agrees_with_the_statistics_own_and_survives_json():
+def test_summary_has_the_intervals_of_its_statistics_and_can_be_written_as_json():
   scores = draw_scores()
   summary = winrate.summarise({"judge": scores}, np.zeros(40, int))
   for statistic, values in winrate.per_prompt(scores).items():
@@ -130,7 +132,7 @@ def test_bootstrap_interval_agrees_with_scipy(level):
   np.testing.assert_allclose(found, oracle, atol=0.03 * np.ptp(oracle))
 
 
-def test_bootstrap_means_are_those_of_drawn_prompts_however_they_are_cut(monkeypatch):
+def test_bootstrap_means_equal_means_of_drawn_prompts_for_any_chunk_size(monkeypatch):
   values = np.random.default_rng(0).standard_normal((17, 3))
   rng = np.random.default_rng(5)
   expected = [values[rng.integers(17, size=17)].mean(0) for _ in range(200)]
@@ -167,19 +169,19 @@ def test_prompts_without_finite_scores_are_left_out_and_counted():
 @pytest.mark.parametrize(
   ("policy", "baseline", "message"),
   [
-    (np.ones((4, 2)), np.ones((4, 3)), r"reward: scores \(4, 2\) .* \(4, 3\)"),
-    (np.ones(4), np.ones(4), "give \\[N, S\\] on both sides"),
+    (np.ones((4, 2)), np.ones((4, 3)), r"reward: the policy's scores are \(4, 2\) .* \(4, 3\)"),
+    (np.ones(4), np.ones(4), "give \\[N, S\\] for both"),
     (np.ones((5, 2)), np.ones((5, 2)), "for 4 prompts"),
     (np.full((4, 2), np.nan), np.ones((4, 2)), "none of 4 prompts has finite scores"),
   ],
 )
-def test_what_does_not_fit_is_named(policy, baseline, message):
+def test_errors_name_the_judge_and_the_shapes(policy, baseline, message):
   with pytest.raises(ValueError, match=message) as caught:
     winrate.summarise({"reward": Scores(policy, baseline)}, np.zeros(4, int))
   assert "\n" not in str(caught.value)
 
 
-def test_table_for_a_terminal_holds_every_statistic():
+def test_text_table_has_every_statistic():
   summary = winrate.summarise({"judge": draw_scores()}, np.repeat([OUTPAINTING, WARPING], 20))
   lines = tables.describe_table("judge", summary["judge"]).splitlines()
   assert len(lines) == 2 + len(tables.LABELS) and max(map(len, lines)) <= 120
@@ -189,10 +191,9 @@ def test_table_for_a_terminal_holds_every_statistic():
       assert tables.show(statistic, group[statistic]["high"]) in line
 
 
-# ------------------------------------------------------------------------------------------- drift
 @pytest.fixture(scope="module")
-def pictures():
-  """Random textures and masks [6, 16, 16, ...]: boxes, and one hole at the border."""
+def textures():
+  """Returns random images and masks [6, 16, 16, ...]: five boxes, and one hole at the border."""
   rng = np.random.default_rng(0)
   images = rng.uniform(0.2, 0.7, (6, 16, 16, 3)).astype(np.float32)
   masks = np.zeros((6, 16, 16, 1), np.float32)
@@ -203,30 +204,30 @@ def pictures():
 
 
 def moved(images, changed, masks, tolerance=1e-5):
-  """Names of the measures that differ, when only the hole is `changed`."""
+  """Returns the names of the measures that change if the hole gets the content of `changed`."""
   before = drift.measure(images, masks, images)
   after = drift.measure(images + masks * (changed - images), masks, images)
   return {name for name in before if np.abs(after[name] - before[name]).max() > tolerance}
 
 
-def test_each_measure_sees_its_own_change_alone(pictures):
-  images, masks = pictures
+def test_each_measure_responds_only_to_its_property(textures):
+  images, masks = textures
   grey = luma(images)[..., None]
   hole_mean = (grey * masks).sum((1, 2), keepdims=True) / masks.sum((1, 2), keepdims=True)
-  # A step across the border of the hole is a change of its colours too.
+  # A change of the hole's colours also changes the step across its border.
   assert moved(images, images + 0.1, masks) == {"brightness", "seam"}
   assert moved(images, grey + 0.5 * (images - grey), masks) == {"saturation", "seam"}
   fuller = hole_mean + 1.3 * (grey - hole_mean) + (images - grey)
   assert moved(images, fuller, masks) == {"contrast", "sharpness", "seam"}
-  mirrored = images.copy()  # the same pixels in another place, those at the border the same
+  mirrored = images.copy()  # moves pixels inside the hole, not at its border
   mirrored[:5, 5:7, 6:8] = images[:5, 6:4:-1, 6:8]
   mirrored[4], mirrored[5] = images[4], images[5]
   assert moved(images, mirrored, masks) == {"sharpness"}
   assert moved(images, images, masks) == set()
 
 
-def test_measures_equal_loops_over_pixels(pictures):
-  images, masks = pictures
+def test_measures_equal_loops_over_pixels(textures):
+  images, masks = textures
   images = images.astype(np.float64)
   originals = images + 0.01 * np.random.default_rng(1).standard_normal(images.shape)
   found = drift.measure(images, masks, originals)
@@ -234,10 +235,10 @@ def test_measures_equal_loops_over_pixels(pictures):
   for i, (image, hole, original) in enumerate(zip(images, masks[..., 0], originals, strict=True)):
     grey = image @ [0.299, 0.587, 0.114]
     places = [(r, c) for r in range(16) for c in range(16)]
-    filled = [p for p in places if hole[p]]
+    missing = [p for p in places if hole[p]]
     known = [p for p in places if not hole[p]]
     near = {
-      (r, c) for r, c in places if any(max(abs(r - a), abs(c - b)) <= reach for a, b in filled)
+      (r, c) for r, c in places if any(max(abs(r - a), abs(c - b)) <= reach for a, b in missing)
     }
     pairs = [((r, c), (r, c + 1)) for r in range(16) for c in range(15)]
     pairs += [((r, c), (r + 1, c)) for r in range(15) for c in range(16)]
@@ -245,9 +246,9 @@ def test_measures_equal_loops_over_pixels(pictures):
     across = np.mean([step(p, q) for p, q in pairs if hole[p] + hole[q] == 1])
     beside = [step(p, q) for p, q in pairs if hole[p] + hole[q] == 0 and {p, q} <= near]
     expected = {
-      "brightness": np.mean([grey[p] for p in filled]),
-      "contrast": np.std([grey[p] for p in filled]),
-      "saturation": np.mean([np.ptp(image[p]) for p in filled]),
+      "brightness": np.mean([grey[p] for p in missing]),
+      "contrast": np.std([grey[p] for p in missing]),
+      "saturation": np.mean([np.ptp(image[p]) for p in missing]),
       "sharpness": np.mean([abs(grey[p] - grey[q]) for p, q in pairs if hole[p] + hole[q] == 2]),
       "seam": np.log((across + 0.015) / (np.mean(beside) + 0.015)),
       "known_pixels": max(np.abs(image[p] - original[p]).max() for p in known),
@@ -257,7 +258,7 @@ def test_measures_equal_loops_over_pixels(pictures):
       np.testing.assert_allclose(found[name][i], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_measures_are_finite_for_thin_holes_and_flat_pictures():
+def test_measures_are_finite_for_thin_holes_and_flat_images():
   masks = np.zeros((3, 16, 16, 1), np.float32)
   masks[0, 3, 4] = 1
   masks[1] = 1
@@ -268,7 +269,7 @@ def test_measures_are_finite_for_thin_holes_and_flat_pictures():
     np.testing.assert_allclose(values, 0.5 if name == "brightness" else 0, atol=1e-6, err_msg=name)
 
 
-def test_diversity_is_the_mean_cosine_distance_of_pairs():
+def test_diversity_equals_the_mean_cosine_distance_of_pairs():
   features = np.random.default_rng(0).standard_normal((5, 4, 7))
   expected = [
     np.mean(
@@ -281,12 +282,12 @@ def test_diversity_is_the_mean_cosine_distance_of_pairs():
   np.testing.assert_allclose(drift.diversity(same), 0, atol=1e-12)
 
 
-def test_seed_variation_is_that_of_the_mean_over_prompts():
+def test_seed_variation_is_the_deviation_of_the_mean_over_prompts():
   rng = np.random.default_rng(0)
   for samples in (2, 5, 50):
     values = rng.standard_normal((400, 1)) + 0.3 * rng.standard_normal((400, samples))
     assert drift.seed_variation(values) == pytest.approx(0.3 / 20, rel=0.35)
-    shared = values + 0.5 * np.linspace(-1, 1, samples)  # of a seed, for all prompts
+    shared = values + 0.5 * np.linspace(-1, 1, samples)  # an effect of the seed on all prompts
     assert drift.seed_variation(shared) == pytest.approx(
       np.hypot(0.015, 0.5 * np.linspace(-1, 1, samples).std(ddof=1)), rel=0.1
     )
@@ -296,21 +297,21 @@ def test_seed_variation_is_that_of_the_mean_over_prompts():
 
 
 @pytest.fixture(scope="module")
-def painted():
-  """`paint` draws [48, 3] fillings of the same prompts from one distribution, by a seed."""
+def distribution():
+  """Returns `inpaint` (seed -> samples [48, 3, 16, 16, 3]), known images and masks."""
   rng = np.random.default_rng(0)
   prompts = rng.uniform(0.3, 0.7, (48, 1, 1, 1, 3))
   known = np.clip(prompts + 0.1 * rng.standard_normal((48, 1, 16, 16, 3)), 0, 1)
   masks = np.zeros((48, 3, 16, 16, 1), np.float32)
   masks[:, :, 4:13, 5:14] = 1
 
-  def paint(seed):
+  def inpaint(seed):
     rng = np.random.default_rng(seed)
     tone = 0.05 * rng.standard_normal((48, 3, 1, 1, 3))
-    filling = prompts + tone + 0.1 * rng.standard_normal((48, 3, 16, 16, 3))
-    return np.where(masks > 0, np.clip(filling, 0, 1), known).astype(np.float32)
+    content = prompts + tone + 0.1 * rng.standard_normal((48, 3, 16, 16, 3))
+    return np.where(masks > 0, np.clip(content, 0, 1), known).astype(np.float32)
 
-  return paint, np.broadcast_to(known, (48, 3, 16, 16, 3)).astype(np.float32), masks
+  return inpaint, np.broadcast_to(known, (48, 3, 16, 16, 3)).astype(np.float32), masks
 
 
 def measured(images, masks, originals):
@@ -323,40 +324,40 @@ def flagged(table):
   return {name for name, found in table["measures"].items() if found["flagged"]}
 
 
-def test_two_seeds_of_one_distribution_are_not_flagged(painted):
-  paint, known, masks = painted
+def test_two_seeds_of_one_distribution_are_not_flagged(distribution):
+  inpaint, known, masks = distribution
   for seed in range(5):
-    sides = [measured(paint(seed), masks, known), measured(paint(100 + seed), masks, known)]
+    sides = [measured(inpaint(seed), masks, known), measured(inpaint(100 + seed), masks, known)]
     assert flagged(drift.drift(*sides)) == set()
 
 
 @pytest.mark.parametrize(("samples", "most"), [(1, 0.05), (2, 0.006), (3, 0.003), (10, 0.0)])
-def test_false_flags_are_rare(samples, most):
-  # The hardest case: prompts do not differ, so that the spread between pictures is that of seeds.
+def test_equal_distributions_are_rarely_flagged(samples, most):
+  # The hardest case: prompts do not differ, so all of the spread comes from seeds.
   draws = np.random.default_rng(0).standard_normal((2, 2000, 50, samples))
   names = [str(i) for i in range(2000)]
   policy, baseline = (dict(zip(names, side, strict=True)) for side in draws)
   assert len(flagged(drift.drift(policy, baseline))) <= most * 2000
 
 
-def test_faded_and_unpasted_copies_are_flagged(painted):
-  paint, known, masks = painted
-  before, after = paint(1), paint(2)
+def test_faded_copies_and_changed_known_pixels_are_flagged(distribution):
+  inpaint, known, masks = distribution
+  before, after = inpaint(1), inpaint(2)
   flat = after.reshape(-1, *after.shape[2:])
   faded = simulation.fade(flat, masks.reshape(-1, *masks.shape[2:])).reshape(after.shape)
   baseline = measured(before, masks, known)
   table = drift.drift(measured(faded, masks, known), baseline)
   assert {"contrast", "saturation", "sharpness"} <= flagged(table)
   assert not flagged(table) & {"brightness", "known_pixels"}
-  unpasted = measured(np.clip(after + 0.004, 0, 1), masks, known)
-  assert flagged(drift.drift(unpasted, baseline)) == {"known_pixels"}
+  shifted = measured(np.clip(after + 0.004, 0, 1), masks, known)
+  assert flagged(drift.drift(shifted, baseline)) == {"known_pixels"}
   alike = np.repeat(after[:, :1], 3, axis=1) + 0.01 * (after - after[:, :1])
   assert "diversity" in flagged(drift.drift(measured(alike, masks, known), baseline))
 
 
-def test_drift_is_the_difference_of_means_in_json_with_its_rule(painted):
-  paint, known, masks = painted
-  policy, baseline = (measured(paint(seed), masks, known) for seed in (1, 2))
+def test_drift_has_the_differences_of_means_and_its_rule_and_can_be_written_as_json(distribution):
+  inpaint, known, masks = distribution
+  policy, baseline = (measured(inpaint(seed), masks, known) for seed in (1, 2))
   originals = {
     name: values[:, 0] for name, values in measured(known, masks, known).items() if values.ndim == 2
   }

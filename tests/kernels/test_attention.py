@@ -1,4 +1,4 @@
-"""Attention in blocks against the plain formula, torch, and its own gradients."""
+"""Every implementation of attention against the reference, torch, and its memory."""
 
 import functools
 
@@ -9,11 +9,16 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from prefpaint_jax.kernels import attention as module
-from prefpaint_jax.kernels import chunked_attention
-from prefpaint_jax.kernels.attention import attention
+from prefpaint_jax.kernels import chunked_attention as chunks
+from prefpaint_jax.kernels.attention import IMPLEMENTATIONS, attention
+from prefpaint_jax.kernels.chunked_attention import chunked_attention
+from prefpaint_jax.kernels.dispatch import traced_for
 from prefpaint_jax.runtime.compilation import fast_jit
 
-# One block; several of queries; several of heads; both, with another number of keys; one query.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# B, L, M, H, D: one chunk; several of queries; several of heads; both, with another number of keys;
+# one query.
 SIZES = [(2, 8, 8, 3, 4), (2, 32, 32, 2, 4), (3, 8, 16, 4, 4), (2, 24, 10, 3, 5), (1, 1, 7, 2, 8)]
 
 
@@ -24,45 +29,64 @@ def arrays(sizes, dtype=np.float32):
 
 
 def value_and_gradients(function, xs):
-  weight = jnp.cos(jnp.arange(xs[0].size, dtype=jnp.float32)).reshape(xs[0].shape)
-  loss = lambda xs: (function(*xs).astype(jnp.float32) * weight).sum()
-  return jax.jit(function)(*xs), jax.jit(jax.grad(loss))(xs)
+  def both(*xs):
+    y, back = jax.vjp(function, *xs)
+    weight = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+    return y, back(weight.astype(y.dtype))
+
+  return jax.jit(both)(*xs)
 
 
-@pytest.mark.parametrize("block", [16, 256, 2**21])
+@functools.cache
+def expected(sizes, dtype=np.float32):
+  return value_and_gradients(module.reference, arrays(sizes, dtype))
+
+
+def assert_as_exact_as_the_reference(function, sizes) -> None:
+  """In bfloat16: the error against float32 is at most 1.3 times the reference's."""
+  xs = arrays(sizes, jnp.bfloat16)
+  exact = value_and_gradients(module.reference, [x.astype(jnp.float32) for x in xs])
+  ours, reference = value_and_gradients(function, xs), expected(sizes, jnp.bfloat16)
+  assert {x.dtype for x in jax.tree.leaves(ours)} == {xs[0].dtype}
+  for truth, a, b in zip(*map(jax.tree.leaves, (exact, ours, reference)), strict=True):
+    error = lambda x, truth=truth: float(jnp.abs(x.astype(jnp.float32) - truth).mean())
+    assert error(a) < 1.3 * error(b) + 1e-6
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
-def test_blocks_give_what_the_plain_formula_gives(sizes, block, monkeypatch):
-  monkeypatch.setattr(chunked_attention, "BLOCK", block)
-  xs = arrays(sizes)
-  ours = value_and_gradients(attention, xs)
-  plain = value_and_gradients(jax.nn.dot_product_attention, xs)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), ours, plain)
+@pytest.mark.parametrize("name, chunk", [("cpu", 16), ("cpu", 2**20), ("cuda", 16), ("tpu", 16)])
+def test_implementation_equals_the_reference(name, chunk, sizes, monkeypatch):
+  assert set(IMPLEMENTATIONS) == {"reference", "cpu", "cuda", "tpu"}
+  monkeypatch.setattr(chunks, "CHUNK", chunk)
+  monkeypatch.setattr(module, "GPU_CHUNK", chunk)
+  monkeypatch.setattr(module, "FLASH", 9)  # more keys take the way of many tokens
+  ours = value_and_gradients(IMPLEMENTATIONS[name], arrays(sizes))
+  check = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6)
+  jax.tree.map(check, ours, expected(sizes))
 
 
-@pytest.mark.parametrize("block", [16, 2**21])
-def test_keys_of_one_text_serve_all_pictures(block, monkeypatch):
-  monkeypatch.setattr(chunked_attention, "BLOCK", block)
+@pytest.mark.parametrize("name", ["cpu", "cuda", "tpu"])
+def test_implementation_is_as_exact_as_the_reference_in_bfloat16(name, monkeypatch):
+  monkeypatch.setattr(chunks, "CHUNK", 64)
+  monkeypatch.setattr(module, "GPU_CHUNK", 64)
+  monkeypatch.setattr(module, "FLASH", 9)
+  assert_as_exact_as_the_reference(IMPLEMENTATIONS[name], (2, 24, 10, 3, 5))
+
+
+@pytest.mark.parametrize("chunk", [16, 2**20])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_keys_of_one_text_serve_all_images(name, chunk, monkeypatch):
+  monkeypatch.setattr(chunks, "CHUNK", chunk)
   query, key, value = arrays((3, 8, 16, 4, 4))
-
-  def plain(query, key, value):
-    key, value = (jnp.broadcast_to(x, (3, *x.shape[1:])) for x in (key, value))
-    return jax.nn.dot_product_attention(query, key, value)
-
+  repeated = lambda q, *kv: module.reference(q, *(jnp.repeat(x, 3, axis=0) for x in kv))
   xs = query, key[:1], value[:1]
-  expected = value_and_gradients(plain, xs)
-  for function in (attention, module._on_tpu, module._on_gpu):
-    ours = value_and_gradients(function, xs)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), ours, expected)
-
-
-def test_a_cpu_makes_one_kernel_of_it():
-  text = fast_jit()(attention).lower(*arrays((2, 256, 256, 8, 24))).compile().as_text()
-  assert text.count("kind=kCustom") == 1
+  ours, theirs = (value_and_gradients(f, xs) for f in (IMPLEMENTATIONS[name], repeated))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), ours, theirs)
 
 
 def test_attention_equals_torch(monkeypatch):
   torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
-  monkeypatch.setattr(chunked_attention, "BLOCK", 64)
+  monkeypatch.setattr(chunks, "CHUNK", 64)
   xs = arrays((2, 32, 16, 4, 8))
   theirs = torch.nn.functional.scaled_dot_product_attention(
     *(torch.tensor(np.asarray(x)).transpose(1, 2) for x in xs)
@@ -70,38 +94,33 @@ def test_attention_equals_torch(monkeypatch):
   np.testing.assert_allclose(attention(*xs), theirs.transpose(1, 2).numpy(), atol=2e-6)
 
 
-@pytest.mark.parametrize("block", [64, 2**21])
-def test_bfloat16_is_as_near_to_the_truth_as_the_plain_formula(block, monkeypatch):
-  monkeypatch.setattr(chunked_attention, "BLOCK", block)
-  xs = arrays((2, 32, 32, 2, 8), jnp.bfloat16)
-  truth = value_and_gradients(attention, [x.astype(jnp.float32) for x in xs])
-  ours = value_and_gradients(attention, xs)
-  plain = value_and_gradients(jax.nn.dot_product_attention, xs)
-  assert {x.dtype for x in jax.tree.leaves(ours)} == {jnp.dtype(jnp.bfloat16)}
-  for exact, a, b in zip(*map(jax.tree.leaves, (truth, ours, plain)), strict=True):
-    error = lambda x, exact=exact: float(jnp.abs(x.astype(jnp.float32) - exact).mean())
-    assert error(a) < 1.3 * error(b) + 1e-6
+def test_xla_makes_one_kernel_of_it_on_a_cpu():
+  text = fast_jit()(attention).lower(*arrays((2, 256, 256, 8, 24))).compile().as_text()
+  assert text.count("kind=kCustom") == 1
 
 
-def test_scores_of_all_tokens_are_nowhere():
+def test_chunks_never_hold_the_scores_of_all_tokens():
   L = 4096
   xs = [jax.ShapeDtypeStruct((1, L, 1, 8), jnp.float32)] * 3
-  gradient = jax.jit(jax.grad(lambda xs: attention(*xs).sum()))
-  assert f"f32[1,{L},{L}]" not in gradient.lower(xs).compile().as_text()
-  plain = jax.jit(jax.grad(lambda xs: jax.nn.dot_product_attention(*xs).sum()))
-  assert f"{L},{L}]" in plain.lower(xs).compile().as_text()
+  gradient = lambda function: jax.jit(jax.grad(lambda xs: function(*xs).sum()))
+  assert f"f32[1,{L},{L}]" not in gradient(chunked_attention).lower(xs).compile().as_text()
+  assert f"{L},{L}]" in gradient(module.reference).lower(xs).compile().as_text()
 
 
-def test_kernel_for_tpus_gives_what_the_plain_formula_gives(monkeypatch):
+def test_flash_attention_in_interpret_mode_equals_the_reference(monkeypatch):
   monkeypatch.setattr(module, "FLASH", 128)
-  xs = arrays((1, 256, 384, 2, 40), jnp.bfloat16)
-  exact = value_and_gradients(jax.nn.dot_product_attention, [x.astype(jnp.float32) for x in xs])
-  plain = value_and_gradients(jax.nn.dot_product_attention, xs)
   with pltpu.force_tpu_interpret_mode():
-    ours = value_and_gradients(module._flash, xs)
-  for truth, a, b in zip(*map(jax.tree.leaves, (exact, ours, plain)), strict=True):
-    error = lambda x, truth=truth: float(jnp.abs(x.astype(jnp.float32) - truth).mean())
-    assert error(a) < 1.3 * error(b)
+    assert_as_exact_as_the_reference(module.flash, (1, 256, 384, 2, 40))
+
+
+def lowered(function, platform: str, xs) -> str:
+  lowering = "cuda" if platform == "cuda" else platform
+  traced = jax.jit(traced_for(platform, function)).trace(*xs)
+  return traced.lower(lowering_platforms=(lowering,)).as_text()
+
+
+def gradient(*xs):
+  return jax.grad(lambda *xs: attention(*xs).astype(jnp.float32).sum(), argnums=(0, 1, 2))(*xs)
 
 
 @pytest.mark.parametrize(
@@ -113,55 +132,41 @@ def test_kernel_for_tpus_gives_what_the_plain_formula_gives(monkeypatch):
     (1024, 1024, jnp.float32, False),
   ],
 )
-def test_kernel_is_for_many_tokens_on_tpus(L, M, dtype, expected):
+def test_tpus_take_the_flash_kernel_for_many_tokens(L, M, dtype, expected):
   xs = [jax.ShapeDtypeStruct((1, n, 2, 40), dtype) for n in (L, M, M)]
-  gradient = jax.grad(lambda *xs: attention(*xs).astype(jnp.float32).sum(), argnums=(0, 1, 2))
-
-  def has_kernel(function, platform) -> bool:
-    text = jax.jit(function).trace(*xs).lower(lowering_platforms=(platform,)).as_text()
-    return "tpu_custom_call" in text
-
   for function in (attention, gradient):
-    assert has_kernel(function, "tpu") == expected
-    assert not has_kernel(function, "cpu")
+    assert ("tpu_custom_call" in lowered(function, "tpu", xs)) == expected
+    assert "tpu_custom_call" not in lowered(function, "cpu", xs)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("M, loops", [(77, False), (512, False), (1000, True)])
-def test_few_keys_are_not_taken_in_blocks_on_accelerators(M, loops, platform):
+def test_accelerators_do_not_chunk_few_keys(M, loops, platform):
   xs = [jax.ShapeDtypeStruct((4, n, 8, 40), jnp.float32) for n in (4096, M, M)]
-  gradient = jax.grad(lambda *xs: attention(*xs).sum(), argnums=(0, 1, 2))
   for function in (attention, gradient):
-    lowered = jax.jit(function).trace(*xs).lower(lowering_platforms=(platform,))
-    assert ("stablehlo.while" in lowered.as_text()) == loops
-
-
-def test_gradients_beside_the_kernel_are_those_of_blocks():
-  xs = arrays((1, 512, 512, 1, 8), jnp.bfloat16)
-  through, blocks = (value_and_gradients(f, xs) for f in (attention, chunked_attention._in_blocks))
-  jax.tree.map(np.testing.assert_array_equal, through, blocks)
+    assert ("stablehlo.while" in lowered(function, platform, xs)) == loops
 
 
 @pytest.mark.parametrize("keys", [77, 78])
-def test_cudnn_is_asked_for_no_more_than_it_takes_gradients_of(keys, monkeypatch):
-  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+def test_cudnn_is_given_shapes_that_it_has_gradients_for(keys, monkeypatch):
+  from jax._src.cudnn import fused_attention_stablehlo
 
-  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)  # as if it were here
+  # As if cuDNN were installed; shapes are checked, nothing is computed.
+  monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
   query, key = (
     jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 64, 8, 40), (1, keys, 8, 40))
   )
-  loss = lambda *xs: module._by_cudnn(*xs).astype(jnp.float32).sum()
+  loss = lambda *xs: module.cudnn(*xs).astype(jnp.float32).sum()
   found = jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2)), query, key, key)
   assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in (query, key, key)]
 
 
 @pytest.mark.parametrize("keys", [7, 8])
-def test_a_key_that_is_not_looked_at_changes_nothing(keys, monkeypatch):
-  """With the plain formula in cuDNN's place, which takes the same arguments."""
-  plain = functools.partial(jax.nn.dot_product_attention, implementation="xla")
-  monkeypatch.setattr(module, "_cudnn", plain)
+def test_the_padded_key_changes_nothing(keys, monkeypatch):
+  """XLA's attention takes the place of cuDNN's: it has the same arguments."""
+  xla = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+  monkeypatch.setattr(module, "_cudnn", xla)
   query, key, value = arrays((3, 8, keys, 4, 8))
   xs = query, key[:1], value[:1]
-  shared = lambda q, *kv: plain(q, *(jnp.broadcast_to(x, (3, *x.shape[1:])) for x in kv))
-  ours, expected = (value_and_gradients(f, xs) for f in (module._by_cudnn, shared))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), ours, expected)
+  ours, theirs = (value_and_gradients(f, xs) for f in (module.cudnn, module.reference))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), ours, theirs)

@@ -15,7 +15,7 @@ from prefpaint_jax.planning.chips import topology_devices
 from prefpaint_jax.runtime.compilation import fast_jit
 
 pytestmark = pytest.mark.skipif(
-  not module._has_cudnn(), reason="compiling for a GPU needs JAX's plugin: pip install jax[cuda13]"
+  not module.has_cudnn(), reason="compiling for a GPU needs JAX's plugin: pip install jax[cuda13]"
 )
 
 
@@ -84,7 +84,7 @@ def test_a_step_is_made_in_place_where_a_gradient_is_turned_around():
     )
 
   assert copied(step(lambda x: x)) >= 2 * 4 * 3 * 3 * 256 * 256
-  assert copied(step(update._laid_out)) == 0
+  assert copied(step(update._row_major)) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Adapters: what they add, what of them is trained, and that an exported policy holds them."""
+"""LoRA: initial adapters, merging, and runs that train only adapters."""
 
 import runpy
 import shutil
@@ -19,7 +19,7 @@ BASE = {
 }
 
 
-def test_adapters_begin_as_no_change_and_mirror_the_kernels_chosen():
+def test_initial_adapters_change_nothing_and_have_the_paths_of_the_chosen_kernels():
   adapters = lora.init(jax.random.key(0), BASE, 2, r"to_q/|conv/")
   shapes = jax.tree.map(np.shape, adapters)
   assert shapes == {
@@ -29,7 +29,7 @@ def test_adapters_begin_as_no_change_and_mirror_the_kernels_chosen():
   jax.tree.map(np.testing.assert_array_equal, lora.merge(BASE, adapters), BASE)
 
 
-def test_merged_kernel_is_the_base_plus_a_sum_over_ranks():
+def test_merged_kernel_equals_the_base_plus_a_sum_over_ranks():
   adapters = lora.init(jax.random.key(0), BASE, 2, "conv")
   pair = adapters["conv"]["kernel"]
   pair["up"] = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
@@ -44,16 +44,16 @@ def test_merged_kernel_is_the_base_plus_a_sum_over_ranks():
 
 @pytest.mark.parametrize(
   ("rank", "targets", "match"),
-  [(0, "conv", "rank is 0; give 1 or more"), (1, "to_x", "'to_x' matches no kernel")],
+  [(0, "conv", "rank is 0; give 1 or more"), (1, "to_x", "'to_x', which matches no kernel")],
 )
-def test_what_adapts_nothing_is_refused(rank, targets, match):
+def test_rank_zero_and_targets_without_a_kernel_raise_an_error(rank, targets, match):
   with pytest.raises(ValueError, match=match):
     lora.init(jax.random.key(0), BASE, rank, targets)
 
 
 @pytest.mark.slow
-def test_run_trains_adapters_alone_resumes_and_is_merged_when_opened(compiled_once, tmp_path):
-  """With all that saves memory: moments and the behaviour policy in bfloat16, everything split."""
+def test_run_trains_only_adapters_resumes_exactly_and_opens_merged(compiled_once, tmp_path):
+  """Also turns on every option that saves memory: bfloat16 moments, FSDP, rematerialisation."""
   world = testing.write_tiny_world(tmp_path / "world")
   path = Path(__file__).parents[2] / "configs" / "rl.py"
   config = runpy.run_path(str(path))["get_config"]()

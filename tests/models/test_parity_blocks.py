@@ -1,5 +1,5 @@
-"""Every block of the UNet and the VAE against the one of diffusers, with random weights."""
-# Shapes: B pictures, H W pixels, C channels, L text tokens, D text width.
+"""Every block of the UNet and the VAE equals that of diffusers, with random weights."""
+# Shapes: B images, H W pixels, C channels, L text tokens, D text width.
 
 import jax
 import numpy as np
@@ -18,9 +18,10 @@ from prefpaint_jax.models import architectures, blocks, vae
 from prefpaint_jax.weights import names
 
 torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
+pytestmark = pytest.mark.usefixtures("kernels")
 B, H, W, C, L, D = 2, 6, 4, 16, 5, 12
 rng = np.random.default_rng(0)
-PICTURE = rng.normal(size=(B, H, W, C)).astype(np.float32)
+IMAGE = rng.normal(size=(B, H, W, C)).astype(np.float32)
 TOKENS = rng.normal(size=(B, H * W, C)).astype(np.float32)
 TEXT = rng.normal(size=(B, L, D)).astype(np.float32)
 TIME = rng.normal(size=(B, 24)).astype(np.float32)
@@ -51,30 +52,30 @@ def vae_attention():
 
 
 CASES = {
-  "resnet": (blocks.ResnetBlock2D(C, 8, 1e-5), (PICTURE, TIME), lambda: resnet_block(C, True)),
+  "resnet": (blocks.ResnetBlock2D(C, 8, 1e-5), (IMAGE, TIME), lambda: resnet_block(C, True)),
   "resnet with shortcut": (
     blocks.ResnetBlock2D(24, 8, 1e-5),
-    (PICTURE, TIME),
+    (IMAGE, TIME),
     lambda: resnet_block(24, True),
   ),
   "resnet without time": (
     blocks.ResnetBlock2D(C, 8, 1e-5),
-    (PICTURE, None),
+    (IMAGE, None),
     lambda: resnet_block(C, False),
   ),
   "downsample of the UNet": (
     blocks.Downsample2D((1, 1)),
-    (PICTURE,),
+    (IMAGE,),
     lambda: downsampling.Downsample2D(C, use_conv=True, padding=1, name="op"),
   ),
   "downsample of the VAE": (
     blocks.Downsample2D((0, 1)),
-    (PICTURE,),
+    (IMAGE,),
     lambda: downsampling.Downsample2D(C, use_conv=True, padding=0, name="op"),
   ),
   "upsample": (
     blocks.Upsample2D(),
-    (PICTURE,),
+    (IMAGE,),
     lambda: upsampling.Upsample2D(C, use_conv=True),
   ),
   "self-attention": (
@@ -94,15 +95,15 @@ CASES = {
   ),
   "transformer": (
     blocks.Transformer2DModel(4, 2, 8, False),
-    (PICTURE, TEXT),
+    (IMAGE, TEXT),
     lambda: transformer_2d(linear=False),
   ),
   "transformer, linear projection": (
     blocks.Transformer2DModel(4, 2, 8, True),
-    (PICTURE, TEXT),
+    (IMAGE, TEXT),
     lambda: transformer_2d(linear=True),
   ),
-  "attention of the VAE": (vae.VAEAttention(8), (PICTURE,), vae_attention),
+  "attention of the VAE": (vae.VAEAttention(8), (IMAGE,), vae_attention),
   "time embedding": (
     blocks.TimestepEmbedding(24),
     (TIME,),

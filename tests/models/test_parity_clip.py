@@ -1,4 +1,4 @@
-"""CLIP's text encoder and vision tower against transformers, same weights, same inputs."""
+"""CLIP's text encoder and vision tower equal those of transformers, with random weights."""
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from prefpaint_jax.models.config import CLIPTextConfig, CLIPVisionConfig
 from prefpaint_jax.weights import names
 
 torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
+pytestmark = pytest.mark.usefixtures("kernels")
 transformers = pytest.importorskip("transformers")
 TEXT = {
   "vocab_size": 50,

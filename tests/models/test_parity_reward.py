@@ -1,7 +1,7 @@
-"""The released reward checkpoint: its file through RewardModel, its network against torch's layers.
+"""The released reward checkpoint loads and scores as a torch network does.
 
-The oracle is put together from transformers' CLIP, torch's TransformerEncoder and Linear layers
-under the released attribute names; its CLIP tensors are then renamed to OpenAI's.
+The reference consists of transformers' CLIP and torch's TransformerEncoder and Linear layers under
+the released attribute names. Its CLIP tensors are renamed to OpenAI's names.
 """
 
 import json
@@ -22,6 +22,7 @@ from prefpaint_jax.preference.bound import mahalanobis_norm
 from prefpaint_jax.reward import RewardModel
 
 torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
+pytestmark = pytest.mark.usefixtures("kernels")
 transformers = pytest.importorskip("transformers")
 SMALL = {
   "vision": {
@@ -43,7 +44,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class ReleasedReward(torch.nn.Module):
-  """The released network; `clip` stands for its `clip_model`."""
+  """The released network in torch, with `clip` for its `clip_model`."""
 
   def __init__(self, config: RewardConfig):
     super().__init__()
@@ -73,7 +74,7 @@ class ReleasedReward(torch.nn.Module):
     return self.mlp.last_layer(z)[:, 0], z
 
   def released_tensors(self) -> Tensors:
-    """Its state dict as the released file has it: a whole CLIP in OpenAI's names, and the rest."""
+    """Returns the state dict with the names of the released file, including CLIP's text tower."""
     with torch.device("meta"):
       text = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig())
     rest = {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
@@ -82,12 +83,12 @@ class ReleasedReward(torch.nn.Module):
 
 
 def hollow(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-  """Tensors of these shapes that are one number repeated, in memory and in a file."""
+  """Returns tensors of the same shapes that store one number, in memory and in a file."""
   return {name: torch.zeros(()).expand(tensor.shape) for name, tensor in tensors.items()}
 
 
 def openai_layout(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-  """A tower of transformers' CLIP as OpenAI's own implementation stores it."""
+  """Converts a tower of transformers' CLIP to the tensors of OpenAI's implementation."""
   layout = {}
   for name, tensor in tensors.items():
     if match := re.fullmatch(r"(.*)\.q_proj\.(\w+)", name):
@@ -126,7 +127,7 @@ def openai_name(name: str) -> str:
 
 @pytest.fixture
 def small(monkeypatch) -> ReleasedReward:
-  """The oracle at a small size; a `.pt` says nothing of its size, so that is taken for granted."""
+  """The reference at a small size. A `.pt` has no config, so the fixture patches the default."""
   read = RewardConfig.from_dict
   monkeypatch.setattr(RewardConfig, "from_dict", lambda config: read(SMALL | config))
   return randomise(ReleasedReward(read(SMALL)))
@@ -137,8 +138,8 @@ def write(tensors: Tensors, folder: Path, prefix: str = "") -> Path:
   return folder / FILE
 
 
-def pictures(side: int) -> tuple[np.ndarray, np.ndarray]:
-  """Photographs [3, side, side, 3] in [0, 1], and the same with their right third black."""
+def example_images(side: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns photographs [3, side, side, 3] in [0, 1], and copies with the right third black."""
   files = [
     Path(locate("mini", "photos")) / name for name in ("cat.jpg", "coffee.jpg", "rocket.jpg")
   ]
@@ -152,13 +153,13 @@ def pictures(side: int) -> tuple[np.ndarray, np.ndarray]:
 def assert_scores_equal(
   model: RewardModel, theirs: ReleasedReward, shift: float = 0.0, scale: float = 1.0
 ) -> None:
-  """Reward and z of photographs to 1e-4."""
-  images = pictures(model.network.config.vision.image_size)
+  """Compares rewards and features of photographs to 1e-4."""
+  images = example_images(model.network.config.vision.image_size)
   normalised = [(x - reward.CLIP_MEAN) / reward.CLIP_STD for x in images]
   with torch.no_grad():
     scores, z = theirs(*(torch.tensor(x).permute(0, 3, 1, 2) for x in normalised))
   for ours, expected in zip(model.score(*images), ((scores - shift) / scale, z), strict=True):
-    assert np.ptp(expected.numpy(), axis=0).max() > 0.03  # the pictures do not score alike
+    assert np.ptp(expected.numpy(), axis=0).max() > 0.03  # the images have different scores
     np.testing.assert_allclose(ours, expected.numpy(), rtol=0, atol=1e-4)
 
 
@@ -176,13 +177,13 @@ def test_file_with_clip_in_half_precision_scores_as_its_float32_value(small, tmp
   assert_scores_equal(RewardModel.from_pretrained(write(half, tmp_path)), small)
 
 
-def test_kept_in_our_own_format_it_scores_the_same(small, tmp_path):
+def test_model_saved_in_our_format_scores_the_same(small, tmp_path):
   RewardModel.from_pretrained(write(small.released_tensors(), tmp_path)).save_pretrained(tmp_path)
   (tmp_path / FILE).unlink()
   assert_scores_equal(RewardModel.from_pretrained(tmp_path), small)
 
 
-def test_grouped_variant_shifts_and_scales_the_reward_alone(small, tmp_path):
+def test_shift_and_scale_of_the_config_change_only_the_reward(small, tmp_path):
   RewardModel.from_pretrained(write(small.released_tensors(), tmp_path)).save_pretrained(tmp_path)
   config = json.loads((tmp_path / "config.json").read_text())
   (tmp_path / "config.json").write_text(json.dumps(config | {"shift": 0.4064, "scale": 2.3021}))
@@ -198,18 +199,18 @@ def test_released_checkpoint_and_bound_load_and_score_as_torch(tmp_path):
   file = write(theirs.released_tensors(), tmp_path, "module.")
   model = RewardModel.from_pretrained(file, bound=tmp_path / "V_inverse.pt")
   assert_scores_equal(model, theirs)
-  _, z = model.score(*pictures(224))
+  _, z = model.score(*example_images(224))
   expected = np.sqrt(np.einsum("bi,ij,bj->b", z, inverse, z, dtype=np.float64))
   np.testing.assert_allclose(mahalanobis_norm(model.bound.whitening, z), expected, rtol=1e-3)
 
 
 # -------------------------------------------------------------------------------------- names
-def test_every_tensor_of_the_released_size_is_used_once_or_knowingly_left_out(tmp_path):
+def test_every_tensor_of_the_released_checkpoint_is_used_once_or_listed_as_unused(tmp_path):
   with torch.device("meta"):
     theirs = ReleasedReward(RewardConfig())
   tensors = hollow(theirs.released_tensors())
   count = lambda pattern: sum(t.numel() for k, t in tensors.items() if re.match(pattern, k))
-  assert count(r"clip_model\.") == 151_277_313  # all of ViT-B/32, as OpenAI gives its size
+  assert count(r"clip_model\.") == 151_277_313  # parameters of ViT-B/32
   assert sum(name.startswith("clip_model.") for name in tensors) == 302
   params = RewardModel.from_pretrained(write(tensors, tmp_path, "module.")).params
   unused = count(r"clip_model\.(?!visual)") + count(r"vit_block\.encoder_layer\.") + 256
@@ -249,8 +250,8 @@ def put(name: str, *shape: int) -> Callable[[Tensors], Tensors]:
   [
     (lose("mlp.layers.0.bias"), r"1 missing: mlp\.layers\.0\.bias"),
     (lose(f"{FUSION}.0.self_attn.in_proj_bias"), r"3 missing: encoder_layer\.self_attn\.\w"),
-    (lose(FUSION), r"16 missing: encoder_layer\."),  # its copy does not stand in for it
-    (lose("mlp.last_layer.weight"), r"1 missing: mlp\.last_layer\.weight"),  # nor does the alias
+    (lose(FUSION), r"16 missing: encoder_layer\."),  # the copy encoder_layer is not used
+    (lose("mlp.last_layer.weight"), r"1 missing: mlp\.last_layer\.weight"),  # nor is the alias
     (lose(f"{BLOCKS}.1"), r"16 missing: clip\.vision_model\.encoder\.layers_?\.1\."),
     (put(f"{BLOCKS}.2.ln_1.bias", 24), r"1 unexpected: \S*layers\.2\.layer_norm1\.bias"),
     (put(f"{FUSION}.1.norm1.bias", 20), rf"1 unknown tensors: {FUSION}\.1\.norm1\.bias"),
@@ -270,7 +271,7 @@ def put(name: str, *shape: int) -> Callable[[Tensors], Tensors]:
     (put("module.mlp.layers.0.bias", 12), r"with and without the prefix .*: mlp\.layers\.0\.bias"),
   ],
 )
-def test_checkpoint_of_another_network_is_refused_by_the_names_that_differ(
+def test_checkpoint_of_another_network_raises_an_error_that_names_the_tensors(
   small, change, message, tmp_path
 ):
   file = write(change(small.released_tensors()), tmp_path)
@@ -279,7 +280,7 @@ def test_checkpoint_of_another_network_is_refused_by_the_names_that_differ(
 
 
 @pytest.mark.parametrize("keep", [0, 10, 20_000, -5])
-def test_truncated_checkpoint_is_one_line_that_names_it(small, keep, tmp_path):
+def test_truncated_checkpoint_raises_one_line_that_names_the_file(small, keep, tmp_path):
   file = write(small.released_tensors(), tmp_path)
   file.write_bytes(file.read_bytes()[:keep])
   with pytest.raises(ValueError, match=rf"\A[^\n]*{FILE}: cannot be read at \d+ bytes[^\n]*\Z"):
@@ -287,7 +288,7 @@ def test_truncated_checkpoint_is_one_line_that_names_it(small, keep, tmp_path):
 
 
 @pytest.mark.parametrize("wrap", [lambda t: {"state_dict": t}, lambda t: list(t.values())])
-def test_file_that_is_no_state_dict_is_one_line_that_names_it(small, wrap, tmp_path):
+def test_file_without_a_state_dict_raises_one_line_that_names_the_file(small, wrap, tmp_path):
   torch.save(wrap(small.released_tensors()), tmp_path / FILE)
   with pytest.raises(ValueError, match=rf"\A[^\n]*{FILE}: not a dict of tensors[^\n]*\Z"):
     RewardModel.from_pretrained(tmp_path / FILE)

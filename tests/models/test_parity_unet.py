@@ -1,4 +1,4 @@
-"""The UNet against diffusers' UNet2DConditionModel, same weights, same inputs."""
+"""The UNet equals diffusers' UNet2DConditionModel, with random weights."""
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,13 @@ from prefpaint_jax.models.unet import UNet2DConditionModel
 from prefpaint_jax.weights import names
 
 torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
+pytestmark = pytest.mark.usefixtures("kernels")
 diffusers = pytest.importorskip("diffusers")
 _COMMON = {"in_channels": 9, "out_channels": 4, "norm_num_groups": 4, "cross_attention_dim": 12}
 
 
 def levels(down: str, up: str) -> dict:
-  """Block types from letters, c with cross-attention and p plain, in the order of the config."""
+  """Returns block types: letter c has cross-attention, letter p has not."""
   kinds = {"c": "CrossAttn", "p": ""}
   return {
     "down_block_types": [f"{kinds[letter]}DownBlock2D" for letter in down],
@@ -62,10 +63,11 @@ CONFIGS = {
     "downsample_padding": 0,
   },
 }
+LARGE = ("sd1_four_levels", "sd2_three_levels", "mixed_and_unusual")
 
 
 def pair(config: dict):
-  """(torch model, our model, our parameters) with the same random weights."""
+  """Returns (torch model, our model, our parameters) with the same random weights."""
   config = _COMMON | config
   theirs = randomise(diffusers.UNet2DConditionModel.from_config(config))
   ours = UNet2DConditionModel(UNetConfig.from_dict(config))
@@ -84,7 +86,10 @@ def torch_inputs(sample, timesteps, context):
   return torch.tensor(sample).permute(0, 3, 1, 2), torch.tensor(timesteps), torch.tensor(context)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in CONFIGS],
+)
 def test_output_equals_diffusers(name):
   theirs, ours, params = pair(CONFIGS[name])
   arguments = inputs()
@@ -93,7 +98,8 @@ def test_output_equals_diffusers(name):
   assert_parity(jax.jit(ours.apply)({"params": params}, *arguments), expected)
 
 
-def test_size_that_does_not_halve_evenly_equals_diffusers():
+@pytest.mark.slow
+def test_output_at_a_size_that_is_not_a_power_of_two_equals_diffusers():
   theirs, ours, params = pair(CONFIGS["sd2_three_levels"])
   arguments = inputs(height=9, width=6)
   with torch.no_grad():
@@ -101,7 +107,7 @@ def test_size_that_does_not_halve_evenly_equals_diffusers():
   assert_parity(jax.jit(ours.apply)({"params": params}, *arguments), expected)
 
 
-def test_one_timestep_and_one_context_serve_the_whole_batch():
+def test_one_timestep_and_one_context_broadcast_over_the_batch():
   _, ours, params = pair(CONFIGS["one_level"])
   sample, _, context = inputs()
   apply = jax.jit(ours.apply)
@@ -110,7 +116,10 @@ def test_one_timestep_and_one_context_serve_the_whole_batch():
   assert_parity(shared, repeated, tolerance=1e-6)
 
 
-@pytest.mark.parametrize(("name", "remat"), [("sd1_two_levels", False), ("one_level", True)])
+@pytest.mark.parametrize(
+  ("name", "remat"),
+  [pytest.param("sd1_two_levels", False, marks=pytest.mark.slow), ("one_level", True)],
+)
 def test_gradients_of_input_and_parameters_equal_torch(name, remat):
   theirs, ours, params = pair(CONFIGS[name])
   ours = ours.clone(remat=remat)

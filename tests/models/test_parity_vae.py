@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers' AutoencoderKL, same weights, same inputs."""
+"""The autoencoder equals diffusers' AutoencoderKL, with random weights."""
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from prefpaint_jax.models.vae import AutoencoderKL
 from prefpaint_jax.weights import folder, names
 
 torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
+pytestmark = pytest.mark.usefixtures("kernels")
 diffusers = pytest.importorskip("diffusers")
 CONFIGS = {  # block_out_channels, layers_per_block, latent_channels
   "one_level": ([8], 1, 4),
@@ -21,7 +22,7 @@ CONFIGS = {  # block_out_channels, layers_per_block, latent_channels
 
 
 def pair(channels: list[int], layers: int, latents: int):
-  """(torch model, our model, our parameters) with the same random weights."""
+  """Returns (torch model, our model, our parameters) with the same random weights."""
   config = {
     "block_out_channels": channels,
     "down_block_types": ["DownEncoderBlock2D"] * len(channels),
@@ -57,7 +58,7 @@ def test_posterior_and_decoded_image_equal_diffusers(name):
   assert_parity(decode(params, latents), channels_last(decoded))
 
 
-def test_odd_image_size_equals_diffusers():
+def test_posterior_of_an_odd_image_size_equals_diffusers():
   theirs, ours, params = pair(*CONFIGS["two_levels"])
   images = np.random.default_rng(0).uniform(-1, 1, (1, 11, 14, 3)).astype(np.float32)
   with torch.no_grad():

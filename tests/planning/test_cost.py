@@ -1,4 +1,4 @@
-"""What programs cost is counted right: against closed forms, and XLA where it counts right."""
+"""Counts of operations, traffic and collectives, compared with closed forms and with XLA."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from prefpaint_jax.diffusion.schedule import Schedule
 from prefpaint_jax.planning import cost
 from prefpaint_jax.runtime import sharding
 
-# A loop of five trips with a permutation and an asynchronous pair inside, as TPU programs write it.
+# A loop of five trips with a permutation and an asynchronous all-reduce, as in TPU programs.
 HLO = """\
 HloModule jit_f, is_scheduled=true, num_partitions=8
 
@@ -67,7 +67,7 @@ ENTRY %main (a: f32[1000], b: bf16[4,8], c: (f32[3], f32[5])) -> f32[1000] {
 """
 
 
-def test_collectives_of_hand_written_hlo_are_counted_by_hand():
+def test_collectives_of_hand_written_hlo_equal_a_count_by_hand():
   assert cost.collectives(HLO) == {
     "collective-permute": (5, 5 * 4000),
     "all-reduce": (5 + 1, 5 * 4000 * 2 * 3 // 4 + (12 + 20) * 2 * 1 // 2),
@@ -77,8 +77,8 @@ def test_collectives_of_hand_written_hlo_are_counted_by_hand():
   }
 
 
-def test_an_asynchronous_collective_that_fusions_share_is_one():
-  """As TPU programs write it: in its start, in what runs meanwhile, and in its end."""
+def test_asynchronous_collective_in_several_fusions_counts_once():
+  """A TPU program repeats it in its start, in fusions that overlap with it, and in its end."""
   part = """\
 %NAME (p: bf16[64,64]) -> bf16[256,64] {
   %p = bf16[64,64]{1,0} parameter(0)
@@ -106,13 +106,13 @@ HloModule jit_g
 ENTRY %main (a: bf16[4,200]) -> f32[200,4] {
   %a = bf16[4,200]{1,0:T(8,128)(2,1)} parameter(0)
   %near = bf16[4,200]{1,0:T(8,128)(2,1)S(1)} copy(%a)
-  ROOT %turned = f32[200,4]{0,1:T(8,128)} convert(%near)
+  ROOT %converted = f32[200,4]{0,1:T(8,128)} convert(%near)
 }
 """
   assert cost.memory_traffic(text) == 8 * 256 * 2 + 8 * 256 * 4
 
 
-def test_memory_traffic_of_a_slice_is_its_own():
+def test_memory_traffic_of_a_slice_does_not_count_the_whole_operand():
   text = """\
 HloModule jit_g
 
@@ -125,11 +125,11 @@ ENTRY %main (a: f32[800,128], i: s32[]) -> f32[16,128] {
   ROOT %far = f32[16,128]{1,0:T(8,128)} slice(%a), slice={[0:16], [0:128]}
 }
 """
-  # Fetched into the fast memory; read and written; a word for the fetch's state.
+  # %near is read; %there and %far are read and written; the state of the copy is 4 bytes.
   assert cost.memory_traffic(text) == 4 * 128 * (8 + 2 * 24 + 2 * 16) + 4
 
 
-def test_memory_traffic_leaves_out_what_a_library_works_in():
+def test_memory_traffic_leaves_out_the_workspace_of_a_library():
   text = """\
 HloModule jit_g
 
@@ -157,7 +157,7 @@ def test_known_trip_counts_and_nested_loops_multiply():
   assert cost.collectives(nested)["collective-permute"] == (15, 15 * 4000)
 
 
-def test_collectives_of_a_compiled_loop_are_those_of_a_ring():
+def test_collectives_of_a_compiled_loop_equal_a_ring_in_every_trip():
   mesh = sharding.make_mesh()
 
   def average(x):
@@ -171,7 +171,7 @@ def test_collectives_of_a_compiled_loop_are_those_of_a_ring():
   assert cost.collectives(text) == {"all-reduce": (3, 3 * 4000 * 2 * 7 // 8)}
 
 
-def test_memory_traffic_is_xlas_without_a_loop_and_its_multiple_with_one():
+def test_memory_traffic_equals_xla_and_grows_with_the_trips_of_a_loop():
   x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
   once = jax.jit(lambda x: x @ x).lower(x).compile()
   assert cost.memory_traffic(once.as_text()) == once.cost_analysis()["bytes accessed"]
@@ -179,30 +179,30 @@ def test_memory_traffic_is_xlas_without_a_loop_and_its_multiple_with_one():
   for length in (10, 20):
     loop = lambda x, length=length: jax.lax.scan(lambda c, _: (c @ x, None), x, length=length)[0]
     traffic[length] = cost.memory_traffic(jax.jit(loop).lower(x).compile().as_text())
-  # Each trip reads two matrices and writes one; copies that XLA adds come on top.
+  # Each trip reads two matrices and writes one; XLA may add copies.
   assert 10 * 3 * 4 * 64**2 <= traffic[20] - traffic[10] <= 10 * 5.1 * 4 * 64**2
 
 
-def test_flops_of_a_scan_of_products_are_counted_every_time():
+def test_flops_of_a_scan_count_every_iteration():
   x = jnp.ones((5, 8))
   w = jnp.ones((8, 8))
   loop = lambda x, w: jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=7)[0].sum()
   assert cost.flops(jax.make_jaxpr(loop)(x, w)) == 7 * 2 * 5 * 8 * 8
-  # Both gradients of a product cost what it does.
+  # Each of the two gradients of a product costs as much as the product.
   both = jax.make_jaxpr(jax.grad(loop, (0, 1)))(x, w)
   assert cost.flops(both) == 3 * 7 * 2 * 5 * 8 * 8
-  assert cost.other_operations(jax.make_jaxpr(loop)(x, w)) == 7 * 5 * 8 + 5 * 8  # tanh, and the sum
+  assert cost.other_operations(jax.make_jaxpr(loop)(x, w)) == 7 * 5 * 8 + 5 * 8  # tanh, sum
 
 
-def test_a_product_that_nothing_needs_costs_nothing():
+def test_unused_products_cost_nothing():
   x = jnp.ones((8, 8))
   gradient = lambda w, x, dy: jax.lax.cond(True, *[lambda: jax.vjp(jnp.dot, w, x)[1](dy)] * 2)
   assert cost.flops(jax.make_jaxpr(gradient)(x, x, x)) == 2 * 2 * 8 * 8 * 8
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_flops_of_convolutions_and_their_gradients_are_xlas(stride):
-  """But for the picture's border, which XLA leaves out."""
+def test_flops_of_convolutions_and_their_gradients_are_close_to_xla(stride):
+  """XLA leaves out products with the padding at the image's border."""
 
   def loss(x, kernel):
     dimensions = ("NHWC", "HWIO", "NHWC")
@@ -220,7 +220,7 @@ def test_flops_of_convolutions_and_their_gradients_are_xlas(stride):
   assert cost.flops(program.trace(*shapes).jaxpr) == pytest.approx(xla, rel=0.15)
 
 
-def test_flops_of_shard_map_are_those_of_all_devices():
+def test_flops_of_shard_map_are_summed_over_devices():
   mesh = sharding.make_mesh()
   product = lambda x, w: x @ w
   spread = jax.shard_map(product, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
@@ -228,7 +228,7 @@ def test_flops_of_shard_map_are_those_of_all_devices():
   assert cost.flops(jax.make_jaxpr(spread)(x, w)) == cost.flops(jax.make_jaxpr(product)(x, w))
 
 
-def test_a_step_more_of_a_chain_costs_one_forward_pass():
+def test_each_step_of_a_chain_costs_one_forward_pass():
   network = lambda latents, t: jnp.tanh(latents @ jnp.ones((4, 4)))
   noise, schedule = jnp.zeros((2, 8, 8, 4)), Schedule()
 

@@ -1,4 +1,4 @@
-"""The error bound against scipy, brute force and closed forms."""
+"""Tests of the error bound against scipy, brute force and closed forms."""
 
 import dataclasses
 import os
@@ -14,10 +14,13 @@ import pytest
 import scipy.stats
 
 from prefpaint_jax.preference import bound as bounds
-from prefpaint_jax.preference.bound import Bound, Moments
+from prefpaint_jax.preference import moments as moments_lib
+from prefpaint_jax.preference.bound import Bound
+from prefpaint_jax.preference.moments import Moments
 
 
 def features(count=200, width=12, seed=0):
+  """Draws correlated features, float32 [count, width]."""
   rng = np.random.default_rng(seed)
   return (rng.standard_normal((count, width)) @ rng.standard_normal((width, width))).astype(
     np.float32
@@ -25,7 +28,7 @@ def features(count=200, width=12, seed=0):
 
 
 def released_like(width=256, seed=0):
-  """V = 0.01·I + 97.9·uuᵀ for a random unit u, the shape of the released matrix."""
+  """Returns V = 0.01·I + 97.9·uuᵀ for a random unit u, with the spectrum of the released matrix."""
   u = np.random.default_rng(seed).standard_normal(width)
   u /= np.linalg.norm(u)
   return 0.01 * np.eye(width) + 97.9 * np.outer(u, u)
@@ -40,23 +43,23 @@ def test_v_is_the_ridge_plus_the_sum_of_outer_products():
   assert (fitted.count, fitted.lam, fitted.width) == (200, 0.3, 12)
 
 
-def test_gram_of_batches_adds_up():
+def test_grams_of_batches_add_up():
   z = features()
-  parts = sum(bounds.gram(part) for part in np.split(z, 4))
+  parts = sum(moments_lib.gram(part) for part in np.split(z, 4))
   assert parts.dtype == np.float64
   np.testing.assert_allclose(
     Bound.from_gram(parts, len(z), 0.3).matrix, Bound.fit(z, 0.3).matrix, rtol=1e-12
   )
 
 
-def test_gram_does_not_lose_small_directions_beside_large_ones():
+def test_gram_keeps_small_directions_next_to_large_ones():
   z = np.array([[1e4, 0.0], [1.0, 1e-3]] * 50, np.float32)
   exact = 50 * np.float64(np.float32(1e-3)) ** 2
-  np.testing.assert_allclose(bounds.gram(z)[1, 1], exact, rtol=1e-12)
+  np.testing.assert_allclose(moments_lib.gram(z)[1, 1], exact, rtol=1e-12)
 
 
 def scored(count=200, width=12, seed=0):
-  """Features [count, width] and noisy linear targets [count], both float32."""
+  """Draws features [count, width], noisy linear targets [count], and the true head [width]."""
   rng = np.random.default_rng(seed)
   z, head = features(count, width, seed), np.random.default_rng(99).standard_normal(width)
   return z, (z @ head + 0.5 * rng.standard_normal(count)).astype(np.float32), head
@@ -85,16 +88,16 @@ def test_ridge_equals_least_squares_on_the_augmented_system(count):
   np.testing.assert_allclose(bounds.ridge(Moments.of(z, y), 0.3), expected, rtol=1e-8)
 
 
-def test_residual_scale_equals_the_residuals_one_by_one():
+def test_residual_scale_equals_the_root_mean_square_of_residuals():
   (z, y, _), (other_z, other_y, _) = scored(), scored(50, seed=3)
   w = bounds.ridge(Moments.of(z, y), 0.3)
   expected = np.sqrt(np.mean((other_y - other_z @ w) ** 2))
   assert bounds.residual_scale(Moments.of(other_z, other_y), w) == pytest.approx(expected, rel=1e-8)
   perfect = Moments.of(z, z.astype(np.float64) @ w)
-  assert bounds.residual_scale(perfect, w) < 1e-6  # Rounding may leave a negative sum of squares.
+  assert bounds.residual_scale(perfect, w) < 1e-6  # rounding can make the sum of squares negative
 
 
-def test_refit_recovers_head_and_noise_and_bounds_its_own_error():
+def test_refit_recovers_head_and_noise_and_bounds_its_error():
   z, y, head = scored(10_000)
   w, fitted = bounds.refit(Moments.of(z[:5000], y[:5000]), 0.3, Moments.of(z[5000:], y[5000:]))
   np.testing.assert_allclose(w, head, atol=0.15)
@@ -105,12 +108,13 @@ def test_refit_recovers_head_and_noise_and_bounds_its_own_error():
   assert error <= bounds.confidence(fitted, 0.01)
 
 
-def test_noise_of_held_out_samples_is_not_hidden_by_overfitting():
+def test_overfitting_hides_the_noise_of_training_samples_only():
   z, y, _ = scored(1024)
   train, held_out = Moments.of(z[:24], y[:24]), Moments.of(z[24:], y[24:])
-  own, honest = bounds.refit(train, 1e-3)[1], bounds.refit(train, 1e-3, held_out, norm_bound=7)[1]
-  assert own.noise_scale < 0.5 < honest.noise_scale
-  assert honest.norm_bound == 7
+  from_train = bounds.refit(train, 1e-3)[1]
+  from_held_out = bounds.refit(train, 1e-3, held_out, norm_bound=7)[1]
+  assert from_train.noise_scale < 0.5 < from_held_out.noise_scale
+  assert from_held_out.norm_bound == 7
 
 
 TWO_PROCESSES = """
@@ -119,7 +123,7 @@ TWO_PROCESSES = """
   folder, port, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
-  from prefpaint_jax.preference.bound import Moments, sum_over_processes
+  from prefpaint_jax.preference.moments import Moments, sum_over_processes
 
   data = np.load(f"{folder}/data.npz")
   own = slice(0, 130) if index == 0 else slice(130, None)
@@ -127,7 +131,7 @@ TWO_PROCESSES = """
 """
 
 
-def test_two_processes_have_the_moments_of_one_to_the_last_bit(tmp_path):
+def test_two_processes_get_bit_identical_sums_of_their_moments(tmp_path):
   z, y, _ = scored()
   np.savez(tmp_path / "data.npz", z=z, y=y)
   with socket.socket() as free:
@@ -161,14 +165,14 @@ def test_two_processes_have_the_moments_of_one_to_the_last_bit(tmp_path):
     np.testing.assert_allclose(mine, whole, rtol=1e-12, atol=1e-12)
 
 
-def test_one_process_has_its_own_moments():
+def test_sum_over_one_process_changes_nothing():
   moments = Moments.of(*scored()[:2])
-  for summed, own in zip(bounds.sum_over_processes(moments), moments, strict=True):
+  for summed, own in zip(moments_lib.sum_over_processes(moments), moments, strict=True):
     np.testing.assert_array_equal(summed, own)
 
 
 @pytest.mark.parametrize("lam", [1e-2, 1.0])
-def test_norms_equal_a_brute_force_solve(lam):
+def test_norms_equal_those_of_a_brute_force_solve(lam):
   fitted, z = Bound.fit(features(), lam), features(7, seed=1)
   solved = scipy.linalg.solve(fitted.matrix, z.T.astype(np.float64), assume_a="pos")
   mahalanobis = np.sqrt(np.sum(z.T * solved, axis=0))
@@ -180,7 +184,7 @@ def test_norms_equal_a_brute_force_solve(lam):
   np.testing.assert_allclose(ours, released, rtol=1e-3)
 
 
-def test_norm_is_safe_in_float32_for_the_released_spectrum():
+def test_norm_is_accurate_in_float32_for_the_released_spectrum():
   chol = np.linalg.cholesky(released_like())
   z = np.random.default_rng(1).standard_normal((5, 256)) * 0.01
   expected = np.sqrt(np.sum(z.T * scipy.linalg.cho_solve((chol, True), z.T), axis=0))
@@ -190,7 +194,7 @@ def test_norm_is_safe_in_float32_for_the_released_spectrum():
   assert not np.any(bounds.mahalanobis_norm(whitening, jnp.zeros((2, 256), jnp.bfloat16)))
 
 
-def test_released_norm_is_ten_times_the_papers_on_the_released_matrix():
+def test_released_norm_is_ten_times_the_papers_norm_for_the_released_matrix():
   whitening = np.linalg.inv(np.linalg.cholesky(released_like()))
   z = jnp.array(np.random.default_rng(1).standard_normal((64, 256)) * 0.01, jnp.float32)
   paper, released = bounds.mahalanobis_norm(whitening, z), bounds.released_norm(whitening, z)
@@ -211,15 +215,15 @@ def test_trust_weight_equals_the_released_clamp():
   assert free[-1] == pytest.approx(np.exp(-0.3), abs=1e-6)
 
 
-def test_inverse_round_trip_recovers_v_and_lambda():
-  fitted = Bound.fit(features(8, 12), lam=0.05)  # Fewer samples than features: λ is exact.
+def test_bound_from_the_inverse_recovers_v_and_lambda():
+  fitted = Bound.fit(features(8, 12), lam=0.05)  # fewer samples than features, so λ is exact
   again = Bound.from_inverse(np.linalg.inv(fitted.matrix))
   np.testing.assert_allclose(again.matrix, fitted.matrix, rtol=1e-8, atol=1e-8)
   assert again.lam == pytest.approx(0.05, rel=1e-8)
   assert again.count is None
 
 
-def test_released_inverse_in_float32_gives_its_spectrum():
+def test_bound_from_a_float32_inverse_has_the_released_spectrum():
   inverse = np.linalg.inv(released_like()).astype(np.float32)
   found = Bound.from_inverse(inverse)
   assert found.lam == pytest.approx(0.01, rel=1e-3)
@@ -230,20 +234,20 @@ def test_released_inverse_in_float32_gives_its_spectrum():
   )
 
 
-def test_confidence_in_closed_form_for_one_feature():
+def test_confidence_of_one_feature_equals_the_closed_form():
   # V = λ + Σz² = 2 + 14 = 16, so det(V)^½ det(λ)^−½ = sqrt(8).
   fitted = Bound.fit(np.array([[1.0], [2.0], [3.0]]), 2.0, noise_scale=0.5, norm_bound=3.0)
   expected = 0.5 * np.sqrt(2 * np.log(np.sqrt(8) / 0.1)) + np.sqrt(2) * 3
   assert bounds.confidence(fitted, delta=0.1) == pytest.approx(expected, rel=1e-12)
 
 
-def test_confidence_uses_the_log_determinant():
+def test_confidence_equals_the_log_determinant_and_does_not_overflow():
   fitted = Bound.fit(features(), 0.3, noise_scale=1.0, norm_bound=0.0)
   log_ratio = 0.5 * np.linalg.slogdet(fitted.matrix)[1] - 0.5 * 12 * np.log(0.3)
   expected = np.sqrt(2 * (log_ratio + np.log(20)))
   assert bounds.confidence(fitted, delta=0.05) == pytest.approx(expected, rel=1e-10)
   wide = Bound.from_gram(np.eye(500) * 1e4, 500, 1e-4, noise_scale=1.0, norm_bound=0.0)
-  assert np.isfinite(bounds.confidence(wide, 0.05))  # det(V) itself overflows float64.
+  assert np.isfinite(bounds.confidence(wide, 0.05))  # det(V) overflows float64
 
 
 def test_bound_holds_for_a_ridge_head_on_noisy_linear_rewards():
@@ -258,7 +262,7 @@ def test_bound_holds_for_a_ridge_head_on_noisy_linear_rewards():
     assert np.all(np.abs(new @ (ridge - head)) <= bounds.confidence(fitted, 0.01) * norm)
 
 
-def test_effective_rank_of_known_spectra():
+def test_effective_rank_equals_the_entropy_of_known_spectra():
   assert bounds.effective_rank(Bound.from_gram(np.eye(8) * 5, 8, 0.1)) == pytest.approx(8)
   one_line = np.linspace(1, 3, 10)[:, None] * np.ones((1, 8))
   assert bounds.effective_rank(Bound.fit(one_line, 0.1)) == pytest.approx(1, abs=1e-6)
@@ -271,7 +275,7 @@ def test_effective_rank_of_known_spectra():
 
 @pytest.mark.parametrize("scalars", [{}, {"noise_scale": 0.1, "norm_bound": np.float64(1 / 3)}])
 @pytest.mark.parametrize("where", ["folder", "some/bound.safetensors"])
-def test_save_and_load_keep_everything(tmp_path, scalars, where):
+def test_saving_and_loading_keeps_all_fields(tmp_path, scalars, where):
   fitted = Bound.fit(features(), 0.3, **scalars)
   bounds.save_bound(fitted, tmp_path / where)
   loaded = bounds.load_bound(tmp_path / where)
@@ -281,14 +285,14 @@ def test_save_and_load_keep_everything(tmp_path, scalars, where):
     assert getattr(loaded, field.name) == getattr(fitted, field.name)
 
 
-def test_a_bound_without_count_survives_the_file(tmp_path):
+def test_a_bound_without_count_is_saved_and_loaded(tmp_path):
   saved = Bound.from_inverse(np.eye(3) * 2)
   bounds.save_bound(saved, tmp_path)
   loaded = bounds.load_bound(tmp_path)
   assert loaded.count is None and loaded.lam == saved.lam
 
 
-def test_unreadable_files_are_named(tmp_path):
+def test_errors_name_files_that_cannot_be_read(tmp_path):
   from safetensors.numpy import save_file
 
   with pytest.raises(ValueError, match=r"bound\.safetensors: no such file"):
@@ -308,22 +312,22 @@ def test_unreadable_files_are_named(tmp_path):
     bounds.load_bound(path)
 
 
-def test_what_a_user_can_get_wrong_is_named():
-  with pytest.raises(ValueError, match=r"\(3, 4\): give a square"):
+def test_errors_name_wrong_arguments():
+  with pytest.raises(ValueError, match=r"\(3, 4\); give a square"):
     Bound.from_inverse(np.ones((3, 4)))
   with pytest.raises(ValueError, match="not positive definite"):
     Bound.from_inverse(np.diag([1.0, -1.0]))
   with pytest.raises(ValueError, match="lam is 0"):
     Bound.fit(features(), 0)
   with pytest.raises(ValueError, match="1 of 3 feature rows"):
-    bounds.gram(np.array([[1.0], [np.nan], [2.0]]))
+    moments_lib.gram(np.array([[1.0], [np.nan], [2.0]]))
   with pytest.raises(ValueError, match=r"shape \(3,\)"):
-    bounds.gram(np.ones(3))
+    moments_lib.gram(np.ones(3))
   with pytest.raises(ValueError, match=r"targets have shape \(2,\), features \(3, 4\)"):
     Moments.of(np.ones((3, 4)), np.ones(2))
   with pytest.raises(ValueError, match="1 of 2 targets are not finite"):
     Moments.of(np.ones((2, 4)), np.array([1.0, np.inf]))
-  with pytest.raises(ValueError, match="no samples"):
+  with pytest.raises(ValueError, match="the moments have no samples"):
     bounds.residual_scale(Moments.zeros(4), np.ones(4))
   with pytest.raises(ValueError, match="12 features and the reward model has 256"):
     bounds.check_bound(Bound.fit(features(), 1.0), 256)

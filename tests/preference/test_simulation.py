@@ -1,4 +1,4 @@
-"""The simulated annotators prefer what is true and cannot be bribed with more colour."""
+"""Tests that the simulated annotators prefer the true content, and not merely more colour."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from prefpaint_jax.preference import simulation
 
 @pytest.fixture(scope="module")
 def world():
-  """(images, masks) of held-out prompts."""
+  """Returns the images and masks of held-out prompts."""
   opened = open_prompts("mini", "test")
   batch = [opened[index] for index in range(384)]
   return np.stack([p["image"] for p in batch]), np.stack([p["mask"] for p in batch])
@@ -27,7 +27,7 @@ def saturate(images, amount):
   return (grey + amount * (images - grey)).clip(0, 1)
 
 
-def test_scores_lie_between_zero_and_seven_and_combine_by_their_weights(world):
+def test_scores_are_from_zero_to_seven_and_combine_by_their_weights(world):
   scores = simulation.true_preference(*world)
   assert set(scores) == {*examples.CRITERIA, "combined"}
   for score in scores.values():
@@ -38,21 +38,21 @@ def test_scores_lie_between_zero_and_seven_and_combine_by_their_weights(world):
   np.testing.assert_allclose(scores["combined"], expected, rtol=1e-6)
 
 
-def test_true_fillings_beat_faded_ones(world):
+def test_true_content_beats_faded_content(world):
   images, masks = world
   true, faded = combined(images, masks), combined(simulation.fade(images, masks), masks)
   assert np.mean(true > faded) >= 0.93
   assert true.mean() > 4.5 and faded.mean() < 3.5
 
 
-def test_the_more_faded_the_worse(world):
+def test_scores_fall_as_fading_increases(world):
   images, masks = world
   means = [combined(simulation.fade(images, masks, a), masks).mean() for a in (0, 0.3, 0.6, 1)]
   assert means == sorted(means, reverse=True)
 
 
 @pytest.mark.parametrize(
-  ("spoil", "accuracy"),
+  ("degrade", "accuracy"),
   [
     (lambda x: ndimage.gaussian_filter(x, (0, 3, 3, 0)), 0.85),
     (lambda x: x + np.random.default_rng(0).normal(0, 0.05, x.shape), 0.9),
@@ -65,13 +65,13 @@ def test_the_more_faded_the_worse(world):
   ],
   ids=["blurred", "noisy", "tinted", "from-another", "black", "flat", "dark", "wrong-hue"],
 )
-def test_true_fillings_beat_spoilt_ones(world, spoil, accuracy):
+def test_true_content_beats_degraded_content(world, degrade, accuracy):
   images, masks = world
-  filling = paste_back(spoil(images).clip(0, 1), images, masks)
-  assert np.mean(combined(images, masks) > combined(filling, masks)) >= accuracy
+  sample = paste_back(degrade(images).clip(0, 1), images, masks)
+  assert np.mean(combined(images, masks) > combined(sample, masks)) >= accuracy
 
 
-def test_more_colour_or_contrast_than_around_is_no_better(world):
+def test_more_colour_or_contrast_than_the_surroundings_lowers_the_score(world):
   images, masks = world
   mean = images.mean((1, 2), keepdims=True)
   for fuller in (
@@ -79,8 +79,8 @@ def test_more_colour_or_contrast_than_around_is_no_better(world):
     saturate(images, 2.5),
     (mean + 1.8 * (images - mean)).clip(0, 1),
   ):
-    filling = paste_back(fuller, images, masks)
-    assert np.mean(combined(images, masks) > combined(filling, masks)) >= 0.9
+    sample = paste_back(fuller, images, masks)
+    assert np.mean(combined(images, masks) > combined(sample, masks)) >= 0.9
   peak = [
     combined(paste_back(saturate(images, a), images, masks), masks).mean()
     for a in (0, 0.5, 1, 1.5, 2)
@@ -88,7 +88,7 @@ def test_more_colour_or_contrast_than_around_is_no_better(world):
   assert np.argmax(peak) == 2
 
 
-def test_smearing_the_border_into_the_hole_is_no_way_out(world):
+def test_true_content_beats_the_smeared_border(world):
   images, masks = world
   smeared = np.empty_like(images)
   for image, mask, out in zip(images, masks, smeared, strict=True):
@@ -99,7 +99,7 @@ def test_smearing_the_border_into_the_hole_is_no_way_out(world):
   assert np.mean(combined(images, masks) > combined(smeared, masks)) >= 0.8
 
 
-def test_seam_and_grain_agree_with_loops_over_pixels():
+def test_seam_and_grain_deviations_equal_loops_over_pixels():
   rng = np.random.default_rng(0)
   image, hole = rng.random((7, 6, 3)), (rng.random((7, 6)) < 0.4).astype(float)
   weight = rng.random((7, 6))
@@ -129,7 +129,7 @@ def test_seam_and_grain_agree_with_loops_over_pixels():
   np.testing.assert_allclose(simulation.grain_deviation(*arguments)[0], grain / number, rtol=1e-5)
 
 
-def test_a_picture_is_judged_alone_and_by_its_mask(world):
+def test_scores_do_not_depend_on_the_batch_or_on_mirroring(world):
   images, masks = world
   together = combined(images, masks)
   np.testing.assert_allclose(combined(images[5:7], masks[5:7]), together[5:7], rtol=1e-5)
@@ -137,18 +137,18 @@ def test_a_picture_is_judged_alone_and_by_its_mask(world):
   np.testing.assert_allclose(mirrored, together, rtol=1e-4)
 
 
-def test_flat_pictures_and_thin_holes_have_finite_scores():
+def test_flat_images_and_thin_holes_have_finite_scores():
   images = np.full((3, 32, 32, 3), 0.5, np.float32)
   masks = np.zeros((3, 32, 32, 1), np.float32)
   masks[0, 3, 4] = 1  # one pixel
   masks[1] = 1
-  masks[1, 0, 0] = 0  # all but one
-  masks[2, :, ::2] = 1  # no two neighbours in a row
+  masks[1, 0, 0] = 0  # all pixels but one
+  masks[2, :, ::2] = 1  # no horizontal neighbours in the hole
   for score in simulation.true_preference(images, masks).values():
     np.testing.assert_allclose(score, 7, rtol=1e-3)
 
 
-def test_fade_keeps_known_pixels_and_the_mean_and_lowers_contrast_and_colour(world):
+def test_fading_lowers_contrast_and_saturation_and_keeps_the_mean_and_known_pixels(world):
   images, masks = world
   faded = simulation.fade(images, masks)
   known = np.broadcast_to(masks == 0, images.shape)
@@ -165,16 +165,16 @@ def test_fade_keeps_known_pixels_and_the_mean_and_lowers_contrast_and_colour(wor
   np.testing.assert_allclose(colours[1], 0.15 * colours[0], rtol=1e-4)
 
 
-def test_annotators_give_whole_scores_around_the_truth(world):
+def test_annotators_give_integer_scores_around_the_truth(world):
   scores = simulation.true_preference(*world)
   given = simulation.annotate(0, scores, num_annotators=64, noise=0.7)
   for name in examples.CRITERIA:
     assert given[name].shape == (384, 64) and given[name].dtype == np.int32
     assert given[name].min() >= 0 and given[name].max() <= 7
-    middle = (scores[name] > 2) & (scores[name] < 5)  # where nothing is clipped
+    middle = (scores[name] > 2) & (scores[name] < 5)  # no score is clipped
     error = given[name][middle] - scores[name][middle, None]
     assert abs(error.mean()) < 0.05
-    assert error.std() == pytest.approx(np.sqrt(0.7**2 + 1 / 12), rel=0.05)  # noise and rounding
+    assert error.std() == pytest.approx(np.sqrt(0.7**2 + 1 / 12), rel=0.05)  # of noise and rounding
   again = simulation.annotate(np.random.default_rng(0), scores, num_annotators=64, noise=0.7)
   np.testing.assert_array_equal(given["overall"], again["overall"])
   assert simulation.combine(given).shape == (384, 64)

@@ -1,3 +1,5 @@
+"""Checkpoints: exact round trips, selection, killed saves, damaged files, several processes."""
+
 import gc
 import logging
 import os
@@ -33,7 +35,7 @@ def assert_identical(tree, expected):
 
 
 def place(tree, mesh):
-  """Matrices split over both axes, the rest whole."""
+  """Shards matrices over both axes of the mesh and replicates the other arrays."""
   spec = lambda leaf: P("data", "fsdp") if leaf.ndim == 2 else P()
   return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, spec(leaf))), tree)
 
@@ -77,9 +79,9 @@ def test_round_trip_over_eight_devices_is_bit_identical(tmp_path, data_state):
   assert extra == EXTRA
 
 
-def test_arrays_that_devices_share_out_to_write_are_bit_identical(tmp_path, monkeypatch):
-  monkeypatch.setattr(checkpoint, "SPLIT_FROM", 1024)  # bytes: what is smaller, one writes alone
-  state = {"shared_out": jnp.arange(4096.0), "small": jnp.arange(8.0), "odd": jnp.arange(4099.0)}
+def test_arrays_that_devices_write_in_parts_are_bit_identical(tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint, "SPLIT_FROM", 1024)  # bytes
+  state = {"in_parts": jnp.arange(4096.0), "small": jnp.arange(8.0), "odd": jnp.arange(4099.0)}
   state = jax.device_put(state, NamedSharding(make_mesh(), P()))
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(1, state, None, {})
@@ -88,7 +90,7 @@ def test_arrays_that_devices_share_out_to_write_are_bit_identical(tmp_path, monk
   assert_identical(restored, state)
 
 
-def test_eight_devices_restore_to_one_bit_identically(tmp_path):
+def test_state_of_eight_devices_restores_on_one_bit_identically(tmp_path):
   state = make_state()
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(7, state, None, {})
@@ -118,7 +120,9 @@ def test_state_donated_right_after_save_is_saved_as_it_was(tmp_path, spec):
     lambda key: {"params": jax.random.normal(key, (2048, 512))}, out_shardings={"params": sharding}
   )
   overwrite = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0 - 1, tree), donate_argnums=0)
-  jax.block_until_ready(overwrite(make(jax.random.key(0))))  # compiled before the race
+  jax.block_until_ready(
+    overwrite(make(jax.random.key(0)))
+  )  # compile first, so that the overwrite races with the save
   state, expected = make(jax.random.key(1)), np.array(make(jax.random.key(1))["params"])
   checkpoints = Checkpoints(tmp_path)
   extra = {"count": 1}
@@ -132,7 +136,7 @@ def test_state_donated_right_after_save_is_saved_as_it_was(tmp_path, spec):
   assert saved_extra == {"count": 1}
 
 
-def test_keeps_the_last_ones_and_restores_any_of_them(tmp_path):
+def test_latest_checkpoints_are_kept_and_each_can_be_restored(tmp_path):
   states = {step: {"params": jnp.full(4, step, jnp.float32)} for step in (1, 2, 10)}
   checkpoints = Checkpoints(tmp_path / "new", keep=2)
   assert checkpoints.latest() is None and not (tmp_path / "new").exists()
@@ -152,7 +156,7 @@ BY_REWARD = {1: 0.5, 2: 0.1, 3: 0.7, 4: None, 5: float("nan"), 6: 0.7, 7: 0.2, 8
 
 
 @pytest.mark.parametrize("reopened", [False, True])
-def test_best_checkpoint_is_kept_beside_the_last_ones(tmp_path, reopened):
+def test_best_checkpoint_is_kept_in_addition_to_the_latest(tmp_path, reopened):
   checkpoints = Checkpoints(tmp_path, keep=2, best="reward")
   bests = []
   for step, reward in BY_REWARD.items():
@@ -166,7 +170,7 @@ def test_best_checkpoint_is_kept_beside_the_last_ones(tmp_path, reopened):
       checkpoints.close()
       checkpoints = Checkpoints(tmp_path, keep=2, best="reward")
   checkpoints.close()
-  assert bests == [1, 1, 3, 3, 3, 6, 6, 6]  # of equals the last
+  assert bests == [1, 1, 3, 3, 3, 6, 6, 6]  # the latest of equally good ones
   reader = Checkpoints(tmp_path, best="reward")
   np.testing.assert_array_equal(reader.load("params", "best")["bias"], np.full(4, 6))
   restored, _, _ = reader.restore({"params": {"bias": jnp.zeros(4, jnp.int32)}}, "best")
@@ -186,7 +190,7 @@ def test_killed_while_saving_resumes_from_the_previous_checkpoint(tmp_path):
     import os, threading, jax.numpy as jnp
     from prefpaint_jax.runtime.checkpoint import Checkpoints
     checkpoints = Checkpoints({str(tmp_path)!r})
-    os.rename = os.replace = lambda *_: os._exit(9)  # killed at the moment of completing
+    os.rename = os.replace = lambda *_: os._exit(9)  # killed when it completes the save
     import pathlib; pathlib.Path.rename = pathlib.Path.replace = lambda *_: os._exit(9)
     checkpoints.save(4, {{"params": jnp.zeros(4)}}, None, {{}})
     checkpoints.wait()
@@ -194,7 +198,7 @@ def test_killed_while_saving_resumes_from_the_previous_checkpoint(tmp_path):
   killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True)
   assert killed.returncode == 9, killed.stderr.decode()[-2000:]
   left_behind = [path.name for path in tmp_path.iterdir() if path.name != "3"]
-  assert left_behind, "the killed save should leave something behind"
+  assert left_behind, "the killed save left no incomplete checkpoint"
   resumed = Checkpoints(tmp_path)
   assert resumed.latest() == 3
   assert_identical(resumed.restore(abstract(state))[0], state)
@@ -203,9 +207,9 @@ def test_killed_while_saving_resumes_from_the_previous_checkpoint(tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
 
 
-# After one failing read Orbax abandons the others; the interpreter reports them when collected.
+# When one read fails, Orbax abandons the other reads, and Python warns of their coroutines.
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-def test_every_truncated_file_is_refused_by_name_or_does_not_matter(tmp_path, monkeypatch):
+def test_truncated_file_raises_one_line_or_restores_bit_identically(tmp_path, monkeypatch):
   monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
   state = make_state()
   checkpoints = Checkpoints(tmp_path)
@@ -232,7 +236,7 @@ def test_every_truncated_file_is_refused_by_name_or_does_not_matter(tmp_path, mo
   assert {largest, tmp_path / "7" / "run" / "metadata"} <= refused
 
 
-def test_missing_part_is_refused_by_name(tmp_path):
+def test_missing_file_raises_one_line_with_the_folder(tmp_path):
   state = {"params": jnp.arange(4.0)}
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(7, state, None, {})
@@ -245,17 +249,17 @@ def test_missing_part_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
   ("foreign", "named"),
   [
-    ({"params": {"dense": jnp.zeros((4, 4))}}, r"params/dense: float32\[4, 2\] saved"),
-    ({"params": {"dense": jnp.zeros((4, 2), jnp.bfloat16)}}, r"bfloat16\[4, 2\] wanted"),
+    ({"params": {"dense": jnp.zeros((4, 4))}}, r"params/dense: saved float32\[4, 2\], expected"),
+    ({"params": {"dense": jnp.zeros((4, 2), jnp.bfloat16)}}, r"expected bfloat16\[4, 2\]"),
     (
       {"params": {"other": jnp.zeros((4, 2))}},
-      r"2 of 2 .*dense: .* saved, nothing wanted; .*other",
+      r"2 of 2 .*dense: saved .*, expected nothing; .*other",
     ),
-    ({"params": {"dense": jnp.zeros((4, 2))}, "ema": jnp.zeros(3)}, r"ema: nothing saved"),
-    ({"ema": jnp.zeros(3)}, r"differ \(ema: nothing saved, float32\[3\] wanted"),
+    ({"params": {"dense": jnp.zeros((4, 2))}, "ema": jnp.zeros(3)}, r"ema: saved nothing"),
+    ({"ema": jnp.zeros(3)}, r"differ \(ema: saved nothing, expected float32\[3\]"),
   ],
 )
-def test_foreign_checkpoint_is_refused_in_one_line_naming_the_paths(tmp_path, foreign, named):
+def test_checkpoint_of_another_tree_raises_one_line_with_the_paths(tmp_path, foreign, named):
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(1, {"params": {"dense": jnp.zeros((4, 2))}}, None, {})
   checkpoints.wait()
@@ -272,11 +276,13 @@ def test_load_reads_one_subtree_to_the_host(tmp_path):
   params = checkpoints.load("params")
   assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
   assert_identical(params, state["params"])
-  with pytest.raises(ValueError, match="holds nothing under 'ema'"):
+  with pytest.raises(
+    ValueError, match="has no arrays under 'ema'; it has behaviour, iteration, key"
+  ):
     checkpoints.load("ema")
 
 
-def test_reading_leaves_a_save_in_progress_alone(tmp_path):
+def test_reading_does_not_change_a_save_in_progress(tmp_path):
   state = {"params": jnp.arange(4.0)}
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(1, state, None, {})
@@ -290,7 +296,7 @@ def test_reading_leaves_a_save_in_progress_alone(tmp_path):
   assert in_progress.exists()
 
 
-def test_saving_says_nothing(tmp_path, caplog, monkeypatch):
+def test_saving_logs_nothing(tmp_path, caplog, monkeypatch):
   monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # restored at the end
   for logger in (get_absl_logger(), logging.getLogger("asyncio")):
     monkeypatch.setattr(logger, "filters", list(logger.filters))
@@ -339,7 +345,7 @@ TWO_PROCESSES = """
 
 
 @pytest.mark.slow
-def test_two_processes_restore_what_one_saved_and_one_what_two_saved(tmp_path):
+def test_checkpoints_of_one_and_of_two_processes_restore_in_the_other(tmp_path):
   rows = jnp.arange(8.0).reshape(4, 2)
   state = {"params": rows, "batch": rows, "key": jax.random.key(3)}
   of_one = Checkpoints(tmp_path / "of_one")

@@ -1,4 +1,4 @@
-"""Fitting: which parameters come out of it."""
+"""Supervised training returns the parameters with the highest score."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from prefpaint_jax.runtime import fitting, sharding
 
 
 class Batches:
-  """Endless batches of eight ones."""
+  """An endless loader of batches of eight ones."""
 
   def __next__(self):
     return {"x": np.ones((8, 1), np.float32), "id": np.array(["a"] * 8)}
@@ -23,7 +23,10 @@ class Batches:
 
 
 def fit(workdir, scores, judge_every):
-  """w falls by 1 in each of four iterations, from 0; the judge gives these scores in turn."""
+  """Returns w after four iterations. It starts at 0; each update subtracts 1.
+
+  `scores` are the results of the judge, in order.
+  """
   scores = iter(scores)
   return fitting.fit(
     lambda params, batch, key: (jnp.mean(batch["x"]) * params["w"], {}),
@@ -46,11 +49,11 @@ def fit(workdir, scores, judge_every):
 @pytest.mark.parametrize(
   ("scores", "judge_every", "expected"),
   [
-    ((0.1, 0.3, 0.2, 0.3), 1, -2.0),  # the best, of equals the first
-    ((0.1,), 0, -4.0),  # judged at the end alone
-    ((float("nan"),) * 2, 2, -4.0),  # nothing to choose by: the last
+    ((0.1, 0.3, 0.2, 0.3), 1, -2.0),  # the first of two equal best scores
+    ((0.1,), 0, -4.0),  # the judge runs only after the last update
+    ((float("nan"),) * 2, 2, -4.0),  # NaN selects none: the last parameters
     ((), None, -4.0),
   ],
 )
-def test_the_best_parameters_are_returned(tmp_path, scores, judge_every, expected):
+def test_parameters_with_the_highest_score_are_returned(tmp_path, scores, judge_every, expected):
   assert fit(tmp_path, scores, judge_every) == expected

@@ -1,3 +1,5 @@
+"""Metrics, progress bars, and the images that a run writes."""
+
 import io
 import json
 import os
@@ -21,7 +23,7 @@ def read_lines(workdir):
 
 
 def read_events(workdir):
-  """The records of TensorBoard's files: length, its checksum, an Event, its checksum."""
+  """Yields the events of TensorBoard's files; a record is (length, checksum, Event, checksum)."""
   for path in sorted((workdir / "tensorboard").iterdir()):
     data = path.read_bytes()
     while data:
@@ -39,7 +41,7 @@ def scalars(events):
   ]
 
 
-def test_every_iteration_is_one_line_at_once_with_iteration_first(tmp_path):
+def test_write_appends_one_line_at_once_that_begins_with_the_iteration(tmp_path):
   writer = MetricsWriter(tmp_path / "run")
   writer.write(1, {"reward/mean": jnp.float32(0.5), "count": 3, "images_per_s": np.float64(2)})
   text = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -55,7 +57,7 @@ def test_every_iteration_is_one_line_at_once_with_iteration_first(tmp_path):
   ]
 
 
-def test_numbers_that_json_lacks_are_null(tmp_path):
+def test_nan_and_infinities_are_null(tmp_path):
   writer = MetricsWriter(tmp_path)
   writer.write(1, {"a": float("nan"), "b": jnp.inf, "c": -np.inf, "d": 1.5})
   writer.close()
@@ -64,7 +66,7 @@ def test_numbers_that_json_lacks_are_null(tmp_path):
 
 
 @pytest.mark.parametrize("tail", ["", '{"iteration": 5, "a"', '{"iteration": 5, "a": 5.0}'])
-def test_resumed_run_has_every_line_once(tmp_path, tail):
+def test_resumed_run_has_each_line_once(tmp_path, tail):
   writer = MetricsWriter(tmp_path)
   for iteration in range(1, 5):
     writer.write(iteration, {"a": iteration})
@@ -79,7 +81,7 @@ def test_resumed_run_has_every_line_once(tmp_path, tail):
   assert [(line["iteration"], line["a"]) for line in read_lines(tmp_path)] == [
     (1, 1), (2, 2), (3, 30), (4, 40), (5, 50), (6, 60),
   ]  # fmt: skip
-  # TensorBoard drops what came before this mark at this step and later.
+  # TensorBoard hides earlier events from the step of a START event on.
   starts = [
     event.step
     for event in read_events(tmp_path)
@@ -88,7 +90,7 @@ def test_resumed_run_has_every_line_once(tmp_path, tail):
   assert starts == [3]
 
 
-def test_truncating_nothing_leaves_a_fresh_run_fresh(tmp_path):
+def test_truncate_of_a_new_run_changes_nothing(tmp_path):
   writer = MetricsWriter(tmp_path)
   writer.truncate(0)
   writer.write(1, {"a": 1})
@@ -133,13 +135,13 @@ def run_progress(stream, **options):
   return stream.getvalue()
 
 
-def test_progress_on_a_terminal_shows_iterations_and_figures():
+def test_progress_on_a_terminal_shows_iterations_and_metrics():
   shown = run_progress(Terminal())
   assert " 5/20 " in shown and "20/20" in shown and "reward 14, 3.0 images/s" in shown
   assert shown.count("\n") == 1
 
 
-def test_progress_in_a_log_is_a_line_now_and_then():
+def test_progress_in_a_log_is_a_line_per_interval_and_one_at_the_end():
   assert run_progress(io.StringIO()) == "iteration 20/20, reward 14, 3.0 images/s\n"
   assert run_progress(io.StringIO(), interval=0).splitlines() == [
     f"iteration {6 + i}/20, reward {i}, 3.0 images/s" for i in range(15)
@@ -175,7 +177,7 @@ def test_image_grid_equals_brute_force(count, columns, scale, padding):
   )
 
 
-def test_labels_stand_under_their_pictures_and_leave_them_alone():
+def test_labels_are_below_their_images_and_do_not_change_them():
   images = np.random.default_rng(0).uniform(size=(3, 8, 24, 3))
   plain = image_grid(images, columns=2, scale=2, padding=1)
   labelled = image_grid(images, columns=2, scale=2, padding=1, labels=["", "0.25", "a long label"])
@@ -199,7 +201,7 @@ def test_saved_png_holds_pixels_and_text(tmp_path):
   assert [path.name for path in (tmp_path / "samples").iterdir()] == ["1.png"]
 
 
-def test_interrupted_save_leaves_the_earlier_picture(tmp_path, monkeypatch):
+def test_interrupted_save_keeps_the_earlier_image(tmp_path, monkeypatch):
   image = np.zeros((2, 2, 3), np.uint8)
   save_png(tmp_path / "1.png", image)
 
@@ -214,7 +216,7 @@ def test_interrupted_save_leaves_the_earlier_picture(tmp_path, monkeypatch):
 
 
 def test_tensorflow_and_torch_are_never_imported(tmp_path):
-  # Stand-ins that could be imported, so that the test means something where there are none.
+  # Fake packages, so that an import would succeed where the real ones are not installed.
   for name in ("tensorflow", "torch"):
     (tmp_path / "modules" / name).mkdir(parents=True)
     (tmp_path / "modules" / name / "__init__.py").write_text("")

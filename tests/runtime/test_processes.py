@@ -1,6 +1,6 @@
-"""Runs of several processes: they equal those of one, and stop and end together.
+"""Runs of several processes equal runs of one process, stop together and end together.
 
-Two processes of two CPU devices each, against one process with four.
+They compare two processes of two CPU devices each with one process of four devices.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from prefpaint_jax.runtime import distributed, sharding
 from prefpaint_jax.runtime.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[2]
-RHYTHMS = {
+FIELDS = {
   "num_iterations": 4,
   "checkpoint_every": 2,
   "sample_every": 2,
@@ -36,12 +36,12 @@ RHYTHMS = {
   "ema_decay": 0.5,
   "behaviour_refresh": 2,
 }
-LIMIT = 240  # seconds that any process of these tests may take
+LIMIT = 240  # timeout of each process, in seconds
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> dict[str, str]:
-  """The environment in which all runs of this file share their compiled programs."""
+  """Environment variables with which all runs of this file share one compilation cache."""
   return {
     "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -59,7 +59,7 @@ def world(tmp_path_factory) -> dict[str, str]:
 def started(
   command: list[str], processes: int, devices: int, environment: dict[str, str], log: Path
 ) -> Iterator[list[subprocess.Popen]]:
-  """The processes of a command, none of which outlives the block; they write to log/0, log/1."""
+  """Starts the processes of a command, which print to log/0, log/1, ...; kills them at the end."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -83,17 +83,17 @@ def started(
       process.wait()
 
 
-def said(log: Path, index: int) -> str:
+def log_of(log: Path, index: int) -> str:
   return (log / str(index)).read_text(errors="replace")
 
 
 def finish(running: list[subprocess.Popen], log: Path) -> None:
   for index, process in enumerate(running):
-    assert process.wait(LIMIT) == 0, said(log, index)[-3000:]
+    assert process.wait(LIMIT) == 0, log_of(log, index)[-3000:]
 
 
 def training(world: dict[str, str], workdir: Path, **changes) -> list[str]:
-  config = testing.tiny_training(world) | RHYTHMS | changes
+  config = testing.tiny_training(world) | FIELDS | changes
   fields = [f"--config.{name}={value}" for name, value in config.items()]
   command = [sys.executable, "-m", "prefpaint_jax.train", f"--config={ROOT}/configs/rl.py"]
   return [*command, f"--workdir={workdir}", *fields]
@@ -108,10 +108,10 @@ def run(world, workdir, processes, devices, environment, **changes) -> None:
 
 @pytest.fixture(scope="module")
 def together(world, cache, tmp_path_factory) -> Path:
-  """The workdir of an undisturbed run of two processes."""
+  """The workdir of an uninterrupted run of two processes."""
   workdir = tmp_path_factory.mktemp("together") / "workdir"
-  own = {"JAX_COMPILATION_CACHE_DIR": str(workdir.with_name("compiled"))}
-  run(world, workdir, 2, 2, cache | own)
+  new_cache = {"JAX_COMPILATION_CACHE_DIR": str(workdir.with_name("compiled"))}
+  run(world, workdir, 2, 2, cache | new_cache)
   return workdir
 
 
@@ -128,7 +128,7 @@ def lines(workdir: Path) -> list[dict]:
 
 
 def assert_same_run(ours: Path, theirs: Path, step: int, rtol: float, atol: float) -> None:
-  """The same lines up to `step`, and the same parameters and moving average there."""
+  """Compares the lines up to `step`, and the parameters and their moving average at `step`."""
   for line, expected in zip(lines(ours)[:step], lines(theirs)[:step], strict=True):
     timed = lambda name: name.startswith("time/") or name == "images_per_s"
     names = [name for name in expected if not timed(name)]
@@ -143,21 +143,21 @@ def assert_same_run(ours: Path, theirs: Path, step: int, rtol: float, atol: floa
     )
 
 
-# Sums over two processes are added up in another order than sums within one: that is felt in the
-# last bits of a float32, and AdamW, which divides by the size of a gradient, may enlarge it.
+# Sums over two processes run in a different order than sums within one process, so that the last
+# bits of a float32 differ. AdamW divides by the size of a gradient, which may enlarge this.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 EXACT = {"rtol": 0.0, "atol": 0.0}
 
 
-# --------------------------------------------------------------------------------- equal to one
+# ------------------------------------------------------------------ equality with one process
 @pytest.mark.slow
-def test_two_processes_equal_one_with_as_many_devices(together, alone):
+def test_two_processes_equal_one_process_with_as_many_devices(together, alone):
   assert_same_run(together, alone, 2, **ROUNDING)
   assert_same_run(together, alone, 4, **ROUNDING)
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_as_one(world, cache, tmp_path):
+def test_evaluation_by_two_processes_equals_that_by_one(world, cache, tmp_path):
   command = [
     sys.executable,
     "-m",
@@ -179,22 +179,22 @@ def test_two_processes_evaluate_as_one(world, cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_process_alone_writes(together):
+def test_only_process_0_writes(together):
   log = together.with_suffix(".log")
-  assert "iteration 4/4" in said(log, 0) and "iteration" not in said(log, 1)
+  assert "iteration 4/4" in log_of(log, 0) and "iteration" not in log_of(log, 1)
   assert [line["iteration"] for line in lines(together)] == [1, 2, 3, 4]
   assert len(list((together / "tensorboard").iterdir())) == 1
 
 
 @pytest.mark.slow
-def test_processes_on_cpus_compile_alike_whatever_was_kept(together):
-  """Programs kept by one of them would let it run ahead of the others, which Gloo does not bear."""
-  kept = together.with_name("compiled")
-  assert not kept.exists() or not list(kept.iterdir())
+def test_processes_on_cpus_use_no_compilation_cache(together):
+  """With a cache, process 0 would start its programs early, and Gloo would time out."""
+  folder = together.with_name("compiled")
+  assert not folder.exists() or not list(folder.iterdir())
 
 
 @pytest.mark.slow
-def test_run_of_two_processes_goes_on_in_one(world, cache, together, alone, tmp_path):
+def test_run_of_two_processes_resumes_in_one(world, cache, together, alone, tmp_path):
   workdir = tmp_path / "workdir"
   shutil.copytree(together, workdir)
   shutil.rmtree(workdir / "checkpoints" / "4")
@@ -202,7 +202,7 @@ def test_run_of_two_processes_goes_on_in_one(world, cache, together, alone, tmp_
   assert_same_run(workdir, alone, 4, **ROUNDING)
 
 
-# ------------------------------------------------------------------------------- end together
+# ------------------------------------------------------------------------ signals and errors
 @pytest.mark.slow
 def test_signal_to_one_process_stops_all_and_the_run_resumes_exactly(
   world, cache, together, tmp_path
@@ -214,29 +214,30 @@ def test_signal_to_one_process_stops_all_and_the_run_resumes_exactly(
     finish(running, log)
   stopped_after = Checkpoints(workdir / "checkpoints").latest()
   assert stopped_after < 4
-  assert f"stopped after iteration {stopped_after} and saved" in said(log, 0)
-  assert "stopped" not in said(log, 1)
+  assert f"stopped after iteration {stopped_after} and saved" in log_of(log, 0)
+  assert "stopped" not in log_of(log, 1)
   run(world, workdir, 2, 2, cache)
   assert_same_run(workdir, together, 4, **EXACT)
 
 
 @pytest.mark.slow
-def test_process_left_by_another_ends_with_a_message(world, cache, together, tmp_path):
-  del together  # has compiled what runs here
+def test_process_ends_with_a_message_when_another_is_killed(world, cache, together, tmp_path):
+  del together  # requested because it fills the compilation cache
   workdir, log = tmp_path / "workdir", tmp_path / "log"
   command = training(world, workdir, num_iterations=10_000, checkpoint_every=0, sample_every=0)
   with started(command, 2, 2, cache, log) as running:
     wait_for(workdir / "metrics.jsonl", running, log)
     running[0].kill()
     assert running[1].wait(120) != 0
-  assert "another task died" in said(log, 1) or "has lost another" in said(log, 1)
+  assert "another task died" in log_of(log, 1) or "has lost another" in log_of(log, 1)
 
 
 def wait_for(file: Path, running: list[subprocess.Popen], log: Path) -> None:
+  """Waits until a file has content; fails if a process ends or after LIMIT seconds."""
   end = time.monotonic() + LIMIT
   while not file.exists() or not file.stat().st_size:
     ended = [index for index, process in enumerate(running) if process.poll() is not None]
-    assert not ended, said(log, ended[0])[-3000:]
+    assert not ended, log_of(log, ended[0])[-3000:]
     assert time.monotonic() < end, f"{file} did not appear"
     time.sleep(0.05)
 
@@ -247,22 +248,22 @@ FAILS_IN_ONE = """
   from jax.experimental import multihost_utils
 
   def main():
-    multihost_utils.sync_global_devices("both are here")
+    multihost_utils.sync_global_devices("both processes")
     if jax.process_index() == 0:
       raise ValueError("this host lacks a file")
-    multihost_utils.sync_global_devices("only one comes here")
+    multihost_utils.sync_global_devices("process 1 alone")
 
   cli.run(main, several_processes=True)
 """
 
 
 @pytest.mark.slow
-def test_process_that_fails_says_why_and_does_not_wait_for_the_others(tmp_path):
+def test_process_that_fails_prints_its_error_and_ends_both(tmp_path):
   command = [sys.executable, "-c", textwrap.dedent(FAILS_IN_ONE)]
   with started(command, 2, 1, {}, tmp_path) as running:
     assert running[0].wait(60) == 1
     assert running[1].wait(60) != 0
-  assert "error: this host lacks a file\n" in said(tmp_path, 0)
+  assert "error: this host lacks a file\n" in log_of(tmp_path, 0)
 
 
 AGREES = """
@@ -271,8 +272,9 @@ AGREES = """
   distributed.initialize()
   mesh = sharding.make_mesh()
   index = jax.process_index()
-  said = [distributed.any_process(flag, mesh) for flag in (False, index == 1, index == 0, True)]
-  assert [bool(one) for one in said] == [False, True, True, True], said
+  flags = False, index == 1, index == 0, True
+  agreed = [bool(distributed.any_process(flag, mesh)) for flag in flags]
+  assert agreed == [False, True, True, True], agreed
   rows = np.arange(24.0).reshape(8, 3)
   whole = sharding.place(sharding.batch_sharding(mesh), rows)
   joined = sharding.to_global(mesh, rows[4 * index : 4 * index + 4])
@@ -285,15 +287,15 @@ AGREES = """
 
 
 @pytest.mark.slow
-def test_processes_agree_on_flags_and_on_whole_and_joined_batches(tmp_path):
+def test_processes_agree_on_flags_and_on_global_arrays(tmp_path):
   command = [sys.executable, "-c", textwrap.dedent(AGREES)]
   with started(command, 2, 2, {}, tmp_path) as running:
     finish(running, tmp_path)
-  assert all("agreed" in said(tmp_path, index) for index in range(2))
+  assert all("agreed" in log_of(tmp_path, index) for index in range(2))
 
 
-# ---------------------------------------------------------------------------- within one process
-def test_flag_of_one_process_is_its_own():
+# ------------------------------------------------------------------------- without other processes
+def test_any_process_returns_the_flag_of_a_single_process():
   mesh = sharding.make_mesh()
   assert not distributed.any_process(False, mesh) and distributed.any_process(True, mesh)
 
@@ -306,31 +308,31 @@ ADDRESS = {"JAX_COORDINATOR_ADDRESS": "host:1"}
   [
     ({}, None),
     (ADDRESS | {"JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}, ("host:1", 3, 2)),
-    (ADDRESS | {"SLURM_STEP_NUM_TASKS": "2"}, None),  # Slurm says the rest
+    (ADDRESS | {"SLURM_STEP_NUM_TASKS": "2"}, None),  # JAX reads the other values from Slurm
   ],
 )
-def test_environment_says_who_takes_part(environment, expected):
-  assert distributed.told(environment) == expected
+def test_environment_gives_address_and_processes(environment, expected):
+  assert distributed.read_environment(environment) == expected
 
 
 @pytest.mark.parametrize(
   ("environment", "match"),
   [
     (ADDRESS, "JAX_COORDINATOR_ADDRESS set, but not JAX_NUM_PROCESSES and JAX_PROCESS_ID"),
-    (ADDRESS | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2: give"),
+    (ADDRESS | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2; expected"),
     (ADDRESS | {"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES=two"),
   ],
 )
-def test_environment_that_says_half_is_refused(environment, match):
+def test_incomplete_or_invalid_environment_raises(environment, match):
   with pytest.raises(ValueError, match=match):
-    distributed.told(environment)
+    distributed.read_environment(environment)
 
 
 @pytest.mark.parametrize(
   ("environment", "expected"),
   [
     ({"TPU_SKIP_MDS_QUERY": "1"}, False),
-    ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "TPU_SKIP_MDS_QUERY": "1"}, False),  # no srun
+    ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "TPU_SKIP_MDS_QUERY": "1"}, False),  # without srun
     ({"SLURM_STEP_NUM_TASKS": "1"}, False),
     ({"SLURM_STEP_NUM_TASKS": "8"}, True),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
@@ -340,18 +342,18 @@ def test_environment_that_says_half_is_refused(environment, match):
   ],
 )
 def test_launchers_are_recognised(environment, expected):
-  assert distributed.found_by_jax(environment) == expected
+  assert distributed.known_launcher(environment) == expected
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_parts_in_order_of_process_are_the_batch_whatever_their_number(shuffle):
+def test_parts_of_all_processes_in_order_are_the_batch_of_one(shuffle):
   def loader(index: int, count: int):
     stack = lambda examples: {"id": np.array(examples)}
     return endless_batches(range(100, 110), 4, 3, index, count, shuffle, stack, "numbers")
 
   whole, parts = loader(0, 1), [[loader(i, count) for i in range(count)] for count in (2, 4)]
-  for _ in range(7):  # over the ends of epochs
+  for _ in range(7):  # more than two epochs
     expected = next(whole)["id"].tolist()
     for loaders in parts:
-      assert np.concatenate([next(one)["id"] for one in loaders]).tolist() == expected
-      assert all(one.get_state() == whole.get_state() for one in loaders)
+      assert np.concatenate([next(part)["id"] for part in loaders]).tolist() == expected
+      assert all(part.get_state() == whole.get_state() for part in loaders)

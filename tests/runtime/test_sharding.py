@@ -1,3 +1,5 @@
+"""Meshes, sharding rules and batches over several devices."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,7 @@ def test_mesh_holds_every_device_once(sizes, expected):
   assert mesh.axis_types == (AxisType.Auto,) * 2
 
 
-def test_mesh_of_chosen_devices_holds_those():
+def test_mesh_of_given_devices_holds_only_these():
   chosen = jax.devices()[2:6]
   mesh = make_mesh(fsdp=2, devices=chosen)
   assert mesh.devices.shape == (2, 2) and set(mesh.devices.flat) == set(chosen)
@@ -43,15 +45,15 @@ def test_mesh_of_chosen_devices_holds_those():
 @pytest.mark.parametrize(
   ("sizes", "message"),
   [
-    ({"fsdp": 3}, "data=-1, fsdp=3 on 8 devices: 3 does not fill 8"),
-    ({"data": 2, "fsdp": 2}, "data=2, fsdp=2 on 8 devices: 4 does not fill 8"),
-    ({"data": 16}, "16 does not fill 8"),
+    ({"fsdp": 3}, "data=-1, fsdp=3 on 8 devices: the sizes multiply to 3, not 8"),
+    ({"data": 2, "fsdp": 2}, "data=2, fsdp=2 on 8 devices: the sizes multiply to 4, not 8"),
+    ({"data": 16}, "the sizes multiply to 16, not 8"),
     ({"data": -1, "fsdp": -1}, "at most one of them -1"),
     ({"data": 0}, "give positive sizes"),
     ({"fsdp": -2}, "give positive sizes"),
   ],
 )
-def test_mesh_that_does_not_fit_is_refused_in_one_line(sizes, message):
+def test_mesh_that_does_not_fit_the_devices_raises_one_line(sizes, message):
   with pytest.raises(ValueError, match=message) as caught:
     make_mesh(**sizes)
   assert "\n" not in str(caught.value)
@@ -85,7 +87,7 @@ def test_first_matching_rule_decides():
     ({"a": shape()}, ((r"", P("fsdp")),), r"'a' of shape \(\) has fewer dimensions than its rule"),
   ],
 )
-def test_layout_that_does_not_fit_is_refused_by_path(tree, rules, message):
+def test_rule_that_does_not_fit_an_array_raises_one_line_with_its_path(tree, rules, message):
   with pytest.raises(ValueError, match=message) as caught:
     specs(tree, rules, make_mesh(data=4, fsdp=2))
   assert "\n" not in str(caught.value)
@@ -96,15 +98,15 @@ def test_layout_that_does_not_fit_is_refused_by_path(tree, rules, message):
   [
     ((3, 3, 320, 640), P(None, None, None, "fsdp")),
     ((3, 3, 640, 320), P(None, None, "fsdp")),
-    ((3, 3, 320, 320), P(None, None, None, "fsdp")),  # equals: the last
+    ((3, 3, 320, 320), P(None, None, None, "fsdp")),  # of equally large dimensions, the last
     ((49408, 767), P("fsdp")),
-    ((3001, 1000), P(None, "fsdp")),  # the largest does not divide
-    ((1001, 1001), P()),  # none divides
+    ((3001, 1000), P(None, "fsdp")),  # the largest dimension does not divide
+    ((1001, 1001), P()),  # no dimension divides
     ((16,), P()),  # small
     ((), P()),
   ],
 )
-def test_largest_rule_splits_the_largest_dimension_that_divides(sizes, spec):
+def test_largest_rule_shards_the_largest_dimension_that_divides(sizes, spec):
   place = specs({"x": shape(*sizes)}, ((r"", LARGEST),), make_mesh(data=2, fsdp=4))["x"]
   assert place.spec == spec
 
@@ -114,7 +116,7 @@ def test_without_fsdp_everything_is_replicated():
   assert place.is_fully_replicated
 
 
-def test_optimizer_moments_lie_where_their_parameters_lie():
+def test_optimizer_moments_are_sharded_as_their_parameters():
   mesh = make_mesh(data=2, fsdp=4)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
   key = jax.random.key(0)
@@ -134,7 +136,7 @@ def test_optimizer_moments_lie_where_their_parameters_lie():
   assert {shard.data.shape for shard in kernel.addressable_shards} == {(128, 64)}
 
 
-def test_rules_see_optimizer_states_by_field_name():
+def test_paths_of_optimizer_states_contain_field_names():
   state = {"opt_state": optax.adamw(1e-3).init({"dense": {"kernel": jnp.ones((4, 4))}})}
   rules = ((r"^opt_state/0/mu/dense/kernel$", P("fsdp")), (r"", P()))
   adam = specs(state, rules, make_mesh(fsdp=2))["opt_state"][0]
@@ -142,7 +144,7 @@ def test_rules_see_optimizer_states_by_field_name():
   assert adam.nu["dense"]["kernel"].spec == P()
 
 
-def test_split_and_whole_parameters_give_the_same_gradient():
+def test_sharded_and_replicated_parameters_give_the_same_gradient():
   make = lambda: {"kernel": jnp.linspace(-1, 1, 128 * 256).reshape(128, 256), "bias": jnp.ones(256)}
   rows = np.linspace(-1, 1, 16 * 128, dtype=np.float32).reshape(16, 128)
   loss = lambda params, x: jnp.mean(jnp.tanh(x @ params["kernel"] + params["bias"]) ** 2)
@@ -157,7 +159,7 @@ def test_split_and_whole_parameters_give_the_same_gradient():
     jax.tree.map(close, gradient, gradients[0])
 
 
-def test_batch_is_split_over_all_devices_in_order():
+def test_batch_is_sharded_over_all_devices_in_order():
   mesh = make_mesh(data=4, fsdp=2)
   local = {"mask": np.arange(48.0).reshape(16, 3), "name": np.arange(8)}
   batch = sharding.to_global(mesh, local)
@@ -173,10 +175,10 @@ def test_replicated_puts_a_copy_on_every_device():
 
 
 @pytest.mark.parametrize("batch", [0, 4, 12, -8])
-def test_batch_that_does_not_divide_is_refused(batch):
+def test_batch_that_does_not_divide_over_the_devices_raises(batch):
   with pytest.raises(ValueError, match=f"batch_size {batch} does not divide over 8 devices"):
     sharding.check_batch(batch, make_mesh(fsdp=2))
 
 
-def test_batch_that_divides_is_accepted():
+def test_batch_that_divides_over_the_devices_is_accepted():
   sharding.check_batch(24, make_mesh(fsdp=2))

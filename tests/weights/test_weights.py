@@ -1,4 +1,4 @@
-"""Checkpoints: names and shapes of real ones, files of every generation, errors, export."""
+"""Weights: names and shapes of real checkpoints, file formats of all versions, errors, export."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def vision_template(config: dict):
   return template_of(model, jnp.zeros((1, config["image_size"], config["image_size"], 3)))
 
 
-# Name: how our template comes from its config, number of tensors, number of parameters.
+# Name: (function from config to template, number of tensors, number of parameters).
 CHECKPOINTS = {
   "sd15_inpainting_unet": (unet_template, 686, 859_535_364),
   "sd2_inpainting_unet": (unet_template, 686, 865_925_124),
@@ -63,14 +63,14 @@ CHECKPOINTS = {
 
 
 def manifest(name: str) -> tuple[dict, dict[str, tuple[int, ...]]]:
-  """(config, shapes by name) of a real checkpoint."""
+  """Reads the config and the shapes by name of a real checkpoint."""
   first, *lines = (MANIFESTS / f"{name}.txt").read_text().splitlines()
   pairs = (line.split() for line in lines)
   return json.loads(first), {key: tuple(map(int, shape.split("x"))) for key, shape in pairs}
 
 
-def hollow(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-  """Tensors of these shapes that all share one number, so that real sizes cost no memory."""
+def without_memory(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+  """Makes tensors whose entries share one number, so that real sizes take no memory."""
   return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
 
 
@@ -79,7 +79,7 @@ def zeros(template):
 
 
 def older(name: str) -> str:
-  """Today's name of a tensor as a file of 2022 has it."""
+  """Converts a current tensor name to its name in files of 2022."""
   for new, old in (
     ("to_q", "query"),
     ("to_k", "key"),
@@ -102,7 +102,7 @@ def test_real_checkpoint_maps_one_to_one(name, generation):
   config, shapes = manifest(name)
   assert len(shapes) == num_tensors
   assert sum(map(math.prod, shapes.values())) == num_parameters
-  tensors = hollow(shapes)
+  tensors = without_memory(shapes)
   if generation == "2022":
     tensors = {older(key): tensor for key, tensor in tensors.items()}
     assert tensors.keys() != shapes.keys()
@@ -142,12 +142,12 @@ def tensors(template) -> dict[str, np.ndarray]:
 
 
 def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-  """Same names, types, shapes and bits."""
+  """Returns whether names, types, shapes and bits are equal."""
   bits = lambda tensor: (tensor.dtype, tensor.shape, tensor.tobytes())
   return a.keys() == b.keys() and all(bits(a[name]) == bits(b[name]) for name in a)
 
 
-def test_names_and_tensors_survive_the_round_trip(template, tensors):
+def test_round_trip_of_names_and_tensors_is_bit_identical(template, tensors):
   again = names.to_torch(names.to_tree(tensors, template, what="unet"))
   assert equal(again, tensors)
   assert all(tensor.flags.c_contiguous for tensor in again.values())
@@ -155,18 +155,18 @@ def test_names_and_tensors_survive_the_round_trip(template, tensors):
   assert "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj.weight" in again
 
 
-def test_parameters_on_a_device_export_like_those_of_the_host(template, tensors):
+def test_parameters_on_a_device_export_as_those_on_the_host(template, tensors):
   params = jax.tree.map(jnp.asarray, names.to_tree(tensors, template, what="unet"))
   assert equal(names.to_torch(params), tensors)
 
 
-def test_every_kind_of_mismatch_is_named_in_one_error(template, tensors):
-  faulty = dict(tensors)
-  del faulty["conv_in.bias"]
-  faulty["conv_out.gate"] = np.zeros(3, np.float32)
-  faulty["conv_in.weight"] = faulty["conv_in.weight"][:, :4]
+def test_one_error_names_every_kind_of_mismatch(template, tensors):
+  wrong = dict(tensors)
+  del wrong["conv_in.bias"]
+  wrong["conv_out.gate"] = np.zeros(3, np.float32)
+  wrong["conv_in.weight"] = wrong["conv_in.weight"][:, :4]
   with pytest.raises(ValueError) as error:
-    names.to_tree(faulty, template, what="some/unet")
+    names.to_tree(wrong, template, what="some/unet")
   message = str(error.value)
   assert message.startswith("some/unet: ") and "\n" not in message
   assert "1 missing: conv_in.bias" in message
@@ -174,7 +174,7 @@ def test_every_kind_of_mismatch_is_named_in_one_error(template, tensors):
   assert "1 of another shape: conv_in.weight is [8, 4, 3, 3], not [8, 9, 3, 3]" in message
 
 
-def test_tensor_under_an_old_and_a_new_name_is_refused():
+def test_tensor_under_an_old_and_a_new_name_raises():
   config = {"block_out_channels": [4], "norm_num_groups": 2}
   template = vae_template(config)
   tensors = names.to_torch(zeros(template))
@@ -184,22 +184,24 @@ def test_tensor_under_an_old_and_a_new_name_is_refused():
     names.to_tree(tensors, template, what="vae")
 
 
-def test_unet_weights_of_another_projection_are_refused_by_name(template, tensors):
+def test_unet_with_another_projection_raises_with_the_tensor_name(template, tensors):
   linear = unet_template(SMALL_UNET | {"use_linear_projection": True})
   with pytest.raises(ValueError, match=r"proj_in\.weight is \[8, 8, 1, 1\], not \[8, 8\]"):
     names.to_tree(tensors, linear, what="unet")
 
 
-def test_text_encoder_with_more_layers_than_its_config_is_refused():
+def test_text_encoder_with_more_layers_than_its_config_raises():
   config = {"vocab_size": 5, "hidden_size": 4, "intermediate_size": 4, "num_attention_heads": 1}
   deep, shallow = (text_template(config | {"num_hidden_layers": layers}) for layers in (2, 1))
-  tensors = hollow({name: leaf.shape for name, leaf in names.to_torch(zeros(deep)).items()})
+  tensors = without_memory({name: leaf.shape for name, leaf in names.to_torch(zeros(deep)).items()})
   with pytest.raises(ValueError, match=r"16 unexpected: text_model\.encoder\.layers\.1\."):
     names.to_tree(tensors, shallow, what="text_encoder")
 
 
-def test_tree_of_no_known_kind_is_refused():
-  with pytest.raises(ValueError, match="no kind of model"):
+def test_tree_of_an_unknown_kind_raises():
+  with pytest.raises(
+    ValueError, match="parameters have dense at the root; expected one of conv_in, "
+  ):
     names.kind_of({"dense": {}})
 
 
@@ -219,7 +221,7 @@ def test_folder_written_by_diffusers_loads(tmp_path, max_shard_size, variant, sa
     tmp_path, max_shard_size=max_shard_size, variant=variant, safe_serialization=safe
   )
   assert (len(list(tmp_path.glob(f"{STEM}*"))) > 2) == (max_shard_size == "30KB")
-  loaded = weights.load_tensors(tmp_path, STEM)  # without a variant the only one there is found
+  loaded = weights.load_tensors(tmp_path, STEM)  # without `variant`, the only one present is read
   assert equal(loaded, tensors_of(theirs))
   assert equal(weights.load_tensors(tmp_path, STEM, variant), loaded)
   with pytest.raises(ValueError, match=r"no .*\.bf16\.safetensors, found config\.json, "):
@@ -253,7 +255,7 @@ def test_full_precision_and_safetensors_are_preferred(tmp_path, tensors):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
-def test_other_float_types_load_as_their_float32_value(tmp_path, dtype):
+def test_other_float_dtypes_load_as_float32_of_equal_value(tmp_path, dtype):
   torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
   from safetensors.torch import save_file
 
@@ -269,7 +271,7 @@ def test_other_float_types_load_as_their_float32_value(tmp_path, dtype):
 
 @pytest.mark.parametrize("keep", [0, 5, 1000, -5])
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_truncated_file_is_one_line_that_names_it(tmp_path, tensors, suffix, keep):
+def test_truncated_file_raises_one_line_with_its_path(tmp_path, tensors, suffix, keep):
   path = tmp_path / f"{STEM}.{suffix}"
   if suffix == "bin":
     torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
@@ -282,22 +284,22 @@ def test_truncated_file_is_one_line_that_names_it(tmp_path, tensors, suffix, kee
   assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
-def test_torch_file_without_torch_says_what_to_install(tmp_path, monkeypatch):
+def test_torch_file_without_torch_raises_and_names_the_package(tmp_path, monkeypatch):
   (tmp_path / f"{STEM}.bin").write_bytes(b"")
   monkeypatch.setitem(sys.modules, "torch", None)
   with pytest.raises(ValueError, match="install torch"):
     weights.load_tensors(tmp_path, STEM)
 
 
-def test_torch_file_that_would_run_code_is_refused(tmp_path):
+def test_torch_file_with_code_raises(tmp_path):
   torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
   torch.save({"tensor": torch.zeros(1), "path": Path("x")}, tmp_path / "model.pt")
   with pytest.raises(ValueError, match=r"model\.pt"):
     weights.load_file(tmp_path / "model.pt")
 
 
-@pytest.mark.parametrize("fault", ["shard missing", "tensor missing"])
-def test_incomplete_shards_are_refused(tmp_path, tensors, fault):
+@pytest.mark.parametrize("missing", ["shard", "tensor"])
+def test_incomplete_shards_raise(tmp_path, tensors, missing):
   names = sorted(tensors)
   shards = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
   weight_map = {name: shard for shard, part in shards.items() for name in part}
@@ -306,16 +308,18 @@ def test_incomplete_shards_are_refused(tmp_path, tensors, fault):
   for shard, part in shards.items():
     weights.save_tensors(tmp_path / shard, {name: tensors[name] for name in part})
   assert equal(weights.load_tensors(tmp_path, STEM), tensors)
-  if fault == "shard missing":
+  if missing == "shard":
     (tmp_path / "b.safetensors").unlink()
   else:
     weights.save_tensors(tmp_path / "b.safetensors", {names[9]: tensors[names[9]]})
-  with pytest.raises(ValueError, match=r"b\.safetensors|such as|first"):
+  with pytest.raises(
+    ValueError, match=r"b\.safetensors: not found|differ in \d+ tensors, such as "
+  ):
     weights.load_tensors(tmp_path, STEM)
 
 
 @pytest.mark.parametrize("text", [None, "{", "[1]", b"\xff"])
-def test_unreadable_config_is_one_line_that_names_it(tmp_path, text):
+def test_invalid_config_raises_one_line_with_its_path(tmp_path, text):
   path = tmp_path / "config.json"
   if text is not None:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -324,20 +328,22 @@ def test_unreadable_config_is_one_line_that_names_it(tmp_path, text):
   assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
-def test_local_folder_resolves_to_itself(tmp_path):
+def test_local_folder_is_returned_unchanged(tmp_path):
   assert weights.resolve(tmp_path, ["*"]) == tmp_path
   assert weights.resolve(str(tmp_path), ["*"]) == tmp_path
 
 
-def test_folder_that_is_no_pipeline_or_reward_is_refused(tmp_path):
+def test_folder_without_a_pipeline_or_reward_model_raises(tmp_path):
   (tmp_path / "notes.txt").write_text("")
   with pytest.raises(ValueError, match=r"no model_index\.json"):
     weights.resolve_pipeline(tmp_path)
-  with pytest.raises(ValueError, match=r"neither config\.json nor one \.pt file, found notes\.txt"):
+  with pytest.raises(
+    ValueError, match=r"contains notes\.txt; expected config\.json or one \.pt file"
+  ):
     weights.resolve_reward(tmp_path)
 
 
-def test_reward_is_found_as_folder_as_file_and_as_folder_of_one_file(tmp_path):
+def test_reward_model_is_found_in_a_folder_and_as_a_released_file(tmp_path):
   released = tmp_path / "released" / "reward.pt"
   released.parent.mkdir()
   released.write_bytes(b"")
@@ -364,7 +370,7 @@ def test_saved_reward_loads_bit_identical(tmp_path):
 
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
-  """An empty hub cache and no network."""
+  """Gives an empty hub cache and disables the network."""
   import huggingface_hub.constants
 
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -375,13 +381,13 @@ def hub_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "name", ["no/such-model", "nowhere", "./a/b/c", "/no/such/folder", "a/b c"]
 )
-def test_name_that_is_nowhere_ends_in_one_line(hub_cache, name):
+def test_name_of_no_folder_or_hub_model_raises_one_line(hub_cache, name):
   with pytest.raises(ValueError) as error:
     weights.resolve(name, ["*.json"])
   assert str(error.value).startswith(f"{name}: no such ") and "\n" not in str(error.value)
 
 
-def test_cached_model_resolves_without_network(hub_cache):
+def test_cached_model_is_found_without_a_network(hub_cache):
   snapshot = hub_cache / "models--someone--model" / "snapshots" / ("a" * 40)
   (snapshot / "unet").mkdir(parents=True)
   (snapshot / "unet" / "config.json").write_text("{}")
@@ -391,7 +397,7 @@ def test_cached_model_resolves_without_network(hub_cache):
   assert weights.resolve("someone/model", ["unet/*.json"]).samefile(snapshot)
 
 
-def test_only_one_copy_of_the_wanted_weights_is_fetched(monkeypatch, tmp_path):
+def test_only_one_copy_of_the_weights_is_downloaded(monkeypatch, tmp_path):
   import huggingface_hub
 
   listed = [
@@ -415,18 +421,18 @@ def test_only_one_copy_of_the_wanted_weights_is_fetched(monkeypatch, tmp_path):
   ]
   files = [huggingface_hub.hf_api.RepoSibling(rfilename=name) for name in listed]
   info = type("Info", (), {"siblings": files})
-  fetched = []
+  downloaded = []
   monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name: info)
   monkeypatch.setattr(
     huggingface_hub,
     "snapshot_download",
-    lambda name, allow_patterns: fetched.extend(allow_patterns) or str(tmp_path),
+    lambda name, allow_patterns: downloaded.extend(allow_patterns) or str(tmp_path),
   )
   kinds = ("json", "safetensors", "bin")
   folders = ("unet", "text_encoder", "vae")
   patterns = ["model_index.json", *(f"{folder}/*.{kind}" for folder in folders for kind in kinds)]
   assert weights.resolve("someone/model", patterns) == tmp_path
-  assert sorted(fetched) == [
+  assert sorted(downloaded) == [
     "model_index.json",
     "text_encoder/model.fp16.safetensors",
     "unet/config.json",
@@ -484,7 +490,7 @@ STEMS = {"unet": STEM, "vae": STEM, "text_encoder": "model"}
 
 
 def reexport(source: Path, target: Path) -> None:
-  """Copies a pipeline without its weights, then writes them from our parameters."""
+  """Imports the weights of a pipeline and exports them to a copy of its other files."""
   ignore = shutil.ignore_patterns("*.safetensors")
   shutil.copytree(source, target, ignore=ignore)
   for part, template_from in PARTS.items():
