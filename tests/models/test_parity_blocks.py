@@ -4,7 +4,12 @@
 import jax
 import numpy as np
 import pytest
-from diffusers.models import (
+
+from prefpaint_jax.models import architectures, blocks, vae
+from prefpaint_jax.weights import names
+
+torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
+from diffusers.models import (  # noqa: E402 - needs torch
   attention,
   attention_processor,
   downsampling,
@@ -14,10 +19,6 @@ from diffusers.models import (
   upsampling,
 )
 
-from prefpaint_jax.models import architectures, blocks, vae
-from prefpaint_jax.weights import names
-
-torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
 pytestmark = pytest.mark.usefixtures("kernels")
 B, H, W, C, L, D = 2, 6, 4, 16, 5, 12
 rng = np.random.default_rng(0)
