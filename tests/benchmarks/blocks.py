@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from prefpaint_jax.kernels.dispatch import traced_for
 from prefpaint_jax.models import blocks
 from prefpaint_jax.planning import cost, stages
 from prefpaint_jax.planning.chips import topology_devices
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
       for backward in (False, True):
         cells = []
         for jit in (jax.jit, fast_jit(Mesh([device], "chips"))):
-          lowered = jit(program(block, backward)).lower(params, x, other)
+          lowered = jit(traced_for("tpu", program(block, backward))).lower(params, x, other)
           _, text = stages.compile_and_print(lowered, device)
           cells += [f"{figure:.2f}" for figure in cycles(text)]
         title = kind + ", and backward" * backward
