@@ -10,9 +10,9 @@ interval over prompts. Prompts with a score that is not finite are left out and 
 
   winrate/sS           the policy's best of S samples against one sample of the baseline;
                        S in 1, 3, 10
-  baseline/winrate/sS  the baseline's best of S samples against one of its own samples. A policy
-                       equal to the baseline gets this rate; a policy that is as good, with
-                       independent samples, gets S / (S + 1).
+  baseline/winrate/sS  the baseline's best of S samples against the first of them: the rate of a
+                       policy that makes the baseline's images. An equally good policy with
+                       independent samples has the rate S / (S + 1).
   winrate_paired/sS    the policy's best of S against the baseline's best of S
   reward/gain          the policy's reward minus the baseline's
   reward/mean          the policy's reward; baseline/reward/mean: the baseline's
