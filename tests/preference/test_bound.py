@@ -1,17 +1,13 @@
 """Tests of the error bound against scipy, brute force and closed forms."""
 
 import dataclasses
-import os
-import socket
-import subprocess
-import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from two_processes import run_two_processes
 
 from prefpaint_jax.preference import bound as bounds
 from prefpaint_jax.preference import moments as moments_lib
@@ -134,27 +130,7 @@ TWO_PROCESSES = """
 def test_two_processes_get_bit_identical_sums_of_their_moments(tmp_path):
   z, y, _ = scored()
   np.savez(tmp_path / "data.npz", z=z, y=y)
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  script, environment = textwrap.dedent(TWO_PROCESSES), os.environ | {"XLA_FLAGS": ""}
-  processes = [
-    subprocess.Popen(
-      [sys.executable, "-c", script, str(tmp_path), str(port), str(index)],
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for index in range(2)
-  ]
-  try:
-    for process in processes:
-      output, _ = process.communicate(timeout=120)
-      assert process.returncode == 0, output[-2000:]
-  finally:
-    for process in processes:
-      process.kill()
+  run_two_processes(TWO_PROCESSES, tmp_path, devices=1)
   first, second = (list(np.load(tmp_path / f"{i}.npz").values()) for i in range(2))
   one_after_the_other = Moments.of(z[:130], y[:130]) + Moments.of(z[130:], y[130:])
   for mine, theirs, expected in zip(first, second, one_after_the_other, strict=True):

@@ -2,8 +2,6 @@
 
 import gc
 import logging
-import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -16,6 +14,7 @@ import pytest
 from absl.logging import get_absl_logger
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+from two_processes import run_two_processes
 
 from prefpaint_jax.runtime import checkpoint
 from prefpaint_jax.runtime.checkpoint import Checkpoints
@@ -351,25 +350,7 @@ def test_checkpoints_of_one_and_of_two_processes_restore_in_the_other(tmp_path):
   of_one = Checkpoints(tmp_path / "of_one")
   of_one.save(2, place(state, make_mesh(data=4, fsdp=2)), {"next": 20}, {"step": 2})
   of_one.close()
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-  processes = [
-    subprocess.Popen(
-      [sys.executable, "-c", textwrap.dedent(TWO_PROCESSES), str(tmp_path), str(port), str(index)],
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for index in range(2)
-  ]
-  try:
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
+  outputs = run_two_processes(TWO_PROCESSES, tmp_path, devices=2)
   for index, output in enumerate(outputs):
     assert f"restored {index}" in output, output[-2000:]
   restored, data_state, extra = Checkpoints(tmp_path).restore(abstract(state))

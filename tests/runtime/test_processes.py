@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -19,6 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from two_processes import free_port
 
 from prefpaint_jax import testing
 from prefpaint_jax.data.records import endless_batches
@@ -60,9 +60,7 @@ def started(
   command: list[str], processes: int, devices: int, environment: dict[str, str], log: Path
 ) -> Iterator[list[subprocess.Popen]]:
   """Starts the processes of a command, which print to log/0, log/1, ...; kills them at the end."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
+  port = free_port()
   log.mkdir(parents=True, exist_ok=True)
   environment = os.environ | environment | {"PYTHONPATH": str(ROOT)}
   environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
