@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from prefpaint_jax.kernels.attention import attention
 from prefpaint_jax.kernels.convolution import conv2d
-from prefpaint_jax.kernels.dense import Dense
+from prefpaint_jax.kernels.dense import Dense, DenseHalves
 from prefpaint_jax.kernels.group_norm import Norm, group_norm
 
 Dtype = jnp.dtype
@@ -132,7 +132,7 @@ class GEGLU(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    hidden, gate = jnp.split(Dense(8 * x.shape[-1], dtype=self.dtype, name="proj")(x), 2, -1)
+    hidden, gate = DenseHalves(4 * x.shape[-1], self.dtype, name="proj")(x)
     # In float32, as PyTorch computes it for bfloat16 too. Flax's gelu has erfc, which takes longer.
     gate = gate.astype(jnp.float32)
     return hidden * (gate * 0.5 * (1 + jax.lax.erf(gate * 2**-0.5))).astype(self.dtype)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefpaint_jax.kernels.dense import IMPLEMENTATIONS, Dense
+from prefpaint_jax.kernels.dense import HALVES, IMPLEMENTATIONS, Dense, DenseHalves
+from prefpaint_jax.kernels.dispatch import implementation
 
 
 def draw(*shapes, dtype=np.float32):
@@ -38,3 +39,27 @@ def test_dense_layer_equals_flax(use_bias):
   expected = theirs.init(jax.random.key(0), x)
   jax.tree.map(np.testing.assert_array_equal, params, expected)
   np.testing.assert_array_equal(ours.apply(params, x), theirs.apply(params, x))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("leading", [(5,), (2, 4, 3)])
+@pytest.mark.parametrize("name", HALVES)
+def test_halves_equal_those_of_a_dense_layer_of_flax(name, leading, dtype):
+  x, *dys = draw((*leading, 6), (*leading, 5), (*leading, 5))
+  ours, theirs = DenseHalves(5, dtype), nn.Dense(10, dtype=dtype)
+  params = ours.init(jax.random.key(0), x)
+  jax.tree.map(np.testing.assert_array_equal, params, theirs.init(jax.random.key(0), x))
+  params = jax.tree.map(lambda p: p + 0.1, params)  # a bias that is not zero
+  split = lambda params, x: jnp.split(theirs.apply(params, x), 2, -1)
+
+  def value_and_gradients(function):
+    halves, back = jax.vjp(function, params, x)
+    return halves, back([dy.astype(dtype) for dy in dys])
+
+  with implementation(name):
+    got = value_and_gradients(ours.apply)
+  tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+  close = lambda a, b: np.testing.assert_allclose(
+    np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0, atol=tolerance * jnp.abs(b).max()
+  )
+  jax.tree.map(close, got, value_and_gradients(split))
