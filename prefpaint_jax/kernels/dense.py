@@ -43,7 +43,7 @@ Dense = functools.partial(nn.Dense, dot_general=dot_general)
 class DenseHalves(nn.Module):
   """The halves [..., F] and [..., F] of the output of a dense layer with 2 F features.
 
-  Parameters are those of `nn.Dense`. On a TPU each half is a product of its own, because XLA:TPU
+  Parameters are those of `nn.Dense`. On a TPU each half is a separate product, because XLA:TPU
   would write the whole output and read it again: an estimated 6 % more cycles of a transformer
   block. XLA:GPU would copy the halves of the kernel in every step.
   """
