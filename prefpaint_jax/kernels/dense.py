@@ -9,7 +9,9 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from prefpaint_jax.kernels.dispatch import dispatch
 
@@ -52,10 +54,10 @@ class DenseHalves(nn.Module):
   dtype: DTypeLike = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> list[jax.Array]:
+  def __call__(self, x: Float[Array | np.ndarray, "... I"]) -> list[Float[Array, "... F"]]:
     kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], 2 * self.features))
     bias = self.param("bias", nn.initializers.zeros, (2 * self.features,))
-    return dispatch(HALVES, *(array.astype(self.dtype) for array in (x, kernel, bias)))
+    return dispatch(HALVES, *nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype))
 
 
 def one_product(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> list[jax.Array]:
