@@ -107,6 +107,7 @@ def test_chunks_never_hold_the_scores_of_all_tokens():
   assert f"{L},{L}]" in gradient(module.reference).lower(xs).compile().as_text()
 
 
+@pytest.mark.slow
 def test_flash_attention_in_interpret_mode_equals_the_reference(monkeypatch):
   monkeypatch.setattr(module, "FLASH", 128)
   with pltpu.force_tpu_interpret_mode():

@@ -68,6 +68,7 @@ def test_image_embedding_equals_transformers(activation):
   assert_parity(jax.jit(ours.apply)({"params": params}, pixels), expected)
 
 
+@pytest.mark.slow
 def test_both_towers_load_from_a_whole_clip_model():
   config = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=10)
   whole = randomise(transformers.CLIPModel(config))

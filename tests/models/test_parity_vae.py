@@ -58,6 +58,7 @@ def test_posterior_and_decoded_image_equal_diffusers(name):
   assert_parity(decode(params, latents), channels_last(decoded))
 
 
+@pytest.mark.slow
 def test_posterior_of_an_odd_image_size_equals_diffusers():
   theirs, ours, params = pair(*CONFIGS["two_levels"])
   images = np.random.default_rng(0).uniform(-1, 1, (1, 11, 14, 3)).astype(np.float32)

@@ -208,6 +208,7 @@ def test_killed_while_saving_resumes_from_the_previous_checkpoint(tmp_path):
 
 # When one read fails, Orbax abandons the other reads, and Python warns of their coroutines.
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.slow
 def test_truncated_file_raises_one_line_or_restores_bit_identically(tmp_path, monkeypatch):
   monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
   state = make_state()
