@@ -9,10 +9,8 @@ peak is relative to the dense bfloat16 rate, whatever the config's dtype.
 """
 
 import functools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +28,7 @@ from prefpaint_jax.planning import cost
 from prefpaint_jax.planning.chips import find_chip
 from prefpaint_jax.runtime import cli, sharding
 from prefpaint_jax.runtime.compilation import fast_jit
+from prefpaint_jax.runtime.files import write_json
 from prefpaint_jax.runtime.text import align_columns
 
 MIB = 2**20
@@ -264,6 +263,6 @@ if __name__ == "__main__":
     peak = 1e12 * _PEAK.value if _PEAK.value else chip and chip.flops
     say("", describe(report, peak), sep="\n")
     if _OUTPUT.value and jax.process_index() == 0:
-      Path(_OUTPUT.value).write_text(json.dumps(report, indent=2) + "\n")
+      write_json(_OUTPUT.value, report)
 
   cli.run(main, several_processes=True)

@@ -11,10 +11,8 @@ estimate: it assumes that every chip runs at its peak rates.
 """
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +23,7 @@ from prefpaint_jax.planning import cost
 from prefpaint_jax.planning.chips import GIB, find_chip, topology_devices
 from prefpaint_jax.planning.stages import plan
 from prefpaint_jax.runtime import cli
+from prefpaint_jax.runtime.files import write_json
 
 
 def describe(report: Mapping[str, Any]) -> str:
@@ -124,7 +123,7 @@ if __name__ == "__main__":
 
     def keep(result: Any) -> None:
       if _OUTPUT.value:
-        Path(_OUTPUT.value).write_text(json.dumps(result, indent=2) + "\n")
+        write_json(_OUTPUT.value, result)
 
     def after_stage(report: dict[str, Any]) -> None:
       name, stage = list(report["stages"].items())[-1]

@@ -15,6 +15,7 @@ from absl import flags
 
 from prefpaint_jax.evaluation.curves import draw, group_runs, load_run, single_runs, table
 from prefpaint_jax.runtime import cli
+from prefpaint_jax.runtime.files import atomic_path
 
 
 def _target(text: str) -> tuple[str, float]:
@@ -58,8 +59,8 @@ def main(
   groups = group_runs(runs) if mean else single_runs(runs)
   lines = table(groups, targets, last) if reach or last else []
   figure = draw(groups, smooth, only)
-  output.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(output, format="png")
+  with atomic_path(output) as partial:
+    figure.savefig(partial, format="png")
   print(*lines, output, sep="\n")
 
 

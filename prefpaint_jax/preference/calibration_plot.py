@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +18,7 @@ from prefpaint_jax.preference.calibration import (
   describe_rank,
   is_constant,
 )
+from prefpaint_jax.runtime.files import atomic_path
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -54,9 +54,8 @@ def plot(calibration: Calibration, samples: Samples, path: str | os.PathLike[str
     axes.title.set_fontsize(10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), fontsize=8, frameon=False)
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, format="png")
+  with atomic_path(path) as partial:
+    figure.savefig(partial, format="png")
 
 
 def _running_quantiles(
