@@ -15,6 +15,7 @@ from prefpaint_jax.data import images as image_io
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import cli
 from prefpaint_jax.runtime.files import atomic_path
+from prefpaint_jax.runtime.workdir import exclusive
 
 _CHUNK = 512  # candidates scored at a time
 
@@ -35,7 +36,11 @@ def annotate(folder: Path, annotators: int, noise: float, seed: int) -> int:
   if not file.is_file():
     raise ValueError(f"{file}: no such file; give the --workdir of prefpaint_jax.collect")
   lines = [json.loads(line) for line in file.read_text().splitlines()]
-  with atomic_path(folder / "annotations.jsonl") as partial, partial.open("w") as output:
+  with (
+    exclusive(folder),
+    atomic_path(folder / "annotations.jsonl") as partial,
+    partial.open("w") as output,
+  ):
     for first in range(0, len(lines), _CHUNK):
       chunk = lines[first : first + _CHUNK]
       images = [image_io.load_image(folder / "inpaint" / f"{x['candidate']}.png") for x in chunk]

@@ -13,7 +13,7 @@ command resumes an interrupted run. With a larger number of prompts it adds prom
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,7 +31,14 @@ from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import cli, sharding
 from prefpaint_jax.runtime.files import write_text
 from prefpaint_jax.runtime.metrics import progress
+from prefpaint_jax.runtime.runs import pin_steps
+from prefpaint_jax.runtime.signals import stop_requests
 from prefpaint_jax.runtime.workdir import open_workdir
+
+WRITES = (
+  *("images", "masks", "masks_color", "inpaint"),
+  *("prompts.jsonl", "candidates.jsonl", "train.txt", "test.txt"),
+)
 
 
 def recover(folder: Path, per_prompt: int) -> set[str]:
@@ -135,21 +142,37 @@ def collect(config: ConfigDict, workdir: Path) -> None:
     raise ValueError("config.pictures is empty; give --config.pictures=FOLDER")
   if not config.policies or config.samples_per_prompt < 1:
     raise ValueError("config.policies or config.samples_per_prompt is empty; give at least one")
-  mesh = sharding.make_mesh(devices=jax.local_devices())
-  sharding.check_batch(config.batch_size, mesh)
+  sharding.check_batch(config.batch_size, sharding.make_mesh(devices=jax.local_devices()))
   drawn = _draw_prompts(config)
-  open_workdir(
-    config, workdir, free=("num_prompts", "num_test_prompts"), progress="candidates.jsonl"
+  free = "num_prompts", "num_test_prompts"
+  with open_workdir(config, workdir, "collect", WRITES, free, progress="candidates.jsonl"):
+    is_complete = _collect(config, workdir, drawn)
+  if not is_complete:
+    print("stopped; finished prompts are saved, and the same command goes on")
+    return
+  print(
+    f"{workdir}: {sum(map(len, drawn.values()))} prompts with "
+    f"{config.samples_per_prompt + config.perturbed} candidates each; write their scores to "
+    "annotations.jsonl in this folder"
   )
-  per_prompt = config.samples_per_prompt + config.perturbed
-  finished = recover(workdir, per_prompt)
+
+
+def _collect(config: ConfigDict, workdir: Path, drawn: Mapping[str, DrawnPrompts]) -> bool:
+  """Samples in a workdir that this process holds; returns False if it was asked to stop."""
+  finished = recover(workdir, config.samples_per_prompt + config.perturbed)
+  if not finished:
+    (workdir / "checkpoints.json").unlink(missing_ok=True)
+  mesh = sharding.make_mesh(devices=jax.local_devices())
+  steps = pin_steps(workdir / "checkpoints.json", {name: (name, None) for name in config.policies})
   policies = [
-    (name, inpainter.open_policy(name, config.dtype).place(mesh)) for name in config.policies
+    (name, inpainter.open_policy(name, config.dtype, steps[name]).place(mesh))
+    for name in config.policies
   ]
 
   B, key = config.batch_size, jax.random.key(config.seed)
   bar = progress(sum(len(prompts) for prompts in drawn.values()), len(finished))
   with (
+    stop_requests() as received,
     ThreadPoolExecutor(4) as pool,
     (workdir / "prompts.jsonl").open("a") as prompt_lines,
     (workdir / "candidates.jsonl").open("a") as candidate_lines,
@@ -162,6 +185,9 @@ def collect(config: ConfigDict, workdir: Path) -> None:
         missing = [i for i in range(min(B, len(prompts) - first)) if batch[i]["id"] not in finished]
         if not missing:
           continue
+        if received:
+          bar.close()
+          return False
         stacked = stack(batch)
         images, masks = stacked["image"], stacked["mask"]
         batch_key = jax.random.fold_in(split_key, first)
@@ -184,12 +210,9 @@ def collect(config: ConfigDict, workdir: Path) -> None:
         bar.update(len(missing))
   for split, prompts in drawn.items():
     ids = [prompts.id(i) for i in range(len(prompts))]
-    (workdir / f"{split}.txt").write_text("".join(f"{name}\n" for name in ids))
+    write_text(workdir / f"{split}.txt", "".join(f"{name}\n" for name in ids))
   bar.close()
-  print(
-    f"{workdir}: {sum(map(len, drawn.values()))} prompts with "
-    f"{per_prompt} candidates each; write their scores to annotations.jsonl in this folder"
-  )
+  return True
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ command resumes an interrupted evaluation.
 
 import itertools
 import sys
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli, sharding
 from prefpaint_jax.runtime.files import atomic_path, write_json
 from prefpaint_jax.runtime.metrics import progress
+from prefpaint_jax.runtime.runs import pin_steps
+from prefpaint_jax.runtime.signals import stop_requests
 from prefpaint_jax.runtime.workdir import open_workdir
 
 SIDES = ("policy", "baseline")
@@ -50,6 +54,7 @@ def check(config: ConfigDict) -> None:
     raise ValueError("config.judges is empty; give at least one reward model")
   if config.samples_per_prompt < 1:
     raise ValueError(f"samples_per_prompt is {config.samples_per_prompt}; give 1 or more")
+  sharding.check_batch(config.batch_size, sharding.make_mesh(devices=jax.local_devices()))
 
 
 def open_judges(names: tuple[str, ...], dtype: str) -> dict[str, RewardModel]:
@@ -148,13 +153,13 @@ def batches(chosen: list[int], size: int) -> Iterator[tuple[int, list[int], int]
     yield number, part + [part[-1]] * (size - len(part)), len(part)
 
 
-def collect_results(folder: Path, count: int) -> dict[str, np.ndarray]:
-  """Reads and concatenates the results of all `count` batches."""
-  parts = []
-  for number in range(count):
-    with np.load(folder / f"{number:05d}.npz") as file:
-      parts.append({name: file[name] for name in file.files})
-  return examples.concatenate(parts)
+def read_batch(file: Path) -> dict[str, np.ndarray] | None:
+  """Reads the results of one batch; None if the file is missing or damaged."""
+  try:
+    with np.load(file) as arrays:
+      return {name: arrays[name] for name in arrays.files}
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+    return None
 
 
 def of_side(results: Mapping[str, np.ndarray], side: str, part: str) -> dict[str, np.ndarray]:
@@ -163,52 +168,80 @@ def of_side(results: Mapping[str, np.ndarray], side: str, part: str) -> dict[str
   return {n.removeprefix(prefix): x for n, x in results.items() if n.startswith(prefix)}
 
 
-def run_batches(config: ConfigDict, workdir: Path) -> tuple[dict[str, np.ndarray], int]:
+def run_batches(config: ConfigDict, workdir: Path) -> tuple[dict[str, np.ndarray], int] | None:
   """Samples and scores all batches that the workdir does not have yet.
 
   Each process computes its share of the batches, and returns the results of all processes.
 
   Returns:
-    The results [N, ...] by name (see `examine`), and N.
+    The results [N, ...] by name (see `examine`), and N; None if the command was asked to stop.
   """
   process, processes = jax.process_index(), jax.process_count()
+  folder, key = workdir / "batches", jax.random.key(config.seed)
   mesh = sharding.make_mesh(devices=jax.local_devices())
-  sharding.check_batch(config.batch_size, mesh)
   prompts, chosen = choose_prompts(config)
   judges = open_judges(tuple(config.judges), config.dtype)
+  asked = {side: (config[side], config[f"{side}_step"]) for side in SIDES}
+  if process == 0 and not any(folder.glob("*.npz")):
+    (workdir / "checkpoints.json").unlink(missing_ok=True)
+  steps = pin_steps(workdir / "checkpoints.json", asked)
   policies = {
-    side: inpainter.open_policy(config[side], config.dtype, config[f"{side}_step"]).place(mesh)
+    side: inpainter.open_policy(config[side], config.dtype, steps[side]).place(mesh)
     for side in SIDES
   }
-  open_workdir(config, workdir, free=("gallery",), progress="batches/*.npz", is_writer=process == 0)
 
-  folder, key = workdir / "batches", jax.random.key(config.seed)
   folder.mkdir(parents=True, exist_ok=True)
   work = list(batches(chosen, config.batch_size))
-  done = sum((folder / f"{number:05d}.npz").is_file() for number, _, _ in work)
-  bar = progress(len(work), done, visible=process == 0)
-  for number, indices, new in work[process::processes]:
-    file = folder / f"{number:05d}.npz"
-    if file.is_file():
-      continue
-    batch = examples.stack([prompts[i] for i in indices])
-    results = examine(policies, judges, batch, jax.random.fold_in(key, number), config)
-    with atomic_path(file) as partial, partial.open("wb") as output:
-      np.savez_compressed(output, **{name: values[:new] for name, values in results.items()})
-    bar.update()
-  bar.close()
-  multihost_utils.sync_global_devices("evaluated")
-  return collect_results(folder, len(work)), len(chosen)
+  file_of = lambda number: folder / f"{number:05d}.npz"
+  damaged = [n for n, _, _ in work if file_of(n).is_file() and read_batch(file_of(n)) is None]
+  if damaged and process == 0:
+    print(f"{folder}: computes {len(damaged)} damaged batches again, the first is {damaged[0]}")
+  missing = [x for x in work[process::processes] if x[0] in damaged or not file_of(x[0]).is_file()]
+  bar = progress(len(work), len(work) - processes * len(missing), visible=process == 0)
+  with stop_requests() as received:
+    for number, indices, new in missing:
+      if received:
+        break
+      batch = examples.stack([prompts[i] for i in indices])
+      results = examine(policies, judges, batch, jax.random.fold_in(key, number), config)
+      with atomic_path(file_of(number)) as partial, partial.open("wb") as output:
+        np.savez_compressed(output, **{name: values[:new] for name, values in results.items()})
+      bar.update()
+    bar.close()
+    stopped = np.any(multihost_utils.process_allgather(np.array(bool(received))))
+  if stopped:
+    return None
+  return examples.concatenate([read_batch(file_of(number)) for number, _, _ in work]), len(chosen)
 
 
 def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   """Evaluates as `config` says; resumes the evaluation in `workdir` if there is one.
 
   Returns:
-    "judges": the summary of `winrate.summarise`; "drift": the result of `drift.drift`.
+    "judges": the summary of `winrate.summarise`; "drift": the result of `drift.drift`. Empty if the
+    command was asked to stop.
   """
   check(config)
-  results, number = run_batches(config, workdir)
+  with open_workdir(
+    config,
+    workdir,
+    "evaluate",
+    writes=("batches", "eval.json", "report.html"),
+    free=("gallery",),
+    progress="batches/*.npz",
+    is_writer=jax.process_index() == 0,
+  ):
+    return _evaluate(config, workdir)
+
+
+def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+  """Evaluates in a workdir that this process holds; see `evaluate`."""
+  done = run_batches(config, workdir)
+  if done is None:
+    if jax.process_index() == 0:
+      print("stopped; finished batches are saved, and the same command goes on")
+    return {}
+  results, number = done
   sides = {side: of_side(results, side, "score") for side in SIDES}
   scores = {
     label: Scores(sides["policy"][label], sides["baseline"][label]) for label in sides["policy"]

@@ -25,9 +25,8 @@ from prefpaint_jax.diffusion.ddim import Steps
 from prefpaint_jax.models import lora
 from prefpaint_jax.models.pipeline import NETWORKS, Modules, make_modules
 from prefpaint_jax.runtime import sharding
-from prefpaint_jax.runtime.checkpoint import Checkpoints
 from prefpaint_jax.runtime.compilation import fast_jit
-from prefpaint_jax.runtime.workdir import read_workdir
+from prefpaint_jax.runtime.runs import open_run
 from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights.names import Params
 
@@ -300,14 +299,12 @@ def open_policy(name: str, dtype: str = "float32", step: int | str | None = None
     step: iteration of the run's checkpoint, or "best" for the one that `keep_best` keeps; default:
       the latest.
   """
-  workdir = Path(name)
-  if (workdir / "model_index.json").is_file() or not (workdir / "config.json").is_file():
+  run = open_run(name)
+  if run is None:
     return Inpainter.from_pretrained(name, dtype)
-  config = read_workdir(workdir)
+  config, checkpoints = run
   inpainter = Inpainter.from_pretrained(config.policy, dtype)
   kept = "ema" if config.ema_decay else "params"
-  checkpoints = Checkpoints(workdir / "checkpoints", best=config.get("keep_best", ""))
-  step = int(step) if isinstance(step, str) and step.isdecimal() else step
   trained = checkpoints.load(kept, step)
   if config.get("lora", {}).get("rank", 0):
     trained = lora.merge(inpainter.params["unet"], trained)

@@ -34,6 +34,8 @@ from prefpaint_jax.weights.names import Params
 with epy.lazy_imports():
   import grain
 
+STAGES = ("vae", "unet")  # the networks in the order of their training; sections of the config
+
 
 def image_loader(config: ConfigDict, batch_size: int) -> "grain.DatasetIterator":
   """Makes an endless iterator over this process's share of random batches.
@@ -130,8 +132,8 @@ def fit(
   params: Params,
   workdir: Path,
   mesh: jax.sharding.Mesh,
-) -> Params:
-  """Trains one network and returns its parameters.
+) -> Params | None:
+  """Trains one network; returns its parameters, or None if the command was asked to stop.
 
   Args:
     stage: "vae" or "unet", the section of the config with the settings. Checkpoints and metrics are
@@ -141,7 +143,6 @@ def fit(
     params: initial parameters.
   """
   settings = config[stage]
-  sharding.check_batch(settings.batch_size, mesh)
   return fitting.fit(
     loss,
     frozen,
@@ -171,10 +172,17 @@ def new_inpainter(config: ConfigDict) -> Inpainter:
 
 def pretrain(config: ConfigDict, workdir: Path) -> None:
   """Trains the VAE and the UNet as `config` asks and writes WORKDIR/pipeline."""
-  open_workdir(config, workdir, progress="*/checkpoints/*")
   if not config.pictures:
     raise ValueError("config.pictures is empty; give --config.pictures=FOLDER")
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  for stage in STAGES:
+    sharding.check_batch(config[stage].batch_size, mesh)
+  with open_workdir(config, workdir, "pretrain", (*STAGES, "pipeline"), progress="*/checkpoints/*"):
+    _pretrain(config, workdir, mesh)
+
+
+def _pretrain(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> None:
+  """Trains in a workdir that this process holds, until the end or a request to stop."""
   if config.policy:
     inpainter = Inpainter.from_pretrained(config.policy, config.dtype, config.remat)
   else:
@@ -184,6 +192,8 @@ def pretrain(config: ConfigDict, workdir: Path) -> None:
   if config.vae.iterations:
     loss = functools.partial(vae_loss, modules, config.vae.kl_weight)
     params["vae"] = fit(config, "vae", loss, (), params["vae"], workdir, mesh)
+    if params["vae"] is None:
+      return
     # The noise schedule expects latents of unit variance.
     images = next(image_loader(config, 256))["image"]
     encode = jax.jit(functools.partial(modules.vae.apply, method=AutoencoderKL.encode))
@@ -195,6 +205,8 @@ def pretrain(config: ConfigDict, workdir: Path) -> None:
     loss = functools.partial(unet_loss, modules)
     frozen = params["vae"], inpainter.empty_context
     params["unet"] = fit(config, "unet", loss, frozen, params["unet"], workdir, mesh)
+    if params["unet"] is None:
+      return
   if jax.process_index() == 0:
     Inpainter(modules, params, inpainter.configs, inpainter.tokenizer_files).save_pretrained(
       workdir / "pipeline"

@@ -39,6 +39,7 @@ from prefpaint_jax.runtime.metrics import IterationLog, MetricsWriter
 from prefpaint_jax.runtime.signals import agreed_stop_requests
 from prefpaint_jax.runtime.workdir import open_workdir
 
+WRITES = ("checkpoints", "metrics.jsonl", "samples", "tensorboard")
 # Fields that a resumed run may change; it may also change those that end in _every.
 FREE = ("num_iterations", "keep_checkpoints", "keep_best")
 
@@ -79,17 +80,10 @@ class Session(NamedTuple):
   log: IterationLog
 
 
-def open_session(config: ConfigDict, workdir: Path) -> tuple[Session, TrainState]:
-  """Checks a config, loads what it names, and makes or restores the state."""
-  ### Settings: refuse what cannot work before anything is loaded.
+def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session, TrainState]:
+  """Loads what a config names, and makes or restores the state."""
   settings = settings_from(config)
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  sharding.check_batch(config.batch_size, mesh)
-  sharding.check_batch(config.num_samples, mesh, "num_samples")
-  check_config(config)
   process, processes = jax.process_index(), jax.process_count()
-  free = FREE + tuple(f"mesh.{name}" for name in config.mesh)
-  open_workdir(config, workdir, free=free, is_writer=process == 0)
 
   ### Data, networks and their programs.
   prompts = open_prompts(config.prompts, "train", config.size)
@@ -197,7 +191,20 @@ def write_sample(session: Session, state: TrainState) -> None:
 
 def train(config: ConfigDict, workdir: Path) -> TrainState:
   """Aligns a policy as `config` says; resumes the run that `workdir` holds, if there is one."""
-  session, state = open_session(config, workdir)
+  settings_from(config)  # raises ValueError for fields that cannot work
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  sharding.check_batch(config.batch_size, mesh)
+  sharding.check_batch(config.num_samples, mesh, "num_samples")
+  check_config(config)
+  free = FREE + tuple(f"mesh.{name}" for name in config.mesh)
+  is_writer = jax.process_index() == 0
+  with open_workdir(config, workdir, "train", WRITES, free, is_writer=is_writer):
+    return _train(config, workdir, mesh)
+
+
+def _train(config: ConfigDict, workdir: Path, mesh: Mesh) -> TrainState:
+  """Aligns in a workdir that this process holds; see `train`."""
+  session, state = open_session(config, workdir, mesh)
   count, is_writer = config.final_prompts, session.writer.is_writer
   with (
     agreed_stop_requests(session.mesh) as asked_to_stop,

@@ -77,19 +77,29 @@ def make_optimizer(config: ConfigDict, network: RewardNetwork) -> optax.Gradient
   return optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 
-def train_reward(config: ConfigDict, workdir: Path) -> RewardModel:
-  """Trains a reward model as `config` says; resumes the run in `workdir` if there is one."""
-  ### Settings and data.
+def train_reward(config: ConfigDict, workdir: Path) -> RewardModel | None:
+  """Trains a reward model as `config` says; resumes the run in `workdir` if there is one.
+
+  Returns:
+    The reward model; None if the command was asked to stop.
+  """
   check(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   sharding.check_batch(config.batch_size, mesh)
+  writes = "checkpoints", "metrics.jsonl", "reward", "calibration.json", "calibration.png"
+  with open_workdir(config, workdir, "train_reward", writes, is_writer=jax.process_index() == 0):
+    return _train_reward(config, workdir, mesh)
+
+
+def _train_reward(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> RewardModel | None:
+  """Trains a reward model in a workdir that this process holds; see `train_reward`."""
+  ### Data.
   size = config.size or None
   train = preference_io.open_preferences(config.preferences, "train", size)
   held_out = preference_io.open_preferences(config.preferences, "test", size)
   metadata = preference_io.read_metadata(config.preferences)
   truth = metadata if config.simulated_preference else None
   network = RewardNetwork(RewardConfig.from_dict(config.network.to_dict()), jnp.dtype(config.dtype))
-  open_workdir(config, workdir)
   is_writer = jax.process_index() == 0
 
   ### Network: the parameters with the highest pair accuracy on held-out preferences.
@@ -120,6 +130,8 @@ def train_reward(config: ConfigDict, workdir: Path) -> RewardModel:
     judge=judge,
     judge_every=config.judge_every,
   )
+  if params is None:
+    return None
 
   ### Last layer: ridge regression on the features, and the bound on its error.
   moments = moments_of(scorer, params, train)

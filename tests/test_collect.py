@@ -1,6 +1,7 @@
 """Collecting candidates: the written files, the turns of the policies, and resuming."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -89,6 +90,24 @@ def test_killed_and_resumed_equals_uninterrupted(world, monkeypatch):
     file.write('{"image_id": "train_0')  # an incomplete line
   command.collect(config, folder / "killed")
   assert files(folder / "killed") == files(folder / "whole")
+
+
+@pytest.mark.slow
+def test_a_signal_keeps_finished_prompts_and_the_same_command_goes_on(world, monkeypatch, capsys):
+  folder, config = world
+  original = command.stack
+
+  def stack_and_signal(*args):
+    signal.raise_signal(signal.SIGINT)
+    return original(*args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(command, "stack", stack_and_signal)
+    command.collect(config, folder / "stopped")
+  assert "stopped; finished prompts are saved" in capsys.readouterr().out
+  assert 0 < len(lines(folder / "stopped" / "prompts.jsonl")) < 26
+  command.collect(config, folder / "stopped")
+  assert files(folder / "stopped") == files(folder / "whole")
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Tests of the evaluation command: scores, resumption, and a policy against itself."""
 
 import json
+import signal
 
 import jax
 import numpy as np
@@ -118,6 +119,25 @@ def test_killed_and_resumed_equals_uninterrupted(world, whole, tmp_path, monkeyp
   assert evaluate.evaluate(config_of(world), tmp_path) == whole[1]
   with pytest.raises(ValueError, match=r"eta was 1\.0, now 0\.5"):
     evaluate.evaluate(config_of(world, eta=0.5), tmp_path)
+
+
+def test_a_signal_keeps_finished_batches_and_damaged_ones_are_computed_again(
+  world, whole, tmp_path, monkeypatch, capsys
+):
+  original = evaluate.examine
+
+  def examine_and_signal(*args):
+    signal.raise_signal(signal.SIGINT)
+    return original(*args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluate, "examine", examine_and_signal)
+    assert evaluate.evaluate(config_of(world), tmp_path) == {}
+  assert "stopped; finished batches are saved" in capsys.readouterr().out
+  (saved,) = (tmp_path / "batches").glob("*.npz")
+  saved.write_bytes(saved.read_bytes()[:-100])  # as after a copy that was cut off
+  assert evaluate.evaluate(config_of(world), tmp_path) == whole[1]
+  assert "computes 1 damaged batches again, the first is 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -208,11 +208,13 @@ def main(config: ConfigDict, workdir: Path) -> None:
   """Builds a preference dataset in the workdir and prints its metadata."""
   if not config.source:
     raise ValueError("config.source is empty; give --config.source=FOLDER of scores")
+  weights, test_share = config.weights.to_dict(), config.test_share
+  writes, progress = ("preferences",), "preferences/*/metadata.json"
   try:
-    folder = build_preferences(config.source, workdir, config.weights.to_dict(), config.test_share)
+    with open_workdir(config, workdir, "data.preferences", writes, progress=progress):
+      folder = build_preferences(config.source, workdir, weights, test_share)
   except BadAnnotations as error:
     sys.exit(f"error: {error}")  # cli would print only one line
-  open_workdir(config, workdir)
   print(summary(read_metadata(folder)))
   print(f"{folder}: read it with prefpaint_jax.data.preferences.open_preferences")
 

@@ -222,7 +222,13 @@ class Checkpoints:
     with readable(folder):
       return ocp.JsonCheckpointHandler(filename="metrics").restore(folder / "metrics")
 
-  def _folder_of(self, step: int | str | None) -> epath.Path:
+  def resolve(self, step: int | str | None) -> int:
+    """Returns the step of a complete checkpoint: `step` itself, the best, or (None) the latest.
+
+    Raises:
+      ValueError: there is no such checkpoint.
+    """
+    step = int(step) if isinstance(step, str) and step.isdecimal() else step
     steps = sorted(ocp.utils.checkpoint_steps(self.folder))
     chosen = {None: self.latest, BEST: self.best}.get(step, lambda: step)()
     if chosen not in steps:
@@ -231,7 +237,10 @@ class Checkpoints:
         f"{self.folder}: no checkpoint{which.get(step, f' of step {step}')}; complete ones: "
         f"{steps or 'none'}"
       )
-    return self.folder / str(chosen)
+    return chosen
+
+  def _folder_of(self, step: int | str | None) -> epath.Path:
+    return self.folder / str(self.resolve(step))
 
 
 def _state_handler() -> "ocp.PyTreeCheckpointHandler":

@@ -43,6 +43,12 @@ def run(main: Callable[[], None], several_processes: bool = False) -> None:
       if show_traceback.value:
         raise
       sys.exit(f"error: {_one_line(error)}")
+    except KeyboardInterrupt:
+      print("interrupted", file=sys.stderr)
+      sys.stdout.flush()
+      sys.stderr.flush()
+      # Threads of XLA and of the data loader may still run; Python's normal exit would crash.
+      os._exit(130)
 
   if several_processes:
     # Imported here, because it imports JAX, which other commands do not need.

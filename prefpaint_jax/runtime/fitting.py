@@ -12,6 +12,7 @@ import optax
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.runtime.checkpoint import Checkpoints
 from prefpaint_jax.runtime.metrics import MetricsWriter, progress
+from prefpaint_jax.runtime.signals import agreed_stop_requests
 
 Params = Any  # a tree of arrays
 
@@ -59,8 +60,10 @@ def fit(
   log_every: int,
   judge: Callable[[Params], tuple[float, dict[str, float]]] | None = None,
   judge_every: int = 0,
-) -> Params:
+) -> Params | None:
   """Minimises a loss; writes metrics and checkpoints to the workdir, and resumes exactly from it.
+
+  SIGTERM and Ctrl-C end it after the current iteration, with a checkpoint.
 
   Args:
     loss: computes (loss, metrics) from `(*frozen, params, batch, key)`.
@@ -76,52 +79,67 @@ def fit(
 
   Returns:
     The parameters with the highest score, as host arrays; the last parameters if `judge` is None or
-    the scores are NaN.
+    the scores are NaN. None if the process was asked to stop.
   """
   is_writer = jax.process_index() == 0
   init = functools.partial(_init, optimizer, ema_decay, judge is not None)
-  shapes = jax.eval_shape(init, params)
-  layout = sharding.specs(shapes, sharding.DEFAULT_RULES, mesh)
+  checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
+  state, layout = _begin(init, params, checkpoints, loader, mesh)
   step = _make_step(loss, optimizer, ema_decay, layout)
   gather = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
   current = lambda state: state.average if ema_decay else state.params
 
-  checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
-  if checkpoints.latest() is None:
-    state = jax.jit(init, out_shardings=layout)(params)
-  else:
-    state, position, _ = checkpoints.restore(sharding.with_shardings(shapes, layout))
-    loader.set_state(position)
   start = int(state.iteration)
   writer = MetricsWriter(workdir, is_writer)
   writer.truncate(start)
   frozen = jax.device_put(frozen, sharding.replicated(mesh))
   bar = progress(iterations, start, visible=is_writer)
-  for done in range(start + 1, iterations + 1):
-    # Strings, such as ids, cannot be put on a device.
-    arrays = {name: x for name, x in next(loader).items() if x.dtype.kind != "U"}
-    state, metrics = step(state, frozen, sharding.to_global(mesh, arrays), key)
-    is_due = lambda every, done=done: bool(every) and (done % every == 0 or done == iterations)
-    line = {}
-    if is_due(log_every):
-      line = {name: float(value) for name, value in metrics.items()}
-      bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
-    if judge and (is_due(judge_every) or done == iterations):
-      score, judge_metrics = judge(jax.device_get(gather(current(state))))
-      line |= judge_metrics
-      # NaN is not <= any number: the latest parameters then become the best.
-      if not score <= float(state.best_score):
-        copy = jax.tree.map(jnp.copy, current(state))
-        state = state._replace(best=copy, best_score=jnp.array(score, jnp.float32))
-    if line:
-      writer.write(done, line)
-    if is_due(checkpoint_every):
-      checkpoints.save(done, state, loader.get_state(), {})
-    bar.update()
+  done, stopping = start, False
+  with agreed_stop_requests(mesh) as asked_to_stop:
+    while done < iterations and not stopping:
+      stopping, done = asked_to_stop(), done + 1
+      # Strings, such as ids, cannot be put on a device.
+      arrays = {name: x for name, x in next(loader).items() if x.dtype.kind != "U"}
+      state, metrics = step(state, frozen, sharding.to_global(mesh, arrays), key)
+      is_due = lambda every, done=done: bool(every) and (done % every == 0 or done == iterations)
+      line = {}
+      if is_due(log_every):
+        line = {name: float(value) for name, value in metrics.items()}
+        bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
+      if judge and (is_due(judge_every) or done == iterations):
+        score, judge_metrics = judge(jax.device_get(gather(current(state))))
+        line |= judge_metrics
+        state = _keep_best(state, current(state), score)
+      if line:
+        writer.write(done, line)
+      if is_due(checkpoint_every) or (stopping and done < iterations):
+        checkpoints.save(done, state, loader.get_state(), {})
+      bar.update()
   bar.close()
   checkpoints.close()
   writer.close()
+  if done < iterations and is_writer:
+    print(f"{workdir}: stopped after iteration {done} and saved; the same command goes on")
+  if done < iterations:
+    return None
   return jax.device_get(gather(state.best if judge else current(state)))
+
+
+def _begin(
+  init: Callable[[Params], State],
+  params: Params,
+  checkpoints: Checkpoints,
+  loader: Any,
+  mesh: jax.sharding.Mesh,
+) -> tuple[State, Any]:
+  """Returns the state that an earlier start saved, or a new one, and its shardings."""
+  shapes = jax.eval_shape(init, params)
+  layout = sharding.specs(shapes, sharding.DEFAULT_RULES, mesh)
+  if checkpoints.latest() is None:
+    return jax.jit(init, out_shardings=layout)(params), layout
+  state, position, _ = checkpoints.restore(sharding.with_shardings(shapes, layout))
+  loader.set_state(position)
+  return state, layout
 
 
 def _init(
@@ -137,6 +155,15 @@ def _init(
     best=copy() if judged else None,
     best_score=jnp.array(-jnp.inf),
   )
+
+
+def _keep_best(state: State, params: Params, score: float) -> State:
+  """Returns the state with `params` as the best parameters, if their score is the highest."""
+  # NaN is not <= any number: the latest parameters then become the best.
+  if score <= float(state.best_score):
+    return state
+  copy = jax.tree.map(jnp.copy, params)
+  return state._replace(best=copy, best_score=jnp.array(score, jnp.float32))
 
 
 def _make_step(

@@ -1,64 +1,183 @@
-"""The workdir of a run, whose config.json guards against resuming with another config."""
+"""The workdir of a command: its config.json, and a lock that admits one process at a time."""
 
+import contextlib
+import fcntl
+import functools
 import json
-from collections.abc import Collection
+import os
+import socket
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from prefpaint_jax.runtime.files import write_json
 
+CONFIG = "config.json"
+LOCK = ".lock"
+COMMAND = "command"  # the key of config.json that names the command; the others are its fields
 
+
+@contextlib.contextmanager
 def open_workdir(
   config: ConfigDict,
   workdir: Path,
+  command: str,
+  writes: Collection[str],
   free: Collection[str] = (),
   progress: str = "checkpoints/*",
   is_writer: bool = True,
-) -> None:
-  """Checks the config of a resumed run against its `config.json`, then writes the file.
+) -> Iterator[None]:
+  """Holds the workdir of a command: checks its config.json, locks the folder, writes the file.
+
+  If the command raises an error before it has saved anything in a new folder, the folder is
+  removed, so that a failed start leaves nothing.
 
   Args:
     config: the config of this start.
     workdir: folder of the run; created if missing.
+    command: name of the command, such as "train".
+    writes: files and folders that the command writes. A folder that has one of them and no
+      config.json belongs to something else, and is refused.
     free: dotted names of fields that may change. Fields that end in `_every` may change too.
     progress: glob in `workdir`. If nothing matches it, the run has saved nothing yet and every
       field may change, so that a failed start can be repeated.
-    is_writer: write the file; only one process of a run does.
+    is_writer: lock the folder and write the file; only one process of a run does.
 
   Raises:
-    ValueError: a field changed that may not; the message names it.
+    ValueError: the folder belongs to another command, another process holds it, or a field changed
+      that may not; the message names it.
   """
-  now = flatten(config.to_dict())
-  file = workdir / "config.json"
-  if file.is_file() and any(workdir.glob(progress)):
-    before = flatten(json.loads(file.read_text()))
-    changed = [
-      f"{name} was {json.dumps(before.get(name))}, now {json.dumps(now.get(name))}"
-      for name in sorted({*before, *now})
-      if before.get(name) != now.get(name) and name not in free and not name.endswith("_every")
-    ]
-    if changed:
-      raise ValueError(
-        f"{workdir} is the workdir of a run with another config ({'; '.join(changed)}); give the "
-        "same config to resume it, or another --workdir"
-      )
+  check = functools.partial(_check, config, workdir, command, writes, free, progress)
+  check()
   if not is_writer:
+    yield
     return
-  write_json(file, config.to_dict(), sort_keys=True)
+  is_new = not workdir.exists()
+  with exclusive(workdir):
+    check()  # another process may have written since
+    write_json(workdir / CONFIG, {COMMAND: command} | config.to_dict(), sort_keys=True)
+    try:
+      yield
+    except BaseException:
+      if is_new and {path.name for path in workdir.iterdir()} <= {CONFIG, LOCK}:
+        for name in (CONFIG, LOCK):
+          (workdir / name).unlink(missing_ok=True)
+        workdir.rmdir()
+      raise
 
 
-def read_workdir(workdir: Path) -> ConfigDict:
+def _check(
+  config: ConfigDict,
+  workdir: Path,
+  command: str,
+  writes: Collection[str],
+  free: Collection[str],
+  progress: str,
+) -> None:
+  """Raises ValueError if `workdir` cannot be resumed with this command and config."""
+  if workdir.exists() and not workdir.is_dir():
+    raise ValueError(f"{workdir} is a file; give a folder as --workdir")
+  file = workdir / CONFIG
+  if not file.is_file():
+    if present := [name for name in writes if (workdir / name).exists()]:
+      raise ValueError(
+        f"{workdir} has {', '.join(present)} but no {CONFIG}, so {command} did not make it; give "
+        "another --workdir"
+      )
+    return
+  stored, now = _read(file), flatten(config.to_dict())
+  owner, before = stored.pop(COMMAND, None), flatten(stored)
+  # A config.json of earlier versions names no command; most fields of the same command are equal.
+  if owner is None and 2 * len(before.keys() & now.keys()) < len(now):
+    owner = "another program"
+  if owner not in (None, command):
+    raise ValueError(f"{workdir} is the workdir of {owner}; give another --workdir to {command}")
+  if not any(workdir.glob(progress)):
+    return
+  changed = [
+    f"{name} was {json.dumps(before.get(name))}, now {json.dumps(now.get(name))}"
+    for name in sorted({*before, *now})
+    if before.get(name) != now.get(name) and name not in free and not name.endswith("_every")
+  ]
+  if changed:
+    raise ValueError(
+      f"{workdir} is the workdir of a run with another config ({'; '.join(changed)}); give the "
+      "same config to resume it, or another --workdir"
+    )
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+  """Locks a folder for this process; makes it if need be.
+
+  The lock is `flock` on the file `.lock`. The operating system releases it when the process ends,
+  however it ends, and network file systems apply it to all hosts. On a file system without locks,
+  a warning is logged instead.
+
+  Raises:
+    ValueError: another process holds the lock; the message names it.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  path = folder / LOCK
+  with contextlib.ExitStack() as stack:
+    while True:
+      file = stack.enter_context(path.open("a+"))
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        raise ValueError(
+          f"{folder} is in use by {owner}; wait until it ends, or give another folder"
+        ) from None
+      except OSError as error:
+        logging.warning("%s cannot be locked (%s); use it in one process only", folder, error)
+        break
+      # The holder may have removed the file between `open` and `flock`: then lock the new file.
+      if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    yield
+
+
+def read_workdir(workdir: Path, command: str | None = None) -> ConfigDict:
   """Reads the config of a run.
 
+  Args:
+    workdir: folder of the run.
+    command: the command that must have made it; None: any.
+
   Raises:
-    ValueError: the folder has no config.json.
+    ValueError: the folder has no config.json, or is that of another command.
   """
-  file = workdir / "config.json"
+  file = workdir / CONFIG
   if not file.is_file():
     raise ValueError(f"{workdir}: no config.json; give the --workdir of a run")
-  return ConfigDict(json.loads(file.read_text()))
+  stored = _read(file)
+  owner = stored.pop(COMMAND, command)
+  if command is not None and owner != command:
+    raise ValueError(f"{workdir} is the workdir of {owner}; give one of {command}")
+  return ConfigDict(stored)
+
+
+def _read(file: Path) -> dict[str, Any]:
+  """Reads a config.json.
+
+  Raises:
+    ValueError: the file is damaged.
+  """
+  try:
+    content = json.loads(file.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{file} is not JSON ({error}); restore it, or give another folder") from error
+  if not isinstance(content, dict):
+    raise ValueError(f"{file} is a {type(content).__name__}; expected an object of fields")
+  return content
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

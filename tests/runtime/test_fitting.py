@@ -1,5 +1,7 @@
 """Supervised training returns the parameters with the highest score."""
 
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 from prefpaint_jax.runtime import fitting, sharding
+from prefpaint_jax.runtime.checkpoint import Checkpoints
 
 
 class Batches:
@@ -22,8 +25,8 @@ class Batches:
     del state
 
 
-def fit(workdir, scores, judge_every):
-  """Returns w after four iterations. It starts at 0; each update subtracts 1.
+def fit(workdir, scores, judge_every, batches=None):
+  """Returns {"w": w} after four iterations. w starts at 0; each update subtracts 1.
 
   `scores` are the results of the judge, in order.
   """
@@ -33,7 +36,7 @@ def fit(workdir, scores, judge_every):
     (),
     {"w": jnp.zeros(())},
     optax.sgd(1.0),
-    Batches(),
+    batches or Batches(),
     workdir,
     sharding.make_mesh(),
     jax.random.key(0),
@@ -43,7 +46,7 @@ def fit(workdir, scores, judge_every):
     log_every=0,
     judge=None if judge_every is None else lambda params: (next(scores), {}),
     judge_every=judge_every or 0,
-  )["w"]
+  )
 
 
 @pytest.mark.parametrize(
@@ -56,4 +59,22 @@ def fit(workdir, scores, judge_every):
   ],
 )
 def test_parameters_with_the_highest_score_are_returned(tmp_path, scores, judge_every, expected):
-  assert fit(tmp_path, scores, judge_every) == expected
+  assert fit(tmp_path, scores, judge_every)["w"] == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_fit_and_the_same_call_goes_on(tmp_path, number, capsys):
+  class Interrupted(Batches):
+    drawn = 0
+
+    def __next__(self):
+      self.drawn += 1
+      if self.drawn == 2:
+        signal.raise_signal(number)
+      return super().__next__()
+
+  assert fit(tmp_path, (), None, Interrupted()) is None
+  assert "stopped after iteration 3 and saved; the same command goes on" in capsys.readouterr().out
+  assert Checkpoints(tmp_path / "checkpoints").latest() == 3
+  resumed = Batches()
+  assert fit(tmp_path, (), None, resumed)["w"] == -4.0

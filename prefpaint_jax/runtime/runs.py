@@ -1,0 +1,61 @@
+"""Runs of `train` as other commands read them: the config, the checkpoints, and one fixed step."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from prefpaint_jax.runtime.checkpoint import Checkpoints
+from prefpaint_jax.runtime.files import write_json
+from prefpaint_jax.runtime.workdir import CONFIG, read_workdir
+
+
+def open_run(name: str) -> tuple[ConfigDict, Checkpoints] | None:
+  """Returns config and checkpoints of a run of `train`; None if `name` is not a workdir.
+
+  Raises:
+    ValueError: `name` is the workdir of another command.
+  """
+  workdir = Path(name)
+  if (workdir / "model_index.json").is_file() or not (workdir / CONFIG).is_file():
+    return None
+  config = read_workdir(workdir, "train")
+  return config, Checkpoints(workdir / "checkpoints", best=config.get("keep_best", ""))
+
+
+def pin_steps(
+  file: Path, asked: Mapping[str, tuple[str, int | str | None]]
+) -> dict[str, int | None]:
+  """Chooses one checkpoint of each run, and keeps the choice for every later start.
+
+  The latest checkpoint of a run in progress changes. Without the file, a resumed evaluation would
+  mix samples of two checkpoints. All processes of a command call this function and get the steps of
+  process 0.
+
+  Args:
+    file: JSON file of the choice, in the workdir of the command; delete it to choose again.
+    asked: (name, step) by role, such as "baseline"; the step is an iteration, "best", or None for
+      the latest checkpoint.
+
+  Returns:
+    {role: step}; the step is None if the name is that of a pipeline, which has no checkpoints.
+
+  Raises:
+    ValueError: a run has no such checkpoint.
+  """
+  steps = json.loads(file.read_text()) if file.is_file() else {}
+  for role, (name, step) in asked.items():
+    if role not in steps:
+      run = open_run(name)
+      steps[role] = run[1].resolve(step) if run else None
+  if jax.process_count() > 1:
+    numbers = np.array([-1 if steps[role] is None else steps[role] for role in asked])
+    numbers = multihost_utils.broadcast_one_to_all(numbers)
+    steps = {role: None if n < 0 else int(n) for role, n in zip(asked, numbers, strict=True)}
+  if jax.process_index() == 0:
+    write_json(file, steps)
+  return steps
