@@ -30,6 +30,7 @@ from prefpaint_jax.planning import cost
 from prefpaint_jax.planning.chips import find_chip
 from prefpaint_jax.runtime import cli, sharding
 from prefpaint_jax.runtime.compilation import fast_jit
+from prefpaint_jax.runtime.config_fields import check_fields
 from prefpaint_jax.runtime.text import align_columns
 
 MIB = 2**20
@@ -255,6 +256,7 @@ if __name__ == "__main__":
 
   def main() -> None:
     config = _CONFIG.value
+    check_fields(config, "rl")
     # With the cache, the time to load a program would be reported as compilation time.
     jax.config.update("jax_enable_compilation_cache", False)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)

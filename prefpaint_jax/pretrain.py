@@ -28,6 +28,7 @@ from prefpaint_jax.models.tokenizer import byte_tokenizer
 from prefpaint_jax.models.vae import AutoencoderKL
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import cli, fitting, sharding
+from prefpaint_jax.runtime.config_fields import check_fields
 from prefpaint_jax.runtime.workdir import open_workdir
 from prefpaint_jax.weights.names import Params
 
@@ -141,7 +142,6 @@ def fit(
     params: initial parameters.
   """
   settings = config[stage]
-  sharding.check_batch(settings.batch_size, mesh)
   return fitting.fit(
     loss,
     frozen,
@@ -171,10 +171,14 @@ def new_inpainter(config: ConfigDict) -> Inpainter:
 
 def pretrain(config: ConfigDict, workdir: Path) -> None:
   """Trains the VAE and the UNet as `config` asks and writes WORKDIR/pipeline."""
-  open_workdir(config, workdir, progress="*/checkpoints/*")
+  check_fields(config, "pretrain")
   if not config.pictures:
     raise ValueError("config.pictures is empty; give --config.pictures=FOLDER")
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  for stage in ("vae", "unet"):
+    if config[stage].iterations:
+      sharding.check_batch(config[stage].batch_size, mesh, f"{stage}.batch_size")
+  open_workdir(config, workdir, progress="*/checkpoints/*")
   if config.policy:
     inpainter = Inpainter.from_pretrained(config.policy, config.dtype, config.remat)
   else:

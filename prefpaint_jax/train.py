@@ -82,11 +82,11 @@ class Session(NamedTuple):
 def open_session(config: ConfigDict, workdir: Path) -> tuple[Session, TrainState]:
   """Checks a config, loads what it names, and makes or restores the state."""
   ### Settings: refuse what cannot work before anything is loaded.
+  check_config(config)
   settings = settings_from(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   sharding.check_batch(config.batch_size, mesh)
   sharding.check_batch(config.num_samples, mesh, "num_samples")
-  check_config(config)
   process, processes = jax.process_index(), jax.process_count()
   free = FREE + tuple(f"mesh.{name}" for name in config.mesh)
   open_workdir(config, workdir, free=free, is_writer=process == 0)

@@ -29,6 +29,7 @@ from prefpaint_jax.data.images import to_bytes
 from prefpaint_jax.data.preference_records import build_preferences, summary
 from prefpaint_jax.data.records import endless_batches, find_records
 from prefpaint_jax.runtime import cli
+from prefpaint_jax.runtime.config_fields import check_fields
 from prefpaint_jax.runtime.workdir import open_workdir
 
 with epy.lazy_imports():
@@ -206,6 +207,7 @@ def stack(preferences: Sequence[Preference], num_candidates: int) -> dict[str, n
 
 def main(config: ConfigDict, workdir: Path) -> None:
   """Builds a preference dataset in the workdir and prints its metadata."""
+  check_fields(config, "preferences")
   if not config.source:
     raise ValueError("config.source is empty; give --config.source=FOLDER of scores")
   try:
