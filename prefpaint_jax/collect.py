@@ -29,7 +29,7 @@ from prefpaint_jax.data.images import save_png, to_bytes
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import cli, sharding
-from prefpaint_jax.runtime.config_fields import check_fields
+from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.files import write_text
 from prefpaint_jax.runtime.metrics import progress
 from prefpaint_jax.runtime.workdir import open_workdir

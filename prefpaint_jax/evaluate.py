@@ -32,7 +32,7 @@ from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli, sharding
-from prefpaint_jax.runtime.config_fields import check_fields
+from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.files import atomic_path, write_json
 from prefpaint_jax.runtime.metrics import progress
 from prefpaint_jax.runtime.workdir import open_workdir

@@ -28,7 +28,7 @@ from prefpaint_jax.models.tokenizer import byte_tokenizer
 from prefpaint_jax.models.vae import AutoencoderKL
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import cli, fitting, sharding
-from prefpaint_jax.runtime.config_fields import check_fields
+from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.workdir import open_workdir
 from prefpaint_jax.weights.names import Params
 

@@ -35,6 +35,7 @@ from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli, sharding
 from prefpaint_jax.runtime.checkpoint import Checkpoints
+from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.metrics import IterationLog, MetricsWriter
 from prefpaint_jax.runtime.signals import agreed_stop_requests
 from prefpaint_jax.runtime.workdir import open_workdir
@@ -82,11 +83,12 @@ class Session(NamedTuple):
 def open_session(config: ConfigDict, workdir: Path) -> tuple[Session, TrainState]:
   """Checks a config, loads what it names, and makes or restores the state."""
   ### Settings: refuse what cannot work before anything is loaded.
-  check_config(config)
+  check_fields(config, "rl")
   settings = settings_from(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   sharding.check_batch(config.batch_size, mesh)
   sharding.check_batch(config.num_samples, mesh, "num_samples")
+  check_config(config)
   process, processes = jax.process_index(), jax.process_count()
   free = FREE + tuple(f"mesh.{name}" for name in config.mesh)
   open_workdir(config, workdir, free=free, is_writer=process == 0)

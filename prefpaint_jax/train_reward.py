@@ -44,7 +44,7 @@ from prefpaint_jax.preference.fit import (
 )
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli, fitting, sharding
-from prefpaint_jax.runtime.config_fields import check_fields
+from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.files import write_json
 from prefpaint_jax.runtime.workdir import open_workdir
 from prefpaint_jax.weights.names import Params

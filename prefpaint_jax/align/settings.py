@@ -4,7 +4,9 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from prefpaint_jax.runtime.config_fields import RL, check_fields, check_values
+from prefpaint_jax.runtime.config_check import check_values
+from prefpaint_jax.runtime.config_fields import RL
+from prefpaint_jax.runtime.config_fields import TRUST_NORMS as TRUST_NORMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +106,11 @@ def compares_with_base(config: ConfigDict) -> bool:
 
 
 def check_config(config: ConfigDict) -> None:
-  """Checks a run's config: the range of every field, and fields that must fit together.
+  """Checks fields of a run, each in its range, that `Settings` does not have.
 
   Raises:
-    ValueError: for the first wrong field.
+    ValueError: for fields that cannot work together.
   """
-  check_fields(config, "rl")
-  settings_from(config)  # checks its relations
   if not config.prompts:
     raise ValueError(
       "config.prompts is empty; give --config.prompts=FOLDER or use --config=configs/rl.py:mini"

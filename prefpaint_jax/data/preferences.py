@@ -29,7 +29,7 @@ from prefpaint_jax.data.images import to_bytes
 from prefpaint_jax.data.preference_records import build_preferences, summary
 from prefpaint_jax.data.records import endless_batches, find_records
 from prefpaint_jax.runtime import cli
-from prefpaint_jax.runtime.config_fields import check_fields
+from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.workdir import open_workdir
 
 with epy.lazy_imports():

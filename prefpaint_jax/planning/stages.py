@@ -18,7 +18,7 @@ from prefpaint_jax.align.state import Experience, behaviour_params
 from prefpaint_jax.planning import cost
 from prefpaint_jax.planning.chips import GIB, Chip, find_chip
 from prefpaint_jax.runtime import sharding
-from prefpaint_jax.runtime.config_fields import check_fields
+from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.text import first_line
 
 STAGES = ("rollout", "score", "update")  # in the order in which an iteration runs them

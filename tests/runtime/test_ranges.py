@@ -9,7 +9,8 @@ import pytest
 from prefpaint_jax.data import drawn_prompts, masks
 from prefpaint_jax.preference import fit
 from prefpaint_jax.runtime import config_fields
-from prefpaint_jax.runtime.config_fields import CONFIGS, check_fields
+from prefpaint_jax.runtime.config_check import check_fields
+from prefpaint_jax.runtime.config_fields import CONFIGS
 from prefpaint_jax.runtime.ranges import (
   Boolean,
   Choice,
