@@ -31,6 +31,7 @@ from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import cli, sharding
 from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.files import write_text
+from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.metrics import progress
 from prefpaint_jax.runtime.workdir import open_workdir
 
@@ -138,6 +139,8 @@ def collect(config: ConfigDict, workdir: Path) -> None:
       raise ValueError(f"config.{field} is empty; give --config.{field}=NAME")
   if not config.num_prompts + config.num_test_prompts:
     raise ValueError("config.num_prompts and config.num_test_prompts are 0; give one above 0")
+  what = f"config.batch_size={config.batch_size} of config.size={config.size}"
+  check_memory(64 * config.batch_size * config.size**2, what)
   mesh = sharding.make_mesh(devices=jax.local_devices())
   sharding.check_batch(config.batch_size, mesh)
   drawn = _draw_prompts(config)

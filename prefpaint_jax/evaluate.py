@@ -34,6 +34,7 @@ from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli, sharding
 from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.files import atomic_path, write_json
+from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.metrics import progress
 from prefpaint_jax.runtime.workdir import open_workdir
 
@@ -48,6 +49,9 @@ def check(config: ConfigDict) -> None:
   for field in ("policy", "baseline", "prompts"):
     if not config[field]:
       raise ValueError(f"config.{field} is empty; give --config.{field}=...")
+  images = config.batch_size * config.samples_per_prompt
+  what = f"config.batch_size={config.batch_size} with {images} samples of config.size={config.size}"
+  check_memory(64 * images * config.size**2, what)
   if not config.judges and not config.simulated_preference:
     raise ValueError("config.judges is empty; give at least one reward model")
 

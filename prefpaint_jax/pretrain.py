@@ -184,6 +184,7 @@ def pretrain(config: ConfigDict, workdir: Path) -> None:
   else:
     inpainter = new_inpainter(config)
   modules, params = inpainter.modules, inpainter.params
+  modules.latent_shape(1, config.size, config.size)  # raises ValueError for a size that cannot be
 
   if config.vae.iterations:
     loss = functools.partial(vae_loss, modules, config.vae.kl_weight)

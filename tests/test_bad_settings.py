@@ -78,6 +78,8 @@ FIELDS = [
   ("collect", "fit", "stretch"),
   ("collect", "kinds.holes", NAN),
   ("collect", "num_prompts", -1),
+  ("collect", "policies", ("",)),
+  ("eval", "judges", ("mini", "")),
   ("eval", "gallery", -6),
   ("eval", "samples_per_prompt", 0),
   ("eval", "policy_step", "latest"),
@@ -144,6 +146,22 @@ def test_fields_that_do_not_fit_together_are_refused(fields, message):
   with pytest.raises(ValueError, match=message) as error:
     settings_from(config_of("rl", **fields))
   one_line(error)
+
+
+@pytest.mark.parametrize(
+  ("name", "fields"),
+  [
+    ("collect", {"batch_size": 10**6, "size": 8192}),
+    ("eval", {"batch_size": 10**6, "samples_per_prompt": 10**4, "policy": "mini"}),
+  ],
+)
+def test_batch_beyond_the_memory_is_refused_before_the_workdir_is_made(name, fields, tmp_path):
+  with pytest.raises(
+    ValueError, match=r"config\.batch_size=1000000 .* needs about .* GiB"
+  ) as error:
+    COMMANDS[name](config_of(name, **fields), tmp_path / "run")
+  one_line(error)
+  assert not (tmp_path / "run").exists()
 
 
 def test_collection_of_no_prompts_is_refused(tmp_path):
