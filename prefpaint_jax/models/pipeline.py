@@ -64,9 +64,10 @@ class Modules:
       ValueError: a side is not a multiple of the VAE's factor, or the images need more memory than
         the machine has.
     """
-    # A lower bound: the decoder's second block holds an array at the full size, float32.
-    wide = max(self.vae.config.block_out_channels[:2])
-    check_memory(4 * wide * batch * height * width, f"{batch} images of {height}x{width}")
+    # A lower bound: the decoder's second block holds two arrays at the full size. XLA allocates 1.3
+    # times as much for the embedded model.
+    per_pixel = 2 * max(self.vae.config.block_out_channels[:2]) * jnp.dtype(self.vae.dtype).itemsize
+    check_memory(per_pixel * batch * height * width, f"{batch} images of {height}x{width}")
     factor = self.vae.config.factor
     if height % factor or width % factor:
       raise ValueError(f"images are {height}x{width}: both sides must be multiples of {factor}")

@@ -32,6 +32,6 @@ def check_memory(needed: float, what: str, limit: int | None = None) -> None:
   limit = machine_memory() if limit is None else limit
   if needed > limit:
     raise ValueError(
-      f"{what} needs about {needed / GIB:,.0f} GiB of memory; expected at most "
-      f"{limit / GIB:,.0f} GiB, which there are; give a smaller number or size"
+      f"{what} needs about {needed / GIB:,.1f} GiB of memory; expected at most "
+      f"{limit / GIB:,.1f} GiB, which there are; give a smaller number or size"
     )
