@@ -61,7 +61,7 @@ def test_dtype_in_which_nothing_computes_is_refused(dtype):
 # ------------------------------------------------------------------------------------------ memory
 def test_estimate_above_the_memory_is_refused_in_one_line():
   check_memory(5, "x", limit=5)
-  with pytest.raises(ValueError, match="x needs about 2.0 GiB of memory; expected at most 1.0 GiB"):
+  with pytest.raises(ValueError, match=r"x needs about 2\.0 GiB .* at most 1\.0 GiB"):
     check_memory(2 * 2**30, "x", limit=2**30)
   with pytest.raises(ValueError, match="GiB"):
     check_memory(2.0**60, "x")

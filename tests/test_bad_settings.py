@@ -322,3 +322,20 @@ def test_full_standard_output_is_named_and_not_the_workdir(unbuffered, tmp_path)
   assert done.stderr == (
     "error: standard output: No space left on device; make room, or write to another disk\n"
   )
+
+
+@pytest.mark.parametrize(
+  "work",
+  [
+    "numpy.zeros(2**50)",
+    pytest.param("jax.numpy.zeros(2**45).block_until_ready()", marks=pytest.mark.slow),
+  ],
+)
+def test_lack_of_memory_is_one_line(work):
+  module = work.partition(".")[0]
+  code = f"import {module}; from prefpaint_jax.runtime import cli; cli.run(lambda: {work})"
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 1
+  assert re.fullmatch(r"error: out of memory \(.*\); give a smaller batch.*\n", done.stderr)
