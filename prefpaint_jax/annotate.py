@@ -14,7 +14,10 @@ from absl import flags
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import cli
+from prefpaint_jax.runtime.cli import within
+from prefpaint_jax.runtime.config_fields import SEED
 from prefpaint_jax.runtime.files import atomic_path
+from prefpaint_jax.runtime.ranges import Integer, Number, Text
 from prefpaint_jax.runtime.workdir import exclusive
 
 _CHUNK = 512  # candidates scored at a time
@@ -57,10 +60,12 @@ def annotate(folder: Path, annotators: int, noise: float, seed: int) -> int:
 
 
 if __name__ == "__main__":
-  _CANDIDATES = flags.DEFINE_string("candidates", None, "Workdir of prefpaint_jax.collect.")
-  _ANNOTATORS = flags.DEFINE_integer("annotators", 3, "Scores per candidate.", lower_bound=1)
-  _NOISE = flags.DEFINE_float("noise", 0.7, "Standard deviation of a score.", lower_bound=0.0)
-  _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
+  _CANDIDATES = flags.DEFINE(
+    within(Text(empty=False)), "candidates", None, "Workdir of prefpaint_jax.collect."
+  )
+  _ANNOTATORS = flags.DEFINE(within(Integer(1, 1000)), "annotators", 3, "Scores per candidate.")
+  _NOISE = flags.DEFINE(within(Number(0, 100)), "noise", 0.7, "Standard deviation of a score.")
+  _SEED = flags.DEFINE(within(SEED), "seed", 0, "Seed of the noise.")
   flags.mark_flag_as_required("candidates")
 
   def main() -> None:

@@ -27,8 +27,12 @@ from prefpaint_jax.models import architectures
 from prefpaint_jax.planning import cost
 from prefpaint_jax.planning.chips import find_chip
 from prefpaint_jax.runtime import cli, sharding
+from prefpaint_jax.runtime.cli import within
 from prefpaint_jax.runtime.compilation import fast_jit
+from prefpaint_jax.runtime.config_check import check_fields
+from prefpaint_jax.runtime.config_fields import COUNT
 from prefpaint_jax.runtime.files import write_json
+from prefpaint_jax.runtime.ranges import Number
 from prefpaint_jax.runtime.text import align_columns
 
 MIB = 2**20
@@ -247,13 +251,19 @@ def describe(report: Mapping[str, Any], peak_flops: float | None = None) -> str:
 
 if __name__ == "__main__":
   _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file[:preset].")
-  _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each stage.", lower_bound=1)
-  _PEAK = flags.DEFINE_float("peak_tflops", None, "Of one device; default: by the device's name.")
+  _REPEATS = flags.DEFINE(within(COUNT), "repeats", 5, "Timed runs of each stage.")
+  _PEAK = flags.DEFINE(
+    within(Number(0, 1e9, excluded=(0,))),
+    "peak_tflops",
+    None,
+    "Of one device; default: by the device's name.",
+  )
   _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the report.")
   flags.mark_flag_as_required("config")
 
   def main() -> None:
     config = _CONFIG.value
+    check_fields(config, "rl")
     # With the cache, the time to load a program would be reported as compilation time.
     jax.config.update("jax_enable_compilation_cache", False)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)

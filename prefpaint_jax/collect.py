@@ -29,7 +29,9 @@ from prefpaint_jax.data.images import save_png, to_bytes
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import cli, sharding
+from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.files import write_text
+from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.metrics import progress
 from prefpaint_jax.runtime.runs import pin_steps
 from prefpaint_jax.runtime.signals import stop_requests
@@ -138,10 +140,14 @@ def _draw_prompts(config: ConfigDict) -> dict[str, DrawnPrompts]:
 
 def collect(config: ConfigDict, workdir: Path) -> None:
   """Samples the candidates of all prompts that the workdir does not have yet."""
-  if not config.pictures:
-    raise ValueError("config.pictures is empty; give --config.pictures=FOLDER")
-  if not config.policies or config.samples_per_prompt < 1:
-    raise ValueError("config.policies or config.samples_per_prompt is empty; give at least one")
+  check_fields(config, "collect")
+  for field in ("pictures", "policies"):
+    if not config[field]:
+      raise ValueError(f"config.{field} is empty; give --config.{field}=NAME")
+  if not config.num_prompts + config.num_test_prompts:
+    raise ValueError("config.num_prompts and config.num_test_prompts are 0; give one above 0")
+  what = f"config.batch_size={config.batch_size} of config.size={config.size}"
+  check_memory(64 * config.batch_size * config.size**2, what)
   sharding.check_batch(config.batch_size, sharding.make_mesh(devices=jax.local_devices()))
   drawn = _draw_prompts(config)
   free = "num_prompts", "num_test_prompts"

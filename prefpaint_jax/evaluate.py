@@ -34,7 +34,9 @@ from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli, sharding
+from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.files import atomic_path, write_json
+from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.metrics import progress
 from prefpaint_jax.runtime.runs import pin_steps
 from prefpaint_jax.runtime.signals import stop_requests
@@ -47,13 +49,15 @@ THUMBNAIL = 256  # largest side of the images in the report, in pixels
 
 def check(config: ConfigDict) -> None:
   """Raises ValueError for a config that cannot work."""
+  check_fields(config, "eval")
   for field in ("policy", "baseline", "prompts"):
     if not config[field]:
       raise ValueError(f"config.{field} is empty; give --config.{field}=...")
+  images = config.batch_size * config.samples_per_prompt
+  what = f"config.batch_size={config.batch_size} with {images} samples of config.size={config.size}"
+  check_memory(64 * images * config.size**2, what)
   if not config.judges and not config.simulated_preference:
     raise ValueError("config.judges is empty; give at least one reward model")
-  if config.samples_per_prompt < 1:
-    raise ValueError(f"samples_per_prompt is {config.samples_per_prompt}; give 1 or more")
   sharding.check_batch(config.batch_size, sharding.make_mesh(devices=jax.local_devices()))
 
 
@@ -71,8 +75,6 @@ def open_judges(names: tuple[str, ...], dtype: str) -> dict[str, RewardModel]:
 def choose_prompts(config: ConfigDict) -> tuple[Sequence[examples.Prompt], list[int]]:
   """Returns the prompts of the config's split, and the indices of the prompts to evaluate."""
   prompts = prompt_io.open_prompts(config.prompts, config.split, config.size)
-  if config.kind and config.kind not in mask_io.KINDS:
-    raise ValueError(f"config.kind is {config.kind!r}; give one of {', '.join(mask_io.KINDS)}")
   wanted = (
     i
     for i in range(len(prompts))

@@ -13,10 +13,16 @@ from absl import flags
 
 from prefpaint_jax import inpainter
 from prefpaint_jax.runtime import cli, workdir
+from prefpaint_jax.runtime.cli import within
+from prefpaint_jax.runtime.ranges import Step, Text
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
-_STEP = flags.DEFINE_string("step", None, "Iteration of the checkpoint, or best; default: latest.")
+_WORKDIR = flags.DEFINE(
+  within(Text(empty=False)), "workdir", None, "Folder of the run.", required=True
+)
+_OUTPUT = flags.DEFINE(within(Text(empty=False)), "output", None, "Folder to write.", required=True)
+_STEP = flags.DEFINE(
+  within(Step()), "step", None, "Iteration of the checkpoint, or best; default: latest."
+)
 
 
 def main() -> None:

@@ -32,19 +32,24 @@ from prefpaint_jax.editing.views import sweep
 from prefpaint_jax.inpainter import open_policy
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli
+from prefpaint_jax.runtime.cli import within
+from prefpaint_jax.runtime.config_fields import COUNT, ETA, GUIDANCE_SCALE, NUM_STEPS, SEED
 from prefpaint_jax.runtime.files import atomic_path
+from prefpaint_jax.runtime.ranges import Number, Several
 
 _MODEL = flags.DEFINE_string("model", "mini", "Folder, hub name, workdir of a run, or mini.")
 _IMAGE = flags.DEFINE_string("image", None, "Image to start from.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "PNG to write; GIF for views.", required=True)
 _TEXT = flags.DEFINE_string("text", "", "Description of the missing part, or empty.")
-_NUM_STEPS = flags.DEFINE_integer("num_steps", 50, "Denoising steps.", lower_bound=1)
-_ETA = flags.DEFINE_float("eta", 0.0, "Noise in each step, 0 to 1.", 0.0, 1.0)
-_GUIDANCE = flags.DEFINE_float("guidance_scale", 7.5, "Strength of the text; 1 is none.")
-_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same samples.")
+_NUM_STEPS = flags.DEFINE(within(NUM_STEPS), "num_steps", 50, "Denoising steps.")
+_ETA = flags.DEFINE(within(ETA), "eta", 0.0, "Noise in each step, 0 to 1.")
+_GUIDANCE = flags.DEFINE(
+  within(GUIDANCE_SCALE), "guidance_scale", 7.5, "Strength of the text; 1 is none."
+)
+_SEED = flags.DEFINE(within(SEED), "seed", 0, "The same seed gives the same samples.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
 _MASK = flags.DEFINE_string("mask", None, "Mask of the image, white = missing.")
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Number of samples.", lower_bound=1)
+_NUM_SAMPLES = flags.DEFINE(within(COUNT), "num_samples", 1, "Number of samples.")
 _REWARD = flags.DEFINE_string("reward", None, "Reward model that scores the samples.")
 _BEST = flags.DEFINE_bool("best", False, "Write only the sample of the greatest reward.")
 _EXTEND = flags.DEFINE_string("extend", None, "Pixels to add: left=256,right=256,bottom=9.")
@@ -52,7 +57,7 @@ _MOVE = flags.DEFINE_string("move", None, "New view: x,y,z, to the right, down a
 _TURN = flags.DEFINE_string("turn", None, "New view: yaw,pitch in degrees, to the right and up.")
 _DEPTH = flags.DEFINE_string("depth", None, "Depth of the image: .npy, 16-bit PNG, or synthetic.")
 _INTRINSICS = flags.DEFINE_string("intrinsics", None, "fx,fy,cx,cy or a file; default: 60 degrees.")
-_VIEWS = flags.DEFINE_integer("views", 1, "Number of views along the way.", lower_bound=1)
+_VIEWS = flags.DEFINE(within(COUNT), "views", 1, "Number of views along the way.")
 
 
 def main() -> None:
@@ -164,8 +169,8 @@ def _numbers(flag: str, text: str, count: int) -> tuple[float, ...]:
     numbers = tuple(float(number) for number in text.split(","))
   except ValueError:
     numbers = ()
-  if len(numbers) != count or not np.isfinite(numbers).all():
-    raise ValueError(f"--{flag}={text}: give {count} numbers separated by commas")
+  if not Several(Number(-1e6, 1e6), count).contains(numbers):
+    raise ValueError(f"--{flag}={text}: give {count} numbers from -1e6 to 1e6, separated by commas")
   return numbers
 
 

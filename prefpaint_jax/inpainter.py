@@ -5,7 +5,6 @@
 # Shapes: B images, S samples of each, H W pixels, h w latents, L text tokens, D text width.
 
 import functools
-import json
 import os
 import shutil
 import tempfile
@@ -26,6 +25,10 @@ from prefpaint_jax.models import lora
 from prefpaint_jax.models.pipeline import NETWORKS, Modules, make_modules
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.runtime.compilation import fast_jit
+from prefpaint_jax.runtime.config_check import check_values
+from prefpaint_jax.runtime.config_fields import SAMPLING
+from prefpaint_jax.runtime.files import write_json
+from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.runs import open_run
 from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights.names import Params
@@ -141,10 +144,12 @@ class Inpainter:
     index = {"_class_name": "StableDiffusionInpaintPipeline", "_diffusers_version": "0.30.0"}
     index |= library | {"safety_checker": [None, None], "feature_extractor": [None, None]}
     index |= {"requires_safety_checker": False}
-    _write_json(folder / "model_index.json", index)
-    _write_json(folder / "scheduler" / "scheduler_config.json", self.configs["scheduler"])
+    write_json(folder / "model_index.json", index, sort_keys=True)
+    write_json(
+      folder / "scheduler" / "scheduler_config.json", self.configs["scheduler"], sort_keys=True
+    )
     for part in NETWORKS:
-      _write_json(folder / part / "config.json", self.configs[part])
+      write_json(folder / part / "config.json", self.configs[part], sort_keys=True)
       weights.save_params(folder / part, self.params[part], dtype)
     self._write_tokenizer(folder / "tokenizer")
 
@@ -192,6 +197,7 @@ class Inpainter:
     """
     factor, scale = self.modules.vae.config.factor, self.modules.native_size / min(height, width)
     fit = lambda side: max(factor, round(side * scale / factor) * factor)
+    self.modules.latent_shape(1, fit(height), fit(width))  # raises ValueError for lack of memory
     return fit(height), fit(width)
 
   def __call__(
@@ -233,12 +239,16 @@ class Inpainter:
     Raises:
       ValueError: inputs cannot be read, or do not have matching sizes or numbers.
     """
+    check_values(locals(), SAMPLING, owner="")
+    if text is None or not all(isinstance(x, str) for x in text):
+      raise ValueError(f"text is {text!r}; expected a text, or one for each image")
+    texts = [text] if isinstance(text, str) else list(text)
     images, masks = image_io.load_pairs(image, mask)
     B, H, W, _ = images.shape
     size = self.working_size(H, W)
+    check_memory(36 * B * num_samples * H * W, f"num_samples={num_samples} of {B} {H}x{W} images")
     small_images = np.stack([image_io.resize_image(x, size) for x in images])
     small_masks = np.stack([image_io.resize_mask(x, size) for x in masks])
-    texts = [text] if isinstance(text, str) else list(text)
     if len(texts) not in (1, B):
       raise ValueError(f"text: {len(texts)} texts for {B} images; give one, or one for each")
     context = self.encode_text(texts) if any(texts) else self.empty_context
@@ -280,11 +290,6 @@ class Inpainter:
     if np.shape(latents) != shape:
       raise ValueError(f"latents are {np.shape(latents)}; these images need {shape}")
     return latents
-
-
-def _write_json(path: Path, content: dict) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def open_policy(name: str, dtype: str = "float32", step: int | str | None = None) -> "Inpainter":

@@ -15,13 +15,17 @@ from absl import flags
 
 from prefpaint_jax.evaluation.curves import draw, group_runs, load_run, single_runs, table
 from prefpaint_jax.runtime import cli
+from prefpaint_jax.runtime.cli import within
+from prefpaint_jax.runtime.config_fields import COUNT
 from prefpaint_jax.runtime.files import atomic_path
+from prefpaint_jax.runtime.ranges import Number, Text, check
 
 
 def _target(text: str) -> tuple[str, float]:
   """Parses "METRIC=LEVEL"."""
   key, _, level = text.rpartition("=")
   try:
+    check("--reach", float(level), Number())
     return key, float(level)
   except ValueError:
     raise ValueError(
@@ -65,7 +69,9 @@ def main(
 
 
 if __name__ == "__main__":
-  _WORKDIR = flags.DEFINE_multi_string(
+  _WORKDIR = flags.DEFINE_multi(
+    within(Text(empty=False)),
+    flags.ArgumentSerializer(),
     "workdir",
     None,
     "Folder of a run; repeat the flag or separate folders by commas.",
@@ -73,11 +79,14 @@ if __name__ == "__main__":
   )
   _OUTPUT = flags.DEFINE_string("output", None, "PNG to write.", required=True)
   _MEAN = flags.DEFINE_bool("mean", False, "Average runs that differ only in their seed.")
-  _SMOOTH = flags.DEFINE_integer(
-    "smooth", 1, "Odd number of iterations of a centred moving average."
+  _SMOOTH = flags.DEFINE(
+    within(COUNT), "smooth", 1, "Odd number of iterations of a centred moving average."
   )
-  _ONLY = flags.DEFINE_string(
-    "only", "", "Regular expression; draws only the metrics that it is found in."
+  _ONLY = flags.DEFINE(
+    within(Text(pattern=True)),
+    "only",
+    "",
+    "Regular expression; draws only the metrics that it is found in.",
   )
   _REACH = flags.DEFINE_multi_string(
     "reach", [], "METRIC=LEVEL: print the iterations until the metric reaches the level."

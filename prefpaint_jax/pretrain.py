@@ -28,6 +28,7 @@ from prefpaint_jax.models.tokenizer import byte_tokenizer
 from prefpaint_jax.models.vae import AutoencoderKL
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import cli, fitting, sharding
+from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.workdir import open_workdir
 from prefpaint_jax.weights.names import Params
 
@@ -172,11 +173,13 @@ def new_inpainter(config: ConfigDict) -> Inpainter:
 
 def pretrain(config: ConfigDict, workdir: Path) -> None:
   """Trains the VAE and the UNet as `config` asks and writes WORKDIR/pipeline."""
+  check_fields(config, "pretrain")
   if not config.pictures:
     raise ValueError("config.pictures is empty; give --config.pictures=FOLDER")
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   for stage in STAGES:
-    sharding.check_batch(config[stage].batch_size, mesh)
+    if config[stage].iterations:
+      sharding.check_batch(config[stage].batch_size, mesh, f"{stage}.batch_size")
   with open_workdir(config, workdir, "pretrain", (*STAGES, "pipeline"), progress="*/checkpoints/*"):
     _pretrain(config, workdir, mesh)
 
@@ -188,6 +191,7 @@ def _pretrain(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> Non
   else:
     inpainter = new_inpainter(config)
   modules, params = inpainter.modules, inpainter.params
+  modules.latent_shape(1, config.size, config.size)  # raises ValueError for a size that cannot be
 
   if config.vae.iterations:
     loss = functools.partial(vae_loss, modules, config.vae.kl_weight)

@@ -15,6 +15,8 @@ from prefpaint_jax import mini
 from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.models.reward import RewardNetwork, apply, network_shapes
 from prefpaint_jax.preference.bound import FILE_NAME, Bound, check_bound, load_bound, save_bound
+from prefpaint_jax.runtime.config_fields import DTYPE
+from prefpaint_jax.runtime.ranges import check
 from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights.names import Params
 
@@ -54,6 +56,7 @@ class RewardModel:
     Raises:
       ValueError: a file is missing or damaged, or does not fit the network.
     """
+    check("dtype", str(dtype), DTYPE)
     path = weights.resolve_reward(mini.locate(name, "reward"))
     config = {} if path.is_file() else weights.read_config(path)
     network = RewardNetwork(RewardConfig.from_dict(config), jnp.dtype(dtype))
@@ -87,6 +90,10 @@ class RewardModel:
       ValueError: B is not a multiple of M.
     """
     images, masked_images = (np.asarray(x, np.float32) for x in (images, masked_images))
+    if not (images.size and masked_images.size):
+      raise ValueError(
+        f"images are {images.shape}, masked_images {masked_images.shape}; expected one or more"
+      )
     if images.shape[0] % masked_images.shape[0]:
       raise ValueError(
         f"{images.shape[0]} samples of {masked_images.shape[0]} masked images; give the same "

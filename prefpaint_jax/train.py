@@ -35,6 +35,7 @@ from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli, sharding
 from prefpaint_jax.runtime.checkpoint import Checkpoints
+from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.metrics import IterationLog, MetricsWriter
 from prefpaint_jax.runtime.signals import agreed_stop_requests
 from prefpaint_jax.runtime.workdir import open_workdir
@@ -191,7 +192,8 @@ def write_sample(session: Session, state: TrainState) -> None:
 
 def train(config: ConfigDict, workdir: Path) -> TrainState:
   """Aligns a policy as `config` says; resumes the run that `workdir` holds, if there is one."""
-  settings_from(config)  # raises ValueError for fields that cannot work
+  check_fields(config, "rl")
+  settings_from(config)  # raises ValueError for fields that cannot work together
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   sharding.check_batch(config.batch_size, mesh)
   sharding.check_batch(config.num_samples, mesh, "num_samples")

@@ -33,7 +33,6 @@ from prefpaint_jax.models.reward import RewardNetwork
 from prefpaint_jax.preference import calibration, calibration_plot
 from prefpaint_jax.preference.bound import Bound, refit
 from prefpaint_jax.preference.fit import (
-  AUGMENTATIONS,
   ScoredPreferences,
   Scorer,
   batch_loss,
@@ -45,6 +44,7 @@ from prefpaint_jax.preference.fit import (
 )
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli, fitting, sharding
+from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.files import write_json
 from prefpaint_jax.runtime.workdir import open_workdir
 from prefpaint_jax.weights.names import Params
@@ -52,16 +52,11 @@ from prefpaint_jax.weights.names import Params
 
 def check(config: ConfigDict) -> None:
   """Raises ValueError for a config that cannot work."""
+  check_fields(config, "reward")
   if not config.preferences:
     raise ValueError(
       "config.preferences is empty; give the folder that prefpaint_jax.data.preferences wrote"
     )
-  if config.augmentation not in AUGMENTATIONS:
-    raise ValueError(
-      f"augmentation is {config.augmentation!r}; give one of {', '.join(AUGMENTATIONS)}"
-    )
-  if not 0 <= config.frozen_share <= 1:
-    raise ValueError(f"frozen_share is {config.frozen_share}; give a share from 0 to 1")
   if not (config.score_weight > 0 or config.pair_weight > 0):
     raise ValueError("score_weight and pair_weight are both 0; there is nothing to learn")
   if not (config.score_weight > 0 or config.ridge > 0):

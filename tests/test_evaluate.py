@@ -147,7 +147,7 @@ def test_a_signal_keeps_finished_batches_and_damaged_ones_are_computed_again(
     ({"judges": (), "simulated_preference": False}, r"config\.judges is empty"),
     ({"judges": ("nowhere",)}, "nowhere: no such folder"),
     ({"kind": "brush"}, "none of the 20 prompts of 'test' is of kind brush"),
-    ({"kind": "hole"}, "kind is 'hole'; give one of outpainting"),
+    ({"kind": "hole"}, "kind is 'hole'; expected one of outpainting"),
     ({"samples_per_prompt": 0}, "samples_per_prompt is 0"),
     ({"batch_size": 3}, "batch_size 3 does not divide over 8 devices"),
     ({"split": "val"}, r"val\.txt: no such list"),

@@ -162,7 +162,7 @@ def test_command_writes_a_reward_with_its_bound_and_resumes_exactly(
   ("change", "message"),
   [
     ({"preferences": ""}, r"config\.preferences is empty"),
-    ({"augmentation": "flip"}, "augmentation is 'flip'; give one of none"),
+    ({"augmentation": "flip"}, "augmentation is 'flip'; expected one of none"),
     ({"frozen_share": 2.0}, r"frozen_share is 2\.0"),
     ({"score_weight": 0.0, "pair_weight": 0.0}, "nothing to learn"),
     ({"preferences": "nowhere"}, "nowhere contains 0 datasets"),

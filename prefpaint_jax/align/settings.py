@@ -4,8 +4,9 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-KEEP_BEST = ("held_out/reward", "held_out/reward_winrate", "reward/mean")  # values of keep_best
-TRUST_NORMS = ("mahalanobis", "released", "constant", "none")
+from prefpaint_jax.runtime.config_check import check_values
+from prefpaint_jax.runtime.config_fields import RL
+from prefpaint_jax.runtime.config_fields import TRUST_NORMS as TRUST_NORMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +25,11 @@ class Trust:
   constant: float = 1.4
 
   def __post_init__(self):
-    if self.norm not in TRUST_NORMS:
-      raise ValueError(f"trust.norm is {self.norm!r}; expected one of {', '.join(TRUST_NORMS)}")
+    check_values(vars(self), RL, "trust.")
+    if None not in (self.minimum, self.maximum) and self.minimum > self.maximum:
+      raise ValueError(
+        f"config.trust.minimum is {self.minimum}; expected at most trust.maximum={self.maximum}"
+      )
 
   @property
   def needs_bound(self) -> bool:
@@ -38,7 +42,7 @@ class Settings:
   """The settings of an iteration; `configs/rl.py` explains the fields.
 
   Raises:
-    ValueError: for values that cannot work together.
+    ValueError: for values out of their range, or that cannot work together.
   """
 
   samples_per_prompt: int
@@ -67,6 +71,7 @@ class Settings:
       if not condition:
         raise ValueError(message)
 
+    check_values(vars(self), RL)
     first, last = self.skip_steps
     trainable = self.num_steps - first - last
     check(
@@ -85,24 +90,6 @@ class Settings:
       f"timesteps_per_pass is {self.timesteps_per_pass}; expected 0 or a divisor of {each}, the "
       "timesteps of an update",
     )
-    for name, choices in (
-      ("advantage_std", ("batch", "group")),
-      ("log_prob_region", ("all", "hole")),
-      ("loss_reduction", ("mean", "sum")),
-    ):
-      value = getattr(self, name)
-      check(value in choices, f"{name} is {value!r}; expected {' or '.join(map(repr, choices))}")
-    for name in ("samples_per_prompt", "gradient_accumulation", "behaviour_refresh"):
-      check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; expected 1 or more")
-    check(
-      self.behaviour_dtype in ("float32", "bfloat16"),
-      f"behaviour_dtype is {self.behaviour_dtype!r}; expected 'float32' or 'bfloat16'",
-    )
-    check(
-      self.eta > 0,
-      f"eta is {self.eta}; expected a value above 0, because a chain without noise has no policy "
-      "gradient",
-    )
 
 
 def settings_from(config: ConfigDict) -> Settings:
@@ -119,7 +106,7 @@ def compares_with_base(config: ConfigDict) -> bool:
 
 
 def check_config(config: ConfigDict) -> None:
-  """Checks the fields of a run that `Settings` does not have.
+  """Checks fields of a run, each in its range, that `Settings` does not have.
 
   Raises:
     ValueError: for fields that cannot work together.
@@ -135,8 +122,6 @@ def check_config(config: ConfigDict) -> None:
         "number of prompts that the run samples at a time"
       )
   name, every = config.keep_best, config.eval_every
-  if name not in ("", *KEEP_BEST):
-    raise ValueError(f"keep_best is {name!r}; expected one of {', '.join(KEEP_BEST)}, or ''")
   is_measured = bool(config.eval_prompts and every) and config.checkpoint_every % every == 0
   if name.startswith("held_out/") and not is_measured:
     raise ValueError(

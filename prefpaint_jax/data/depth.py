@@ -34,7 +34,10 @@ def load_depth(
   name = os.fspath(path)
   try:
     if Path(path).suffix == ".npy":
-      depth = np.load(path)
+      # Mapped, because the shape in the header of a broken file may ask for any memory.
+      depth = np.load(path, mmap_mode="r")
+      if not isinstance(depth, np.ndarray):
+        raise ValueError("it is an archive of arrays")
     else:
       with Image.open(path) as file:
         if file.mode not in SIXTEEN_BIT_MODES:
@@ -42,7 +45,7 @@ def load_depth(
         depth = np.asarray(file) * scale
   except FileNotFoundError:
     raise ValueError(f"{name}: no such file") from None
-  except (OSError, ValueError, SyntaxError, EOFError) as error:
+  except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
     raise ValueError(
       f"{name}: the depth cannot be read ({first_line(error)}); give a grey 16-bit PNG, or a .npy "
       "of floats"

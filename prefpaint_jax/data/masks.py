@@ -251,14 +251,20 @@ def _command() -> None:
   from prefpaint_jax.data import images
   from prefpaint_jax.data.images import save_png
   from prefpaint_jax.runtime import cli as app
+  from prefpaint_jax.runtime.config_fields import SEED
+  from prefpaint_jax.runtime.memory import check_memory
+  from prefpaint_jax.runtime.ranges import Integer
 
   source = flags.DEFINE_string("image", None, "Image to draw on.", required=True)
   output = flags.DEFINE_string("output", None, "PNG to write.", required=True)
-  size = flags.DEFINE_integer("size", 256, "Side of the centred square crop.", lower_bound=2)
-  number = flags.DEFINE_integer("number", 6, "Examples of each kind.", lower_bound=1)
-  seed = flags.DEFINE_integer("seed", 0, "The same seed draws the same masks.", lower_bound=0)
+  within = app.within
+  size = flags.DEFINE(within(Integer(2, 4096)), "size", 256, "Side of the centred square crop.")
+  number = flags.DEFINE(within(Integer(1, 100)), "number", 6, "Examples of each kind.")
+  seed = flags.DEFINE(within(SEED), "seed", 0, "The same seed draws the same masks.")
 
   def main() -> None:
+    what = f"--number={number.value} --size={size.value}"
+    check_memory(64 * (1 + len(DRAW)) * number.value * size.value**2, what)
     image = images.load_image(source.value)
     side = min(image.shape[:2])
     top, left = ((length - side) // 2 for length in image.shape[:2])

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,10 @@ from prefpaint_jax.data.images import to_bytes
 from prefpaint_jax.data.preference_records import build_preferences, summary
 from prefpaint_jax.data.records import endless_batches, find_records
 from prefpaint_jax.runtime import cli
+from prefpaint_jax.runtime.config_check import check_fields
+from prefpaint_jax.runtime.config_fields import COUNT
+from prefpaint_jax.runtime.files import read_json
+from prefpaint_jax.runtime.ranges import check
 from prefpaint_jax.runtime.workdir import open_workdir
 
 with epy.lazy_imports():
@@ -64,7 +67,10 @@ def open_preferences(
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:
   """Reads the metadata of a dataset (see `preference_records.describe`)."""
-  return json.loads((_find(folder) / "metadata.json").read_text())
+  file = _find(folder) / "metadata.json"
+  metadata = read_json(file)
+  check(f"{file}: num_candidates", metadata.get("num_candidates"), COUNT)
+  return metadata
 
 
 class StoredPreferences(Sequence[Preference]):
@@ -206,6 +212,7 @@ def stack(preferences: Sequence[Preference], num_candidates: int) -> dict[str, n
 
 def main(config: ConfigDict, workdir: Path) -> None:
   """Builds a preference dataset in the workdir and prints its metadata."""
+  check_fields(config, "preferences")
   if not config.source:
     raise ValueError("config.source is empty; give --config.source=FOLDER of scores")
   weights, test_share = config.weights.to_dict(), config.test_share

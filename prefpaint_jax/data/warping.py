@@ -50,11 +50,11 @@ class Intrinsics(NamedTuple):
     else:
       try:
         if Path(source).suffix == ".npy":
-          numbers = np.load(source).astype(float)
+          matrix = np.load(source, mmap_mode="r").reshape(3, 3).astype(float)
         else:
-          numbers = np.array(Path(source).read_text().replace(",", " ").split(), float)
-        matrix = numbers.reshape(3, 3)
-      except ValueError:
+          words = Path(source).read_text().replace(",", " ").split()
+          matrix = np.array(words, float).reshape(3, 3)
+      except (ValueError, TypeError, AttributeError, EOFError):
         raise ValueError(
           f"{os.fspath(source)}: not a 3x3 matrix of numbers; give [fx 0 cx; 0 fy cy; 0 0 1]"
         ) from None

@@ -19,6 +19,7 @@ from scipy import ndimage
 
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.runtime.memory import check_memory
 
 _MAX_BATCH = 8  # windows
 _MAX_SCALE = 1.5  # the shorter side of the image while it is extended, in windows
@@ -99,7 +100,11 @@ def plan_windows(
   """
   if not 0.25 <= overlap <= 0.75:
     raise ValueError(f"overlap is {overlap}; expected the share of a window, from 0.25 to 0.75")
-  hole = _pad(np.zeros((*size, 1), np.float32), borders.check(), constant_values=1.0)
+  left, right, top, bottom = borders.check()
+  # The canvas, its hole, and both at the working size; float32.
+  pixels = (size[0] + top + bottom) * (size[1] + left + right)
+  check_memory(32 * pixels, f"extend: an image of {pixels:,} pixels")
+  hole = _pad(np.zeros((*size, 1), np.float32), borders, constant_values=1.0)
   window = inpainter.modules.native_size
   scale = np.clip(min(size), window, _MAX_SCALE * window) / min(size)
   hole = image_io.resize_mask(hole, tuple(round(scale * side) for side in hole.shape[:2]))

@@ -19,6 +19,9 @@ from prefpaint_jax.data.depth import fill_unknown
 from prefpaint_jax.data.warping import Intrinsics, Pose, camera_pose, warp
 from prefpaint_jax.editing.extension import inpaint_seamlessly
 from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.runtime.config_fields import COUNT
+from prefpaint_jax.runtime.memory import check_memory
+from prefpaint_jax.runtime.ranges import check
 
 
 class Layer(NamedTuple):
@@ -64,7 +67,9 @@ def sweep(
   Raises:
     ValueError: a view shows no pixel of the image.
   """
+  check("views", views, COUNT)
   image = image_io.load_image(image)
+  check_memory(8 * image.size * views, f"views={views}")  # colours and depths of each, float32
   intrinsics = intrinsics or Intrinsics.of_view(*image.shape[:2])
   key = jax.random.key(0) if key is None else key
   layers = [Layer(image, depth, np.ones(image.shape[:2], bool), camera_pose())]

@@ -13,6 +13,9 @@ from prefpaint_jax.models.clip import CLIPTextModel
 from prefpaint_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from prefpaint_jax.models.unet import UNet2DConditionModel
 from prefpaint_jax.models.vae import AutoencoderKL
+from prefpaint_jax.runtime.config_fields import DTYPE
+from prefpaint_jax.runtime.memory import check_memory
+from prefpaint_jax.runtime.ranges import check
 from prefpaint_jax.weights.names import Params
 
 NETWORKS = ("unet", "vae", "text_encoder")
@@ -58,8 +61,13 @@ class Modules:
     """Returns the shape [B, h, w, c] of the latents of images of `height` by `width` pixels.
 
     Raises:
-      ValueError: a side is not a multiple of the VAE's factor.
+      ValueError: a side is not a multiple of the VAE's factor, or the images need more memory than
+        the machine has.
     """
+    # A lower bound: the decoder's second block holds two arrays at the full size. XLA allocates 1.3
+    # times as much for the embedded model.
+    per_pixel = 2 * max(self.vae.config.block_out_channels[:2]) * jnp.dtype(self.vae.dtype).itemsize
+    check_memory(per_pixel * batch * height * width, f"{batch} images of {height}x{width}")
     factor = self.vae.config.factor
     if height % factor or width % factor:
       raise ValueError(f"images are {height}x{width}: both sides must be multiples of {factor}")
@@ -192,6 +200,7 @@ def make_modules(
       f"{where}: cross_attention_dim of the UNet is {unet.cross_attention_dim}; expected the text "
       f"encoder's hidden_size, {text.hidden_size}; use the UNet and text encoder of one model"
     )
+  check("dtype", str(dtype), DTYPE)
   compute_dtype = jnp.dtype(dtype)
   return Modules(
     UNet2DConditionModel(unet, compute_dtype, remat),

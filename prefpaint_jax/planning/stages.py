@@ -18,6 +18,7 @@ from prefpaint_jax.align.state import Experience, behaviour_params
 from prefpaint_jax.planning import cost
 from prefpaint_jax.planning.chips import GIB, Chip, find_chip
 from prefpaint_jax.runtime import sharding
+from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.text import first_line
 
 STAGES = ("rollout", "score", "update")  # in the order in which an iteration runs them
@@ -130,6 +131,7 @@ def plan(
     of the stage in an iteration. The first stage that does not fit in memory ends the plan, and
     `report["does_not_fit"]` names it.
   """
+  check_fields(config, "rl")
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
   sharding.check_batch(config.batch_size, mesh)
   run, _, source = outline(config, mesh)

@@ -6,13 +6,37 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from prefpaint_jax.runtime.ranges import Range, Text
 from prefpaint_jax.runtime.workdir import flatten
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a full disk
+
+
+class within(flags.ArgumentParser):
+  """Parses a flag whose value is in a range: `flags.DEFINE(within(RANGE), NAME, DEFAULT, HELP)`."""
+
+  def __init__(self, allowed: Range):
+    self.allowed = allowed
+    self.syntactic_help = str(allowed)
+
+  def parse(self, argument: Any) -> Any:
+    value = argument
+    with contextlib.suppress(ValueError):  # a text that is no number is in no range of numbers
+      value = self.allowed.parse(argument) if isinstance(argument, str) else argument
+    if not self.allowed.contains(value):
+      raise ValueError(f"expected {self.allowed}")
+    return value
+
+  def flag_type(self) -> str:
+    return str(self.allowed)
 
 
 def run(main: Callable[[], None], several_processes: bool = False) -> None:
@@ -38,15 +62,19 @@ def run(main: Callable[[], None], several_processes: bool = False) -> None:
         checkpoint.silence_orbax()
       if several_processes:
         distributed.initialize()
-      main()
-    except (ValueError, OSError, ImportError) as error:
-      if show_traceback.value:
+      output = sys.stdout and _Output(sys.stdout)  # None in a process without a standard output
+      with contextlib.redirect_stdout(output):
+        main()
+        if output:
+          output.flush()
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+      if show_traceback.value or _is_bug(error):
         raise
-      sys.exit(f"error: {_one_line(error)}")
+      sys.exit(f"error: {_describe(error)}")
     except KeyboardInterrupt:
-      print("interrupted", file=sys.stderr)
-      sys.stdout.flush()
-      sys.stderr.flush()
+      print("interrupted", file=sys.stderr, flush=True)
+      if sys.stdout:
+        sys.stdout.flush()
       # Threads of XLA and of the data loader may still run; Python's normal exit would crash.
       os._exit(130)
 
@@ -58,32 +86,114 @@ def run(main: Callable[[], None], several_processes: bool = False) -> None:
   app.run(guarded, flags_parser=_parse_flags)
 
 
+class _Output:
+  """The standard output, which names itself in an error of a full disk or a closed pipe."""
+
+  def __init__(self, stream: Any):
+    self._stream = stream
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+  def write(self, text: str) -> int:
+    return self._name_errors(self._stream.write, text)
+
+  def flush(self) -> None:
+    self._name_errors(self._stream.flush)
+
+  def _name_errors(self, function: Callable, *arguments: str) -> Any:
+    try:
+      return function(*arguments)
+    except OSError as error:
+      # The interpreter flushes it again at exit, and would print a second error.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+      error.filename = "standard output"
+      raise
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
   """Parses the flags; returns the other arguments, or exits with a one-line error."""
+  lines = "\n".join(argv)
+  given = re.search(r"^--?config[=\n](.*)$", lines, re.MULTILINE)
+  try:
+    config = _read_config(given[1]) if given and "config" in flags.FLAGS else None
+  except ValueError as error:
+    sys.exit(f"error: {error}")
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
     reason = _one_line(error)
   except (AttributeError, KeyError):  # ml_collections raises them for an unknown config field
-    reason = _unknown_field(argv)
-    if reason is None:
+    reason = config and _unknown_field(config, lines)
+    if not reason:
       raise
   sys.exit(f"error: {reason}")
 
 
-def _unknown_field(argv: list[str]) -> str | None:
-  """Returns an error for the first unknown `--config.FIELD`, with the most similar known field."""
-  lines = "\n".join(argv)
-  source = re.search(r"^--?config[=\n](.+)$", lines, re.MULTILINE)
-  known = flatten(flags.FLAGS["config"].parser.parse(source[1]).to_dict()) if source else {}
-  for name in re.findall(r"^--?(?:no)?config\.([\w.]+)", lines if known else "", re.MULTILINE):
+def _read_config(source: str) -> ConfigDict:
+  """Reads FILE[:PRESET]; raises ValueError, which names the file and the line of an error in it."""
+  file = source.partition(":")[0]
+  if not Path(file).is_file():
+    raise ValueError(f"--config={source}: no such file; give a file such as configs/rl.py:mini")
+  logging.set_verbosity(logging.ERROR)  # a missing `return` would be a warning too
+  try:
+    config = flags.FLAGS["config"].parser.parse(source)
+  except Exception as error:  # a config file is a program, which can raise any error
+    raise ValueError(_error_in_file(file, error)) from error
+  if not isinstance(config, ConfigDict):
+    found = type(config).__name__
+    raise ValueError(f"{file}: get_config returns {found}; expected a ConfigDict; return one")
+  return config
+
+
+def _error_in_file(file: str, error: BaseException) -> str:
+  """Describes an error of a config file, with the line of the file if the error is in it."""
+  if isinstance(error, AttributeError) and "'get_config'" in str(error):
+    return f"{file}: no function get_config; expected one that returns a ConfigDict; define it"
+  cause = error
+  while cause.__cause__ or cause.__context__:  # ml_collections raises another error
+    cause = cause.__cause__ or cause.__context__
+  if isinstance(cause, SyntaxError):
+    return f"{file}, line {cause.lineno or 1}: {cause.msg}"
+  is_file = lambda name: os.path.abspath(name) == os.path.abspath(file)
+  frames = traceback.extract_tb(cause.__traceback__)
+  numbers = [frame.lineno for frame in frames if is_file(frame.filename)]
+  place = f"{file}, line {numbers[-1]}" if numbers else f"--config={file}"
+  kind = "" if type(cause) is ValueError else f"{type(cause).__name__}: "
+  return f"{place}: {kind}{_one_line(cause)}"
+
+
+def _unknown_field(config: ConfigDict, lines: str) -> str | None:
+  """Returns an error for the first unknown `--config.FIELD`, with the most similar known field.
+
+  Args:
+    config: the config without the changes of the command line.
+    lines: the command line, an argument a line.
+  """
+  known = flatten(config.to_dict())
+  for name in re.findall(r"^--?(?:no)?config\.([\w.]+)", lines, re.MULTILINE):
     if name not in known:
       nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
       return f"--config.{name}: no such field; the most similar one is --config.{nearest}"
   return None
 
 
-def _one_line(error: Exception) -> str:
+def _is_bug(error: Exception) -> bool:
+  """Returns whether an error is none that a user can cause: of the runtime, but not of memory."""
+  return isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+
+
+def _describe(error: Exception) -> str:
+  """Describes an error that a user can cause in one line."""
+  if isinstance(error, OSError) and error.errno in _FULL:
+    return f"{error.filename or 'a disk'}: {error.strerror}; make room, or write to another disk"
+  if isinstance(error, MemoryError | RuntimeError):
+    found = _one_line(error)
+    return f"out of memory ({found[:300]}); give a smaller batch, size or number of samples"
+  return _one_line(error)
+
+
+def _one_line(error: BaseException) -> str:
   """Joins the lines of an error's message."""
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   first, *others = lines or [type(error).__name__]
@@ -102,7 +212,9 @@ def run_with_config(
     several_processes: the command may be one of the processes of a run; see `distributed`.
   """
   config = config_flags.DEFINE_config_file("config", None, "Configuration file[:preset].")
-  workdir = flags.DEFINE_string("workdir", None, "Folder of the run; the same folder resumes it.")
+  workdir = flags.DEFINE(
+    within(Text(empty=False)), "workdir", None, "Folder of the run; the same folder resumes it."
+  )
   flags.mark_flags_as_required(["config", "workdir"])
 
   def with_config() -> None:
@@ -121,7 +233,7 @@ def _disk_errors_name(workdir: Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename:
+    if error.errno not in _FULL or error.filename:
       raise
     raise OSError(
       f"{workdir}: {error.strerror}; make room and run the same command to resume from the latest "

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jax.stages import Compiled, Traced
 
 from prefpaint_jax.kernels.dispatch import platform_of, traced_for
+from prefpaint_jax.runtime.memory import check_memory
 
 # What each option brings; docs/performance.md has the figures.
 OPTIONS = {
@@ -84,9 +85,16 @@ class Program:
 
     Returns:
       The shapes of the results with their shardings.
+
+    Raises:
+      ValueError: the temporary arrays need more memory than the machine has.
     """
     traced = self.trace(*arguments)
-    self._compiled = traced.lower().compile()
+    compiled = traced.lower().compile()
+    memory = compiled.memory_analysis()
+    if jax.default_backend() == "cpu" and memory is not None:  # other devices refuse by themselves
+      check_memory(memory.temp_size_in_bytes, "a step of this batch and size")
+    self._compiled = compiled
     with_sharding = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     results = jax.tree.map(with_sharding, traced.out_info, self._compiled.output_shardings)
     self._jitted = None

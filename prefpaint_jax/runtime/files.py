@@ -1,9 +1,9 @@
-"""Files that are written whole or not at all."""
+"""Files: written whole or not at all, and JSON whose errors name the file and the line."""
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +34,69 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], content: Any, sort_keys: bool = False) -> None:
   """Writes `content` as indented JSON, whole or not at all."""
   write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
+
+
+_JSON_NAMES = {dict: "an object {...}", list: "an array [...]"}
+
+
+def read_json(path: str | os.PathLike[str], expected: type = dict) -> Any:
+  """Reads a JSON file.
+
+  Args:
+    path: the file.
+    expected: type of the content, dict or list.
+
+  Raises:
+    ValueError: the file is not JSON of this type; the message names the file and the line.
+  """
+  return parse_json(Path(path).read_bytes(), str(path), expected)
+
+
+def read_json_lines(path: str | os.PathLike[str], fields: Iterable[str] = ()) -> list[dict]:
+  """Reads a file of one JSON object a line; skips empty lines.
+
+  Args:
+    path: the file.
+    fields: names that each object must have.
+
+  Raises:
+    ValueError: a line is not an object with these fields; the message names the file and the line.
+  """
+  rows = []
+  for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+    if not line.strip():
+      continue
+    row = parse_json(line, f"{path}, line {number}")
+    for name in fields:
+      if name not in row:
+        raise ValueError(f"{path}, line {number}: no field {name!r}; write the file again")
+    rows.append(row)
+  return rows
+
+
+def parse_json(text: str | bytes, place: str, expected: type = dict) -> Any:
+  """Parses JSON of one type.
+
+  Args:
+    text: the JSON, UTF-8.
+    place: name of the source for the error, for example a file.
+    expected: type of the content, dict or list.
+
+  Raises:
+    ValueError: the text is not JSON of this type.
+  """
+  name = _JSON_NAMES[expected]
+  try:
+    content = json.loads(text)
+  except json.JSONDecodeError as error:
+    where = f"line {error.lineno}, column {error.colno}: {error.msg}" if text.strip() else "empty"
+    raise ValueError(f"{place} is not JSON ({where}); expected {name}; replace it") from error
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{place} is not text in UTF-8; expected JSON, {name}; replace it") from error
+  except RecursionError as error:
+    raise ValueError(f"{place} is nested too deeply; expected {name}; replace it") from error
+  if not isinstance(content, expected):
+    raise ValueError(
+      f"{place} holds a JSON value of type {type(content).__name__}; expected {name}; replace it"
+    )
+  return content

@@ -14,7 +14,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from prefpaint_jax.runtime.files import write_text
+from prefpaint_jax.runtime.config_fields import COUNT_OR_NONE
+from prefpaint_jax.runtime.files import parse_json, write_text
+from prefpaint_jax.runtime.ranges import check
 from prefpaint_jax.runtime.tensorboard import EventFile
 
 
@@ -50,7 +52,11 @@ class MetricsWriter:
     if not self.is_writer or not path.exists():
       return
     *complete, _ = path.read_text().split("\n")
-    kept = [line for line in complete if json.loads(line)["iteration"] <= iteration]
+    kept = []
+    for number, line in enumerate(complete, 1):
+      done = parse_json(line, f"{path}, line {number}").get("iteration")
+      check(f"{path}, line {number}: iteration", done, COUNT_OR_NONE)
+      kept += [line] if done <= iteration else []
     write_text(path, "".join(line + "\n" for line in kept))
 
   def write(self, iteration: int, scalars: Mapping[str, Any]) -> None:

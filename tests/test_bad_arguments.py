@@ -1,0 +1,115 @@
+"""Bad arguments of the Python API and inputs that ask for too much memory: one line for each."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefpaint_jax import RewardModel
+from prefpaint_jax.data.depth import load_depth
+from prefpaint_jax.data.warping import Intrinsics
+from prefpaint_jax.editing.extension import Borders, plan_windows
+from prefpaint_jax.models.architectures import tiny_configs
+from prefpaint_jax.models.pipeline import make_modules
+from prefpaint_jax.runtime.compilation import Program
+from prefpaint_jax.runtime.memory import check_memory
+from prefpaint_jax.runtime.metrics import MetricsWriter
+
+NAN = math.nan
+
+# -------------------------------------------------------------------------------------- Python API
+GREY = np.full((8, 8, 3), 0.5, np.float32)
+HOLE = np.zeros((8, 8, 1), np.float32)
+HOLE[2:5] = 1.0
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"num_samples": 0}, "num_samples is 0; expected an integer from 1"),
+    ({"num_samples": 10**6}, "needs about .* GiB of memory"),
+    ({"num_steps": 0}, "num_steps is 0"),
+    ({"num_steps": 2.0}, r"num_steps is 2\.0; expected an integer"),
+    ({"eta": NAN}, "eta is nan"),
+    ({"eta": 2.0}, r"eta is 2\.0"),
+    ({"guidance_scale": NAN}, "guidance_scale is nan"),
+    ({"guidance_scale": 1e30}, r"guidance_scale is 1e\+30"),
+    ({"text": None}, "text is None; expected a text"),
+    ({"text": [None]}, r"text is \[None\]; expected a text"),
+  ],
+  ids=str,
+)
+def test_bad_argument_of_the_inpainter_is_named(inpainter, arguments, message, monkeypatch):
+  monkeypatch.setattr("prefpaint_jax.runtime.memory.machine_memory", lambda: 2**30)
+  with pytest.raises(ValueError, match=message) as error:
+    inpainter(GREY, HOLE, **arguments)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "int8", "nonsense"])
+def test_dtype_in_which_nothing_computes_is_refused(dtype):
+  for load in (
+    lambda: make_modules(tiny_configs(), dtype),
+    lambda: RewardModel.from_pretrained("mini", dtype=dtype),
+  ):
+    with pytest.raises(ValueError, match=f"dtype is '{dtype}'; expected one of float32, bfloat16"):
+      load()
+
+
+# ------------------------------------------------------------------------------------------ memory
+def test_estimate_above_the_memory_is_refused_in_one_line():
+  check_memory(5, "x", limit=5)
+  with pytest.raises(ValueError, match=r"x needs about 2\.0 GiB .* at most 1\.0 GiB"):
+    check_memory(2 * 2**30, "x", limit=2**30)
+  with pytest.raises(ValueError, match="GiB"):
+    check_memory(2.0**60, "x")
+
+
+@pytest.mark.parametrize("borders", [{"left": 10**9}, {"right": 10**12}, {"top": 10**9}])
+def test_extension_beyond_the_memory_is_refused(inpainter, borders):
+  with pytest.raises(ValueError, match=r"extend: an image of .* needs about .* GiB"):
+    plan_windows(inpainter, (64, 64), Borders(**borders))
+
+
+def test_header_of_an_array_that_asks_for_a_tebibyte_is_refused(tmp_path):
+  for shape in (2**20, 2**18), (10**9, 10**9):
+    with (tmp_path / "d.npy").open("wb") as file:
+      header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+      np.lib.format.write_array_header_1_0(file, header)
+      file.write(b"\0" * 64)
+    with pytest.raises(ValueError, match=r"d\.npy: the depth cannot be read"):
+      load_depth(tmp_path / "d.npy", (8, 8))
+    with pytest.raises(ValueError, match=r"d\.npy: not a 3x3 matrix"):
+      Intrinsics.parse(tmp_path / "d.npy")
+
+
+def test_empty_and_foreign_arrays_are_refused(tmp_path):
+  (tmp_path / "empty.npy").write_bytes(b"")
+  with (tmp_path / "zip.npy").open("wb") as file:
+    np.savez(file, x=np.ones((3, 3)))
+  for name in ("empty.npy", "zip.npy"):
+    with pytest.raises(ValueError, match=f"{name}: the depth cannot be read"):
+      load_depth(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: not a 3x3 matrix"):
+      Intrinsics.parse(tmp_path / name)
+
+
+def test_step_that_needs_more_memory_than_there_is_is_refused_after_compilation():
+  if jax.default_backend() != "cpu":
+    pytest.skip("other devices refuse by themselves")
+  program = Program(jax.jit(lambda x: jnp.sum(jnp.sort(x) @ x)))
+  with pytest.raises(ValueError, match=r"needs about .* GiB of memory"):
+    program.compile(jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32))
+
+
+# ------------------------------------------------------------------------------------------- files
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [("nonsense", "is not JSON"), ("[1]", "type list"), ('{"iteration": "x"}', "iteration is 'x'")],
+)
+def test_damaged_line_of_metrics_is_named(tmp_path, line, message):
+  (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n' + line + "\n")
+  with pytest.raises(ValueError, match=rf"metrics\.jsonl, line 2.* {message}|line 2: {message}"):
+    MetricsWriter(tmp_path).truncate(1)
