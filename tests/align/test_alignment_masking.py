@@ -105,7 +105,8 @@ def test_invalid_sample_is_left_out_of_every_statistic():
 
   groups = [group[np.isfinite(group)] for group in rewards.reshape(PROMPTS, SAMPLES)]
   centred = np.concatenate([group - group.mean() for group in groups])
-  advantages = centred / np.sqrt((centred**2).sum() / (len(centred) - 1))
+  freedom = sum(len(group) - 1 for group in groups)
+  advantages = centred / np.sqrt((centred**2).sum() / freedom)
   np.testing.assert_allclose(scores.advantages[kept], advantages, atol=1e-3)
   assert scores.advantages[lost] == 0.0
 
@@ -177,7 +178,7 @@ def test_eight_devices_equal_one():
     score = quick_jit(functools.partial(score_lib.score, network, settings))
     scores, score_metrics = score(rest, prompts, samples)
     assert len(scores.reward.sharding.device_set) == len(devices)
-    state = init_state(settings, optimizer, policy)
+    state = init_state(sampler, optimizer, policy)
     update = quick_jit(functools.partial(update_lib.update, sampler, optimizer))
     after, metrics = update(state, rest, Experience(prompts, trajectory, scores), jnp.array([1, 2]))
     gradients = jax.tree.map(jnp.subtract, policy, after.params)
