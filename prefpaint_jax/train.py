@@ -35,6 +35,7 @@ from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli, sharding
 from prefpaint_jax.runtime.checkpoint import Checkpoints
+from prefpaint_jax.runtime.finite import check_state
 from prefpaint_jax.runtime.metrics import IterationLog, MetricsWriter
 from prefpaint_jax.runtime.signals import agreed_stop_requests
 from prefpaint_jax.runtime.workdir import open_workdir
@@ -171,12 +172,14 @@ def iterate(
       if samples_now:
         write_sample(session, state)
       if saves_now:  # last: a checkpoint says that everything before it is written
+        check_state(done, state)
         checkpoints.save(done, state, loader.get_state(), {}, line)
         saved = done
       log.restart_clock()
     if last or stopping:
       break
   log.flush()
+  check_state(int(state.iteration), state)
   checkpoints.wait()
   if failed:
     raise ValueError(

@@ -11,6 +11,7 @@ import optax
 
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.runtime.checkpoint import Checkpoints
+from prefpaint_jax.runtime.finite import check_metrics, check_state
 from prefpaint_jax.runtime.metrics import MetricsWriter, progress
 
 Params = Any  # a tree of arrays
@@ -115,9 +116,12 @@ def fit(
         state = state._replace(best=copy, best_score=jnp.array(score, jnp.float32))
     if line:
       writer.write(done, line)
+      check_metrics(done, line, metrics)
     if is_due(checkpoint_every):
+      check_state(done, state.params)
       checkpoints.save(done, state, loader.get_state(), {})
     bar.update()
+  check_state(int(state.iteration), state.params)
   bar.close()
   checkpoints.close()
   writer.close()
