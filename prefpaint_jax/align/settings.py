@@ -115,7 +115,8 @@ def settings_from(config: ConfigDict) -> Settings:
     # weights.
     raise ValueError(
       f"behaviour_dtype is 'bfloat16' with dtype={config.dtype!r} and "
-      f"lora.rank={config.lora.rank}; expected dtype 'bfloat16' and rank 0; set behaviour_dtype to 'float32'"
+      f"lora.rank={config.lora.rank}; expected dtype 'bfloat16' and rank 0; "
+      "set behaviour_dtype to 'float32'"
     )
   return Settings(**values, lora=config.lora.rank > 0, trust=Trust(**config.trust))
 

@@ -110,10 +110,7 @@ def fit(
     if judge and (is_due(judge_every) or done == iterations):
       score, judge_metrics = judge(jax.device_get(gather(current(state))))
       line |= judge_metrics
-      # NaN is not <= any number: the latest parameters then become the best.
-      if not score <= float(state.best_score):
-        copy = jax.tree.map(jnp.copy, current(state))
-        state = state._replace(best=copy, best_score=jnp.array(score, jnp.float32))
+      state = _keep_best(state, current(state), score)
     if line:
       writer.write(done, line)
       check_metrics(done, line, metrics)
@@ -141,6 +138,15 @@ def _init(
     best=copy() if judged else None,
     best_score=jnp.array(-jnp.inf),
   )
+
+
+def _keep_best(state: State, params: Params, score: float) -> State:
+  """Returns the state with `params` as the best parameters, if their score is the highest."""
+  # NaN is not <= any number: the latest parameters then become the best.
+  if score <= float(state.best_score):
+    return state
+  copy = jax.tree.map(jnp.copy, params)
+  return state._replace(best=copy, best_score=jnp.array(score, jnp.float32))
 
 
 def _make_step(
