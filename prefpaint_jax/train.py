@@ -8,12 +8,13 @@ well, and results then differ in their last bits, because sums run in a differen
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -32,6 +33,7 @@ from prefpaint_jax.data.images import save_png
 from prefpaint_jax.data.prompts import open_prompts, prompt_loader
 from prefpaint_jax.evaluation.tables import describe
 from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.preference.bound import check_condition
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli, sharding
 from prefpaint_jax.runtime.checkpoint import Checkpoints
@@ -42,6 +44,8 @@ from prefpaint_jax.runtime.workdir import open_workdir
 
 # Fields that a resumed run may change; it may also change those that end in _every.
 FREE = ("num_iterations", "keep_checkpoints", "keep_best")
+
+SMALL_SPREAD = 0.02  # of the trust weights, as a share of their mean
 
 
 def load_run(config: ConfigDict, mesh: Mesh) -> Run:
@@ -55,6 +59,8 @@ def load_run(config: ConfigDict, mesh: Mesh) -> Run:
       "--config.bound=FILE or --config.trust.norm=none"
     )
   bound = reward_model.bound
+  if trust.needs_bound:
+    check_condition(bound.whitening, trust.norm)
   frozen = Frozen(
     vae=policy.params["vae"],
     reward=reward_model.params,
@@ -159,7 +165,10 @@ def iterate(
     state = stages.end_iteration(state)
 
     done = iteration + 1
-    nan_fraction = log.updated(done, update_metrics)["reward/nan_fraction"]
+    score_line = log.updated(done, update_metrics)
+    nan_fraction = score_line["reward/nan_fraction"]
+    if iteration == 0 and session.writer.is_writer:
+      warn_of_equal_weights(config.trust, score_line)
     failed = nan_fraction > config.max_nan_fraction
     last = failed or done == config.num_iterations
     # Never due where a run is merely stopped: the resumed run must equal an uninterrupted one.
@@ -187,6 +196,17 @@ def iterate(
       f"{config.max_nan_fraction:.0%}; the run was stopped"
     )
   return state, saved, bool(stopping)
+
+
+def warn_of_equal_weights(trust: ConfigDict, line: Mapping[str, float]) -> None:
+  """Warns if the trust weights of an iteration hardly differ, and so change nothing."""
+  spread = line.get("trust/std", np.nan) / max(line.get("trust/mean", 1.0), 1e-30)
+  if trust.norm in ("mahalanobis", "released") and spread < SMALL_SPREAD:
+    logging.warning(
+      "trust weights spread by %.2g %% around %.3g, so trust.norm=%s acts as a constant; raise "
+      "trust.k=%g until they spread by %g %% or more",
+      *(100 * spread, line["trust/mean"], trust.norm, trust.k, 100 * SMALL_SPREAD),
+    )
 
 
 def write_sample(session: Session, state: TrainState) -> None:
