@@ -27,6 +27,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.samples_per_prompt = 1  # above 1, advantages compare samples of the same prompt
   config.num_steps = 50  # T, DDIM steps
   config.eta = 1.0  # scale of the noise of each DDIM step; above 0
+  config.vae_posterior = "mean"  # of a prompt's latents: mean, or sample, as the released code
   config.decode_batch = 16  # images that a device encodes, decodes and scores at a time; 0: all
   config.behaviour_refresh = 1  # n: every n-th iteration begins with a copy to the behaviour policy
   config.behaviour_dtype = "float32"  # or bfloat16, if dtype is: rounded as in computation
@@ -138,6 +139,7 @@ def _released(config: ConfigDict) -> None:
     num_iterations=3000,
     behaviour_refresh=15,
     gradient_accumulation=3,
+    vae_posterior="sample",
     loss_reduction="sum",
   )
   config.trust.update(norm="released", k=0.05, minimum=1.0, maximum=2.21)

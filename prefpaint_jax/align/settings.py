@@ -49,6 +49,7 @@ class Settings:
   timesteps_per_pass: int
   gradient_accumulation: int
   eta: float
+  vae_posterior: str
   clip_range: float
   advantage_clip: float
   advantage_std: str
@@ -89,6 +90,7 @@ class Settings:
       ("advantage_std", ("batch", "group")),
       ("log_prob_region", ("all", "hole")),
       ("loss_reduction", ("mean", "sum")),
+      ("vae_posterior", ("mean", "sample")),
     ):
       value = getattr(self, name)
       check(value in choices, f"{name} is {value!r}; expected {' or '.join(map(repr, choices))}")

@@ -52,6 +52,7 @@ def test_released_preset_has_the_settings_of_the_released_code():
     "loss_reduction": "sum",
     "log_prob_region": "all",
     "kl_weight": 0.0,
+    "vae_posterior": "sample",
     "skip_steps": (0, 0),
   }
   assert {name: config[name] for name in expected} == expected
