@@ -27,14 +27,17 @@ def get_config(preset: str = "") -> ConfigDict:
   config.samples_per_prompt = 1  # above 1, advantages compare samples of the same prompt
   config.num_steps = 50  # T, DDIM steps
   config.eta = 1.0  # scale of the noise of each DDIM step; above 0
+  config.vae_posterior = "mean"  # of a prompt's latents: mean, or sample, as the released code
   config.decode_batch = 16  # images that a device encodes, decodes and scores at a time; 0: all
-  config.behaviour_refresh = 1  # iterations between copies of the policy to the behaviour policy
-  config.behaviour_dtype = "float32"  # dtype of that copy if behaviour_refresh > 1; or bfloat16
+  config.behaviour_refresh = 1  # n: every n-th iteration begins with a copy to the behaviour policy
+  config.behaviour_dtype = "float32"  # or bfloat16, if dtype is: rounded as in computation
 
   # Reward: the trust weight exp(b - k norm) of each sample, and advantages.
   config.trust = ConfigDict()
   config.trust.norm = "mahalanobis"  # mahalanobis (paper), released, constant or none
-  config.trust.k = 0.05
+  # The paper has 0.05 for a norm that is ten times larger. With the released V, 0.5 gives the
+  # weights of the released code; 0.05 gives all samples the same weight within 1 to 2 %.
+  config.trust.k = 0.5
   config.trust.b = 0.7
   config.trust.minimum = config_dict.placeholder(float)  # lowest weight; None: no limit
   config.trust.maximum = config_dict.placeholder(float)  # highest weight; None: no limit
@@ -132,10 +135,11 @@ def _mini(config: ConfigDict) -> None:
 
 def _released(config: ConfigDict) -> None:
   config.update(
-    batch_size=16,
+    batch_size=16,  # the authors had 16 on each of four devices: 64 for their batch statistics
     num_iterations=3000,
     behaviour_refresh=15,
     gradient_accumulation=3,
+    vae_posterior="sample",
     loss_reduction="sum",
   )
-  config.trust.update(norm="released", minimum=1.0, maximum=2.21)
+  config.trust.update(norm="released", k=0.05, minimum=1.0, maximum=2.21)

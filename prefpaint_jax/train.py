@@ -8,12 +8,13 @@ well, and results then differ in their last bits, because sums run in a differen
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -32,10 +33,12 @@ from prefpaint_jax.data.images import save_png
 from prefpaint_jax.data.prompts import open_prompts, prompt_loader
 from prefpaint_jax.evaluation.tables import describe
 from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.preference.bound import check_condition
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli, sharding
 from prefpaint_jax.runtime.checkpoint import Checkpoints
 from prefpaint_jax.runtime.config_check import check_fields
+from prefpaint_jax.runtime.finite import check_state
 from prefpaint_jax.runtime.metrics import IterationLog, MetricsWriter
 from prefpaint_jax.runtime.signals import agreed_stop_requests
 from prefpaint_jax.runtime.workdir import open_workdir
@@ -43,6 +46,8 @@ from prefpaint_jax.runtime.workdir import open_workdir
 WRITES = ("checkpoints", "metrics.jsonl", "samples", "tensorboard")
 # Fields that a resumed run may change; it may also change those that end in _every.
 FREE = ("num_iterations", "keep_checkpoints", "keep_best")
+
+SMALL_SPREAD = 0.02  # of the trust weights, as a share of their mean
 
 
 def load_run(config: ConfigDict, mesh: Mesh) -> Run:
@@ -56,6 +61,8 @@ def load_run(config: ConfigDict, mesh: Mesh) -> Run:
       "--config.bound=FILE or --config.trust.norm=none"
     )
   bound = reward_model.bound
+  if trust.needs_bound:
+    check_condition(bound.whitening, trust.norm)
   frozen = Frozen(
     vae=policy.params["vae"],
     reward=reward_model.params,
@@ -153,7 +160,10 @@ def iterate(
     state = stages.end_iteration(state)
 
     done = iteration + 1
-    nan_fraction = log.updated(done, update_metrics)["reward/nan_fraction"]
+    score_line = log.updated(done, update_metrics)
+    nan_fraction = score_line["reward/nan_fraction"]
+    if iteration == 0 and session.writer.is_writer:
+      warn_of_equal_weights(config.trust, score_line)
     failed = nan_fraction > config.max_nan_fraction
     last = failed or done == config.num_iterations
     # Never due where a run is merely stopped: the resumed run must equal an uninterrupted one.
@@ -166,12 +176,14 @@ def iterate(
       if samples_now:
         write_sample(session, state)
       if saves_now:  # last: a checkpoint says that everything before it is written
+        check_state(done, state)
         checkpoints.save(done, state, loader.get_state(), {}, line)
         saved = done
       log.restart_clock()
     if last or stopping:
       break
   log.flush()
+  check_state(int(state.iteration), state)
   checkpoints.wait()
   if failed:
     raise ValueError(
@@ -179,6 +191,17 @@ def iterate(
       f"{config.max_nan_fraction:.0%}; the run was stopped"
     )
   return state, saved, bool(stopping)
+
+
+def warn_of_equal_weights(trust: ConfigDict, line: Mapping[str, float]) -> None:
+  """Warns if the trust weights of an iteration hardly differ, and so change nothing."""
+  spread = line.get("trust/std", np.nan) / max(line.get("trust/mean", 1.0), 1e-30)
+  if trust.norm in ("mahalanobis", "released") and spread < SMALL_SPREAD:
+    logging.warning(
+      "trust weights spread by %.2g %% around %.3g, so trust.norm=%s acts as a constant; raise "
+      "trust.k=%g until they spread by %g %% or more",
+      *(100 * spread, line["trust/mean"], trust.norm, trust.k, 100 * SMALL_SPREAD),
+    )
 
 
 def write_sample(session: Session, state: TrainState) -> None:

@@ -22,7 +22,7 @@ from prefpaint_jax.align import rollout
 from prefpaint_jax.evaluation import drift
 from prefpaint_jax.inpainter import Inpainter, open_policy
 from prefpaint_jax.models import architectures
-from prefpaint_jax.runtime import metrics
+from prefpaint_jax.runtime import metrics, sharding
 from prefpaint_jax.runtime.checkpoint import Checkpoints
 from prefpaint_jax.train import train
 
@@ -36,7 +36,7 @@ RHYTHMS = {
   "num_iterations": 5,
   "checkpoint_every": 3,
   "gradient_accumulation": 2,
-  "behaviour_refresh": 4,
+  "behaviour_refresh": 3,
   "ema_decay": 0.5,
   "keep_best": "reward/mean",
   "eval_every": 2,
@@ -266,9 +266,14 @@ def test_second_signal_interrupts_the_run(interruptible, world, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_run_with_split_parameters_resumes_on_another_mesh(world, finished, tmp_path):
+def test_run_with_split_parameters_resumes_on_another_mesh(world, finished, tmp_path, monkeypatch):
   split = {"mesh.data": 2, "mesh.fsdp": 4, "num_iterations": 3}
-  train(make_config(world, **RHYTHMS | split), tmp_path)
+  with monkeypatch.context() as patch:
+    patch.setattr(sharding, "SMALL", 64)  # the tiny models then have arrays to split
+    state = train(make_config(world, **RHYTHMS | split), tmp_path)
+  for tree in (state.params, state.ema, state.behaviour, state.gradients):
+    leaves = jax.tree.leaves(tree)
+    assert sum("fsdp" in leaf.sharding.spec for leaf in leaves) > len(leaves) / 3
   state = train(make_config(world, **RHYTHMS), tmp_path)
   for ours, theirs in zip(*map(jax.tree.leaves, (state, finished.state)), strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)

@@ -12,6 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+LARGEST_REWARD = 1e9
+
+
+def usable(rewards: Float[Array | np.ndarray, " B"]) -> Bool[Array, " B"]:
+  """Returns whether each reward is finite and at most `LARGEST_REWARD` in absolute value.
+
+  The square of a reward beyond 1e19 overflows float32; one reward of 1e19 would give all other
+  samples the advantage 0.
+  """
+  return jnp.abs(rewards) <= LARGEST_REWARD  # false for NaN
+
 
 def standardise(
   rewards: Float[Array | np.ndarray, " B"],
@@ -23,7 +34,7 @@ def standardise(
 ) -> Float[Array, " B"]:
   """Computes advantages from rewards: (r − mean) / (std + eps), clipped to ±clip.
 
-  Samples that are not valid, and samples whose reward is not finite, get advantage 0 and are left
+  Samples that are not valid, and samples whose reward is not `usable`, get advantage 0 and are left
   out of the mean and the standard deviation. A group with one valid sample, or with equal rewards,
   gets advantage 0.
 
@@ -33,8 +44,8 @@ def standardise(
     group_size: 1 computes mean and standard deviation over the whole batch; S > 1 computes the
       mean over each group.
     std: for S > 1, "group" computes one standard deviation per group; "batch" computes one for the
-      whole batch, from rewards minus their group's mean. The divisor is the number of valid samples
-      minus 1.
+      whole batch, from rewards minus their group's mean. Both are unbiased variances: the divisor
+      is the number of valid samples minus the number of means, one per group with a valid sample.
     clip: the largest absolute value of an advantage.
     eps: added to the standard deviation.
 
@@ -50,7 +61,7 @@ def standardise(
       f"group_size is {group_size}; expected a divisor of the batch of {batch} rewards"
     )
 
-  valid = (valid & jnp.isfinite(rewards)).reshape(-1, group)
+  valid = (valid & usable(rewards)).reshape(-1, group)
   rewards = jnp.where(valid, rewards.astype(jnp.float32).reshape(-1, group), 0.0)
   # Subtract the lowest reward of the group first, so that equal rewards become exactly 0. Otherwise
   # the rounding error of their mean, divided by a deviation of about 0, would be an advantage.
@@ -62,7 +73,7 @@ def standardise(
 
   axis = 1 if std == "group" else None
   squares = jnp.sum(centred**2, axis, keepdims=True)
-  freedom = jnp.sum(valid, axis, keepdims=True) - 1
+  freedom = jnp.sum(jnp.maximum(count - 1, 0), axis, keepdims=True)
   deviation = jnp.sqrt(squares / jnp.maximum(freedom, 1))
   return jnp.clip(centred / (deviation + eps), -clip, clip).reshape(batch)
 

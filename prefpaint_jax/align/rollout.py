@@ -68,10 +68,21 @@ def encode_prompts(
   images: Float[Array, "P H W 3"],
   masks: Float[Array, "P H W 1"],
   mesh: Mesh | None = None,
+  key: jax.Array | None = None,
 ) -> Prompts:
-  """Encodes images in [0, 1] and masks (1 = missing) as the prompts of B = P S samples."""
-  encode = functools.partial(modules.encode_prompts, context=None)
-  prompts = in_chunks(encode, settings.decode_batch, mesh, frozen.vae, images, masks)
+  """Encodes images in [0, 1] and masks (1 = missing) as the prompts of B = P S samples.
+
+  Args:
+    key: draws one sample of the VAE's posterior for each prompt; None: the posterior's mean.
+  """
+  arrays = (images, masks)
+  if key is not None:
+    arrays += (jax.random.normal(key, modules.latent_shape(*images.shape[:3])),)
+
+  def encode(params: Params, images: jax.Array, masks: jax.Array, noise: jax.Array | None = None):
+    return modules.encode_prompts(params, images, masks, None, noise)
+
+  prompts = in_chunks(encode, settings.decode_batch, mesh, frozen.vae, *arrays)
   return prompts._replace(context=frozen.context).repeat(settings.samples_per_prompt)
 
 
@@ -86,7 +97,10 @@ def _start_chain(
 ):
   """Returns the prompts, the policy as a `predict`, the initial noise, and the key of the steps."""
   modules, settings, _ = sampler
-  prompts = encode_prompts(modules, settings, frozen, images, masks, mesh)
+  posterior_key = None
+  if settings.vae_posterior == "sample":
+    key, posterior_key = jax.random.split(key)
+  prompts = encode_prompts(modules, settings, frozen, images, masks, mesh, posterior_key)
   predict = modules.predict
   # The parameters are gathered once for all steps; then every device works without the others.
   policy = gather(sampler, policy, mesh)

@@ -62,11 +62,12 @@ def score(
   masked_images = prompts.masked_image.reshape(-1, S, *samples.shape[1:])[:, 0]
   rewards, features = in_chunks(evaluate, chunk, mesh, frozen.reward, grouped, masked_images)
   rewards, features = rewards.reshape(-1), features.reshape(-1, features.shape[-1])
-  valid = jnp.isfinite(rewards) & jnp.isfinite(features).all(-1)
+  valid = ppo.usable(rewards) & jnp.isfinite(features).all(-1)
   features = jnp.where(valid[:, None], features, 0.0)
   rewards = jnp.where(valid, rewards, 0.0)
   weigh = functools.partial(trust_weights, settings.trust)
   trust = in_chunks(weigh, 0, mesh, frozen.whitening, features)
+  valid &= jnp.isfinite(trust)
   advantages = ppo.standardise(rewards, valid, S, settings.advantage_std, settings.advantage_clip)
   scores = Scores(rewards, valid, trust, advantages)
   return scores, _metrics(scores, S)

@@ -53,6 +53,7 @@ class Settings:
   timesteps_per_pass: int
   gradient_accumulation: int
   eta: float
+  vae_posterior: str
   clip_range: float
   advantage_clip: float
   advantage_std: str
@@ -97,6 +98,14 @@ def settings_from(config: ConfigDict) -> Settings:
   names = [field.name for field in dataclasses.fields(Settings)]
   values = {name: config[name] for name in names if name not in ("trust", "lora")}
   values["skip_steps"] = tuple(config.skip_steps)
+  if config.behaviour_dtype == "bfloat16" and (config.dtype != "bfloat16" or config.lora.rank > 0):
+    # The update computes with these parameters in float32: the ratio would not be 1 at equal
+    # weights.
+    raise ValueError(
+      f"behaviour_dtype is 'bfloat16' with dtype={config.dtype!r} and "
+      f"lora.rank={config.lora.rank}; expected dtype 'bfloat16' and rank 0; "
+      "set behaviour_dtype to 'float32'"
+    )
   return Settings(**values, lora=config.lora.rank > 0, trust=Trust(**config.trust))
 
 

@@ -58,7 +58,7 @@ def make_stages(
 ) -> Stages:
   """Makes the stages for trained parameters like `params`, which may be arrays or shapes."""
   settings = sampler.settings
-  init = functools.partial(init_state, settings, optimizer)
+  init = functools.partial(init_state, sampler, optimizer)
   shapes = jax.eval_shape(init, params)
   layout = sharding.specs(shapes, sharding.DEFAULT_RULES, mesh)
   batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)

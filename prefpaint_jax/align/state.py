@@ -50,7 +50,7 @@ class Scores(NamedTuple):
   """What the reward model says of a batch of samples."""
 
   reward: Float[Array, " B"]
-  valid: Bool[Array, " B"]  # the reward is finite
+  valid: Bool[Array, " B"]  # reward and features are finite, the reward is `usable`
   trust: Float[Array, " B"]  # γ
   advantages: Float[Array, " B"]
 
@@ -64,20 +64,24 @@ class Experience(NamedTuple):
 
 
 def init_state(
-  settings: Settings, optimizer: optax.GradientTransformation, params: Params
+  sampler: Sampler, optimizer: optax.GradientTransformation, params: Params
 ) -> TrainState:
   """Makes the state before the first iteration.
 
   Args:
     params: the parameters to train: the UNet's, or LoRA adapters.
   """
+  settings = sampler.settings
   # A donated buffer may appear only once in a state, so every tree gets a copy.
-  copy = lambda dtype=None: jax.tree.map(lambda x: jnp.array(x, dtype), params)
+  copy = lambda tree=params: jax.tree.map(jnp.array, tree)
+  # Rounded as `gather` rounds, so that both policies compute with the same numbers.
+  in_bfloat16 = settings.behaviour_dtype == "bfloat16"
+  behaviour = sampler.modules.round_params(params) if in_bfloat16 else params
   return TrainState(
     iteration=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=optimizer.init(params),
-    behaviour=copy(settings.behaviour_dtype) if settings.behaviour_refresh > 1 else None,
+    behaviour=copy(behaviour) if settings.behaviour_refresh > 1 else None,
     ema=copy() if settings.ema_decay else None,
     gradients=jax.tree.map(jnp.zeros_like, params) if settings.gradient_accumulation > 1 else None,
   )

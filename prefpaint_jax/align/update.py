@@ -222,11 +222,15 @@ def _apply(
 
 
 def end_iteration(settings: Settings, state: TrainState) -> TrainState:
-  """Counts the iteration and refreshes the behaviour policy every `behaviour_refresh` of them."""
+  """Counts the iteration, and refreshes the behaviour policy where the next one begins with it.
+
+  Of iterations counted from 1, every `behaviour_refresh`-th begins with a copy of the policy, as in
+  the released code. A refreshed policy samples that iteration, before its updates.
+  """
   iteration = state.iteration + 1
   behaviour = state.behaviour
   if behaviour is not None:
-    refresh = iteration % settings.behaviour_refresh == 0
+    refresh = (iteration + 1) % settings.behaviour_refresh == 0
     renew = lambda new, old: jnp.where(refresh, new.astype(old.dtype), old)
     behaviour = jax.tree.map(renew, state.params, behaviour)
   return state._replace(iteration=iteration, behaviour=behaviour)

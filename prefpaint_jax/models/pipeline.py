@@ -79,6 +79,7 @@ class Modules:
     images: Float[Array, "B H W 3"],
     masks: Float[Array, "B H W 1"],
     context: Float[Array, "#B L D"] | None,
+    noise: Float[Array, "B h w c"] | None = None,
   ) -> Prompts:
     """Encodes images and masks as prompts.
 
@@ -86,19 +87,22 @@ class Modules:
       images: in [0, 1]; pixels under the mask are ignored.
       masks: 1 = missing.
       context: of one text for all prompts or of B texts; becomes the prompts' context.
+      noise: standard normal, to sample the VAE's posterior; None: its mean.
     """
     factor = self.vae.config.factor
     known = 1.0 - masks
     # The hole is 0 in the range of both: grey for the VAE ([-1, 1]), as in its training, and black
     # for the reward model ([0, 1]).
-    mean, _ = self.vae.apply(
+    latents, log_variance = self.vae.apply(
       {"params": vae_params}, (2.0 * images - 1.0) * known, method=AutoencoderKL.encode
     )
+    if noise is not None:
+      latents = latents + jnp.exp(0.5 * log_variance) * noise
     return Prompts(
       mask=masks,
       masked_image=images * known,
       mask_latents=masks[:, ::factor, ::factor],
-      masked_latents=mean * self.vae.config.scaling_factor,
+      masked_latents=latents * self.vae.config.scaling_factor,
       context=context,
     )
 

@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
@@ -179,6 +180,31 @@ def check_bound(bound: Bound, width: int) -> None:
     )
 
 
+# Largest condition number of V up to which a norm in float32 is right to 0.5 %, whatever z is. For
+# z along the largest eigenvector, terms of size ‖z‖/√λmin cancel to ‖z‖/√λmax; without the square
+# roots in the released norm.
+CONDITION = {"mahalanobis": 1e10, "released": 1e6}
+
+
+def check_condition(whitening: Float[Array | np.ndarray, "D D"], norm: str) -> None:
+  """Raises ValueError if V is too ill-conditioned for a norm in float32.
+
+  Args:
+    whitening: L⁻¹; nothing is checked while JAX traces it.
+    norm: a key of `CONDITION`.
+  """
+  if isinstance(whitening, jax.core.Tracer):
+    return
+  scales = np.linalg.svd(np.asarray(whitening, np.float64), compute_uv=False)
+  condition = np.inf if scales[-1] == 0 else (scales[0] / scales[-1]) ** 2
+  if not condition <= CONDITION[norm]:
+    raise ValueError(
+      f"the condition number of V is {condition:.1e}; expected at most {CONDITION[norm]:.0e} "
+      f"for the norm {norm!r}, which float32 cannot resolve beyond; fit the bound with a "
+      "larger ridge lam"
+    )
+
+
 def _product(
   z: Float[Array | np.ndarray, "B D"], matrix: Float[Array | np.ndarray, "D D"]
 ) -> Float[Array, "B D"]:
@@ -190,14 +216,24 @@ def _product(
 def mahalanobis_norm(
   whitening: Float[Array | np.ndarray, "D D"], z: Float[Array | np.ndarray, "B D"]
 ) -> Float[Array, " B"]:
-  """Computes ‖z‖_{V⁻¹} = sqrt(zᵀ V⁻¹ z) with L⁻¹ = `Bound.whitening`; 0 only for z = 0."""
+  """Computes ‖z‖_{V⁻¹} = sqrt(zᵀ V⁻¹ z) with L⁻¹ = `Bound.whitening`; 0 only for z = 0.
+
+  Raises:
+    ValueError: V is too ill-conditioned; see `check_condition`.
+  """
+  check_condition(whitening, "mahalanobis")
   return jnp.linalg.norm(_product(z, whitening.T), axis=1)
 
 
 def released_norm(
   whitening: Float[Array | np.ndarray, "D D"], z: Float[Array | np.ndarray, "B D"]
 ) -> Float[Array, " B"]:
-  """Computes ‖z V⁻¹‖₂, which the released PrefPaint code uses in place of ‖z‖_{V⁻¹}."""
+  """Computes ‖z V⁻¹‖₂, which the released PrefPaint code uses in place of ‖z‖_{V⁻¹}.
+
+  Raises:
+    ValueError: V is too ill-conditioned; see `check_condition`.
+  """
+  check_condition(whitening, "released")
   return jnp.linalg.norm(_product(_product(z, whitening.T), whitening), axis=1)
 
 

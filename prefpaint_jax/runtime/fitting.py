@@ -11,6 +11,7 @@ import optax
 
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.runtime.checkpoint import Checkpoints
+from prefpaint_jax.runtime.finite import check_metrics, check_state
 from prefpaint_jax.runtime.metrics import MetricsWriter, progress
 from prefpaint_jax.runtime.signals import agreed_stop_requests
 
@@ -112,9 +113,12 @@ def fit(
         state = _keep_best(state, current(state), score)
       if line:
         writer.write(done, line)
+        check_metrics(done, line, metrics)
       if is_due(checkpoint_every) or (stopping and done < iterations):
+        check_state(done, state.params)
         checkpoints.save(done, state, loader.get_state(), {})
       bar.update()
+  check_state(done, state.params)
   bar.close()
   checkpoints.close()
   writer.close()

@@ -16,8 +16,12 @@ from tqdm import tqdm
 
 from prefpaint_jax.runtime.config_fields import COUNT_OR_NONE
 from prefpaint_jax.runtime.files import parse_json, write_text
+from prefpaint_jax.runtime.finite import check_metrics
 from prefpaint_jax.runtime.ranges import check
 from prefpaint_jax.runtime.tensorboard import EventFile
+
+# Metrics of an update that are finite as long as the run is.
+FINITE = ("ppo/policy_loss", "ppo/kl_to_base", "ppo/grad_norm")
 
 
 class MetricsWriter:
@@ -201,6 +205,9 @@ class IterationLog:
 
     Args:
       more: computes further metrics of the iteration; called when its updates are done.
+
+    Raises:
+      ValueError: the loss or the gradient norm is not finite. The line is written, without `more`.
     """
     if self._pending is None:
       return {}
@@ -212,8 +219,10 @@ class IterationLog:
     line["time/update_s"] = self._updated_at - scored_at
     line["time/iteration_s"] = line["time/rollout_s"] + line["time/update_s"]
     line["images_per_s"] = self._images / line["time/iteration_s"]
-    line |= more()
+    if all(math.isfinite(line.get(name, 0.0)) for name in FINITE):
+      line |= more()
     self._writer.write(iteration, line)
+    check_metrics(iteration, line, FINITE)
     self._bar.set_postfix_str(
       f"reward {line['reward/mean']:+.3f}, {line['images_per_s']:.1f} images/s", refresh=False
     )

@@ -253,8 +253,9 @@ def test_passes_and_rematerialisation_do_not_change_the_gradient():
   prompts, trajectory, _ = one_rollout()
   settings = make_settings(updates_per_iteration=1, timesteps_per_pass=1)
   optimizer = optax.sgd(1.0)  # an update subtracts the gradient
-  update = functools.partial(update_lib.update, sampler_of(modules, settings), optimizer)
-  state = init_state(settings, optimizer, jax.tree.map(jnp.asarray, params))
+  sampler = sampler_of(modules, settings)
+  update = functools.partial(update_lib.update, sampler, optimizer)
+  state = init_state(sampler, optimizer, jax.tree.map(jnp.asarray, params))
   arguments = frozen, prompts, trajectory, made_up_scores(), jnp.array([0, 3])
 
   (_, expected), whole = loss_and_gradient(settings)(params, *arguments)

@@ -105,7 +105,8 @@ def test_invalid_sample_is_left_out_of_every_statistic():
 
   groups = [group[np.isfinite(group)] for group in rewards.reshape(PROMPTS, SAMPLES)]
   centred = np.concatenate([group - group.mean() for group in groups])
-  advantages = centred / np.sqrt((centred**2).sum() / (len(centred) - 1))
+  freedom = sum(len(group) - 1 for group in groups)
+  advantages = centred / np.sqrt((centred**2).sum() / freedom)
   np.testing.assert_allclose(scores.advantages[kept], advantages, atol=1e-3)
   assert scores.advantages[lost] == 0.0
 
@@ -159,6 +160,30 @@ def test_scores_and_samples_do_not_depend_on_the_chunk():
   np.testing.assert_array_equal(np.asarray(samples)[known], np.asarray(prompts.masked_image)[known])
 
 
+# ----------------------------------------------------------------------------- posterior of the VAE
+def test_prompts_have_the_mean_or_a_sample_of_the_posterior_in_any_chunks():
+  modules, _, _, frozen = world()
+  images, masks = map(jnp.asarray, testing.tiny_prompts(PROMPTS))
+  key, shape = jax.random.key(3), modules.latent_shape(*images.shape[:3])
+
+  def encode(chunk, key=None):
+    settings = make_settings(decode_batch=chunk)
+    return rollout_lib.encode_prompts(
+      modules, settings, frozen, images, masks, key=key
+    ).masked_latents
+
+  mean, log_variance = modules.vae.apply(
+    {"params": frozen.vae}, (2.0 * images - 1.0) * (1.0 - masks), method="encode"
+  )
+  noise = jax.random.normal(key, shape)
+  scale = modules.vae.config.scaling_factor
+  repeat = lambda x: np.repeat(np.asarray(x), SAMPLES, axis=0)
+  np.testing.assert_allclose(encode(0), repeat(mean * scale), atol=1e-5)
+  sample = np.asarray(mean) + np.exp(np.asarray(log_variance) / 2) * np.asarray(noise)
+  for chunk in (0, 2):
+    np.testing.assert_allclose(encode(chunk, key), repeat(sample * scale), atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------- devices
 @pytest.mark.slow
 def test_eight_devices_equal_one():
@@ -177,7 +202,7 @@ def test_eight_devices_equal_one():
     score = quick_jit(functools.partial(score_lib.score, network, settings))
     scores, score_metrics = score(rest, prompts, samples)
     assert len(scores.reward.sharding.device_set) == len(devices)
-    state = init_state(settings, optimizer, policy)
+    state = init_state(sampler, optimizer, policy)
     update = quick_jit(functools.partial(update_lib.update, sampler, optimizer))
     after, metrics = update(state, rest, Experience(prompts, trajectory, scores), jnp.array([1, 2]))
     gradients = jax.tree.map(jnp.subtract, policy, after.params)

@@ -52,6 +52,7 @@ def test_released_preset_has_the_settings_of_the_released_code():
     "loss_reduction": "sum",
     "log_prob_region": "all",
     "kl_weight": 0.0,
+    "vae_posterior": "sample",
     "skip_steps": (0, 0),
   }
   assert {name: config[name] for name in expected} == expected
@@ -62,7 +63,9 @@ def test_released_preset_has_the_settings_of_the_released_code():
 def test_released_updates_equal_a_torch_loop():
   """Six iterations of five timesteps each.
 
-  Of every three iterations, two accumulate gradients and the third steps after each timestep.
+  Of every three iterations, two accumulate gradients and the third steps after each timestep. The
+  loop copies the policy at the top of the iterations 2, 4 and 6, counted from 1 as in the released
+  code.
   """
   torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
   config = get_config("released")
@@ -71,10 +74,9 @@ def test_released_updates_equal_a_torch_loop():
   optimizer = make_optimizer(
     "adamw", learning_rate, config.adam_b1, config.adam_b2, config.adam_eps, config.weight_decay
   )
-  state = init_state(settings, optimizer, TOY)
-  update = jax.jit(
-    functools.partial(update_lib.update, sampler_of(ToyModules, settings), optimizer)
-  )
+  sampler = sampler_of(ToyModules, settings)
+  state = init_state(sampler, optimizer, TOY)
+  update = jax.jit(functools.partial(update_lib.update, sampler, optimizer))
   rng = np.random.default_rng(0)
   root = rng.normal(size=(6, 6))
   inverse = np.linalg.inv(0.01 * np.eye(6) + root @ root.T)
@@ -100,6 +102,10 @@ def test_released_updates_equal_a_torch_loop():
   clip_fractions = []
   for iteration in range(6):
     assert int(state.iteration) == iteration
+    if (iteration + 1) % 2 == 0:
+      behaviour = {name: parameter.detach().clone() for name, parameter in policy.items()}
+    for name in policy:
+      assert float(state.behaviour[name]) == pytest.approx(behaviour[name].item(), abs=1e-5)
     prompts = toy_prompts(iteration)
     trajectory = toy_rollout(settings, state.behaviour, prompts, iteration)
     rewards = rng.normal(size=B).astype(np.float32)
@@ -131,21 +137,39 @@ def test_released_updates_equal_a_torch_loop():
       if iteration % 3 == 2:
         adam.step()
         adam.zero_grad()
-    if iteration % 2 == 1:
-      behaviour = {name: parameter.detach().clone() for name, parameter in policy.items()}
     for name, parameter in policy.items():
       moved = parameter.item() - float(TOY[name])
       assert float(state.params[name] - TOY[name]) == pytest.approx(moved, abs=1e-5), iteration
-      assert float(state.behaviour[name]) == pytest.approx(behaviour[name].item(), abs=1e-5)
       assert (moved != 0) == (iteration >= 2)
   # Both policies are equal until the first optimiser step; then the behaviour policy is older.
   assert max(clip_fractions[:11]) == 0.0
   assert max(clip_fractions) > 0.5
 
 
+def test_behaviour_policy_is_as_many_updates_old_as_in_the_released_code():
+  """The released code counts iterations from 1 and copies at the top of 15, 30, ..."""
+  settings = settings_from(get_config("released"))
+  updates = {"a": jnp.zeros(())}  # a policy that counts its updates
+  state = init_state(sampler_of(ToyModules, settings), optax.sgd(1.0), updates)
+  step = jax.jit(functools.partial(end_iteration, settings))
+  ages, done = [], 0
+  for _ in range(45):
+    ages.append(done - int(state.behaviour["a"]))
+    done += 5 * (int(state.iteration) % settings.gradient_accumulation == 2)
+    state = step(state._replace(params={"a": jnp.float32(done)}))
+
+  expected, done, copied = [], 0, 0
+  for iteration in range(1, 46):
+    copied = done if iteration % 15 == 0 else copied
+    expected.append(done - copied)
+    done += 5 if iteration % 3 == 0 else 0
+  assert ages == expected
+  assert ages[14:29] == [0, 5, 5, 5, 10, 10, 10, 15, 15, 15, 20, 20, 20, 25, 25]
+
+
 def test_state_has_no_behaviour_policy_if_refreshed_every_iteration():
   settings = make_settings(behaviour_refresh=1)
-  state = init_state(settings, optax.sgd(1.0), TOY)
+  state = init_state(sampler_of(ToyModules, settings), optax.sgd(1.0), TOY)
   assert state.behaviour is None and state.ema is None and state.gradients is None
   assert int(end_iteration(settings, state).iteration) == 1
 
@@ -153,13 +177,12 @@ def test_state_has_no_behaviour_policy_if_refreshed_every_iteration():
 def test_moving_average_moves_by_one_minus_its_decay():
   settings = make_settings(ema_decay=0.75, updates_per_iteration=1)
   optimizer = optax.sgd(0.1)
-  state = init_state(settings, optimizer, TOY)
+  sampler = sampler_of(ToyModules, settings)
+  state = init_state(sampler, optimizer, TOY)
   prompts = toy_prompts()
   trajectory = toy_rollout(settings, TOY, prompts, 0)
   indices = jnp.array([0, 2])
-  update = jax.jit(
-    functools.partial(update_lib.update, sampler_of(ToyModules, settings), optimizer)
-  )
+  update = jax.jit(functools.partial(update_lib.update, sampler, optimizer))
   experience = Experience(prompts, trajectory, made_up_scores())
   after, _ = update(state, TOY_FROZEN, experience, indices)
   for name, before in TOY.items():

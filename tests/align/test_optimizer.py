@@ -91,3 +91,12 @@ def test_moments_in_bfloat16_follow_moments_in_float32():
 def test_unknown_names_are_errors(arguments):
   with pytest.raises(ValueError, match="expected '"):
     make_optimizer(learning_rate=1.0, **arguments)
+
+
+@pytest.mark.parametrize(("clip_norm", "factor"), [(2.5, 0.5), (6.0, 1.0), (None, 1.0)])
+def test_gradients_are_scaled_to_the_largest_norm(clip_norm, factor):
+  gradients = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}  # of norm 5
+  optimizer = make_optimizer("sgd", 1.0, clip_norm=clip_norm)
+  changes, _ = optimizer.update(gradients, optimizer.init(gradients), gradients)
+  for name, gradient in gradients.items():
+    np.testing.assert_allclose(changes[name], -factor * gradient, rtol=1e-6)

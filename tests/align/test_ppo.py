@@ -39,7 +39,8 @@ def test_group_advantages_equal_torch(torch):
   groups = torch.tensor(r).reshape(3, 4)
   centred = groups - groups.mean(1, keepdim=True)
   by_group = centred / (groups.std(1, unbiased=True, keepdim=True) + 1e-7)
-  by_batch = centred / (centred.std(unbiased=True) + 1e-7)
+  # The mean of the groups' unbiased variances.
+  by_batch = centred / (groups.var(1, unbiased=True).mean().sqrt() + 1e-7)
   ours = ppo.standardise(r, ALL, 4, "group")
   np.testing.assert_allclose(ours, by_group.reshape(-1).numpy(), rtol=1e-5, atol=1e-6)
   ours = ppo.standardise(r, ALL, 4, "batch")
@@ -82,8 +83,37 @@ def test_invalid_samples_get_zero_and_are_left_out_of_every_statistic(bad):
     if std == "group":
       expected = [c / np.std(g, ddof=1) for c, g in zip(centred, groups, strict=True)]
     else:
-      expected = [c / np.std(np.concatenate(centred), ddof=1) for c in centred]
+      pooled = sum((c**2).sum() for c in centred) / sum(len(c) - 1 for c in centred)
+      expected = [c / np.sqrt(pooled) for c in centred]
     np.testing.assert_allclose(grouped[valid], np.concatenate(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("group_size", [2, 8])
+def test_pooled_deviation_is_unbiased(group_size):
+  """Advantages then have the mean square (S − 1) / S, that of rewards minus their group's mean."""
+  r = np.random.default_rng(0).normal(size=4096).astype(np.float32)
+  ours = np.asarray(ppo.standardise(r, np.ones(4096, bool), group_size))
+  assert np.mean(ours**2) == pytest.approx((group_size - 1) / group_size, rel=1e-5)
+
+
+@pytest.mark.parametrize("std", ["batch", "group"])
+@pytest.mark.parametrize("outlier", [1e10, 1e19, -1e25, 3e38])
+def test_reward_beyond_the_largest_counts_as_not_finite(outlier, std):
+  r = rewards()
+  r[3] = outlier
+  for group_size in (1, 4):
+    expected = ppo.standardise(rewards(), np.arange(12) != 3, group_size, std)
+    ours = np.asarray(ppo.standardise(r, ALL, group_size, std))
+    np.testing.assert_array_equal(ours, expected)
+    assert np.count_nonzero(ours) == 11
+
+
+def test_rewards_up_to_the_largest_have_finite_advantages():
+  r = np.float32(ppo.LARGEST_REWARD) * np.linspace(-1, 1, 12, dtype=np.float32)
+  for group_size, std in ((1, "batch"), (4, "batch"), (4, "group")):
+    ours = ppo.standardise(r, ALL, group_size, std)
+    expected = ppo.standardise(r / np.float32(ppo.LARGEST_REWARD), ALL, group_size, std)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4)
 
 
 def test_nan_reward_is_never_valid():

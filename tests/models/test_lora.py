@@ -62,7 +62,6 @@ def test_run_trains_only_adapters_resumes_exactly_and_opens_merged(compiled_once
     "kl_weight": 0.1,
     "moments_dtype": "bfloat16",
     "behaviour_refresh": 2,
-    "behaviour_dtype": "bfloat16",
     "mesh.fsdp": 4,
     "mesh.split_frozen": True,
     "remat": True,

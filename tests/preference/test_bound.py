@@ -1,6 +1,8 @@
 """Tests of the error bound against scipy, brute force and closed forms."""
 
 import dataclasses
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -312,3 +314,45 @@ def test_errors_name_wrong_arguments():
     bounds.confidence(Bound.fit(features(), 1.0), 0.1)
   with pytest.raises(ValueError, match="delta is 1"):
     bounds.confidence(Bound.fit(features(), 1.0), 1)
+
+
+# -------------------------------------------------------------------------------- condition
+def conditioned(condition: float) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the eigenvectors and eigenvalues of a V whose largest eigenvalue stands alone."""
+  q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(24, 24)))
+  return q, np.concatenate([[condition], np.ones(23)])
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "released"])
+@pytest.mark.parametrize("exponent", range(2, 15, 2))
+def test_norm_equals_float64_or_is_refused(name, exponent):
+  q, eigenvalues = conditioned(10.0**exponent)
+  fitted = Bound(np.linalg.cholesky((q * eigenvalues) @ q.T), 1.0)
+  z = np.outer(np.linspace(1, 2, 8), q[:, 0]).astype(np.float32)  # where most digits cancel
+  norm = bounds.mahalanobis_norm if name == "mahalanobis" else bounds.released_norm
+  if 10.0**exponent <= bounds.CONDITION[name] / 2:
+    power = 1 if name == "mahalanobis" else 2
+    expected = np.sqrt(((z.astype(np.float64) @ q) ** 2 / eigenvalues**power).sum(1))
+    np.testing.assert_allclose(norm(fitted.whitening, z), expected, rtol=5e-3)
+  elif 10.0**exponent >= bounds.CONDITION[name] * 2:
+    with pytest.raises(ValueError, match=r"\Athe condition number of V is 1\.0e\+\d\d; [^\n]*\Z"):
+      norm(fitted.whitening, z)
+
+
+def test_default_k_spreads_the_weights_of_the_released_v_as_the_released_code():
+  """The released V⁻¹ has one eigenvalue of 0.0102 and 255 of about 100."""
+  q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(256, 256)))
+  inverse = (q * np.concatenate([[0.0102], np.full(255, 100.0)])) @ q.T
+  whitening = Bound.from_inverse(inverse.astype(np.float32)).whitening
+  rng = np.random.default_rng(1)
+  scale = rng.uniform(0.002, 0.008, (64, 1))
+  z = rng.normal(0.5, 0.2, (64, 1)) * q[:, 0] + scale * rng.normal(size=(64, 256))
+  configs = Path(__file__).parents[2] / "configs"
+  config = runpy.run_path(str(configs / "rl.py"))["get_config"]
+  spread = lambda gamma: np.std(gamma) / np.mean(gamma)
+  trust, released = config().trust, config("released").trust
+  ours = bounds.trust_weight(bounds.mahalanobis_norm(whitening, z), trust.k, trust.b)
+  theirs = np.exp(released.b - released.k * np.linalg.norm(z @ inverse, axis=1))
+  np.testing.assert_allclose(ours, theirs, rtol=2e-2)
+  assert spread(ours) > 0.05
+  assert spread(bounds.trust_weight(bounds.mahalanobis_norm(whitening, z), 0.05, trust.b)) < 0.02

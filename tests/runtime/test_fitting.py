@@ -78,3 +78,32 @@ def test_a_signal_saves_the_fit_and_the_same_call_goes_on(tmp_path, number, caps
   assert Checkpoints(tmp_path / "checkpoints").latest() == 3
   resumed = Batches()
   assert fit(tmp_path, (), None, resumed)["w"] == -4.0
+
+
+@pytest.mark.parametrize("log_every", [0, 1])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_fit_that_diverges_stops_before_it_saves(tmp_path, bad, log_every):
+  def loss(params, batch, key):
+    value = jnp.mean(batch["x"]) * params["w"]
+    return value, {"loss": value}
+
+  mesh, key = sharding.make_mesh(), jax.random.key(0)
+  run = lambda rate, iterations: fitting.fit(
+    loss,
+    (),
+    {"w": jnp.ones(())},
+    optax.sgd(rate),
+    Batches(),
+    tmp_path,
+    mesh,
+    key,
+    iterations=iterations,
+    ema_decay=0.0,
+    checkpoint_every=1,
+    log_every=log_every,
+  )
+  run(1.0, 1)
+  for _ in range(2):  # a second start finds the good checkpoint, and stops again
+    with pytest.raises(ValueError, match=r"\Aiteration 2: [^\n]* not finite or beyond [^\n]*\Z"):
+      run(bad, 3)
+    assert Checkpoints(tmp_path / "checkpoints").latest() == 1
