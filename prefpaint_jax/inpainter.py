@@ -269,10 +269,7 @@ class Inpainter:
     )
     samples = np.asarray(samples)
     if not np.isfinite(samples).all():
-      raise ValueError(
-        f"samples are not finite, with guidance_scale {guidance_scale}; give a smaller one, or "
-        "dtype float32"
-      )
+      raise ValueError("samples are not finite; give a smaller guidance_scale, or dtype float32")
     samples = np.stack([image_io.resize_image(x, (H, W)) for x in samples])
     if paste_back:
       images, masks = (np.repeat(x, num_samples, axis=0) for x in (images, masks))
