@@ -22,21 +22,25 @@ from prefpaint_jax.data import images as image_io
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.diffusion.ddim import Steps
 from prefpaint_jax.models import lora
+from prefpaint_jax.models.exported import exported_configs
 from prefpaint_jax.models.pipeline import NETWORKS, Modules, make_modules
-from prefpaint_jax.runtime import sharding
+from prefpaint_jax.models.text import tokenize
+from prefpaint_jax.runtime import files, sharding
 from prefpaint_jax.runtime.compilation import fast_jit
 from prefpaint_jax.runtime.config_check import check_values
 from prefpaint_jax.runtime.config_fields import SAMPLING
-from prefpaint_jax.runtime.files import write_json
 from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.runs import open_run
+from prefpaint_jax.runtime.text import first_line
 from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights.names import Params
 
 
 @functools.partial(jax.jit, static_argnames="modules")
-def _encode_text(modules: Modules, params: Params, ids: jax.Array) -> jax.Array:
-  return modules.text_encoder.apply({"params": params}, ids).astype(jnp.float32)
+def _encode_text(
+  modules: Modules, params: Params, ids: np.ndarray, mask: np.ndarray | None
+) -> jax.Array:
+  return modules.text_encoder.apply({"params": params}, ids, mask).astype(jnp.float32)
 
 
 def _inpaint(
@@ -123,8 +127,8 @@ class Inpainter:
     modules = make_modules(configs, dtype, remat, where=str(name))
     shapes = jax.eval_shape(modules.init, jax.random.key(0))
     params = {part: weights.load_params(path / part, shapes[part], variant) for part in NETWORKS}
-    files = sorted((path / "tokenizer").glob("*"))
-    tokenizer_files = {file.name: file.read_bytes() for file in files if file.is_file()}
+    found = sorted((path / "tokenizer").glob("*"))
+    tokenizer_files = {file.name: file.read_bytes() for file in found if file.is_file()}
     if not tokenizer_files:
       raise ValueError(
         f"{path / 'tokenizer'}: no files; copy the tokenizer of the base model into it"
@@ -132,26 +136,20 @@ class Inpainter:
     return cls(modules, params, configs, tokenizer_files)
 
   def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
-    """Writes a diffusers folder, with parameters stored as `dtype`."""
-    folder = Path(folder)
-    library = {
-      "unet": ["diffusers", "UNet2DConditionModel"],
-      "vae": ["diffusers", "AutoencoderKL"],
-      "text_encoder": ["transformers", "CLIPTextModel"],
-      "tokenizer": ["transformers", "CLIPTokenizer"],
-      "scheduler": ["diffusers", self.configs["scheduler"].get("_class_name", "DDIMScheduler")],
-    }
-    index = {"_class_name": "StableDiffusionInpaintPipeline", "_diffusers_version": "0.30.0"}
-    index |= library | {"safety_checker": [None, None], "feature_extractor": [None, None]}
-    index |= {"requires_safety_checker": False}
-    write_json(folder / "model_index.json", index, sort_keys=True)
-    write_json(
-      folder / "scheduler" / "scheduler_config.json", self.configs["scheduler"], sort_keys=True
-    )
-    for part in NETWORKS:
-      write_json(folder / part / "config.json", self.configs[part], sort_keys=True)
-      weights.save_params(folder / part, self.params[part], dtype)
-    self._write_tokenizer(folder / "tokenizer")
+    """Writes a diffusers folder, with parameters stored as `dtype`, whole or not at all.
+
+    Raises:
+      ValueError: a parameter is not finite, or the folder has files of something else.
+    """
+    configs = exported_configs(self.configs, self.modules.schedule, dtype)
+    with files.atomic_folder(folder, replaces=("tokenizer", "model_index.json", *configs)) as new:
+      files.write_json(new / "model_index.json", configs["model_index"], sort_keys=True)
+      scheduler = new / "scheduler" / "scheduler_config.json"
+      files.write_json(scheduler, configs["scheduler"], sort_keys=True)
+      for part in NETWORKS:
+        files.write_json(new / part / "config.json", configs[part], sort_keys=True)
+        weights.save_params(new / part, self.params[part], dtype)
+      self._write_tokenizer(new / "tokenizer")
 
   def _write_tokenizer(self, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,6 +167,10 @@ class Inpainter:
     try:
       self._write_tokenizer(folder)
       return CLIPTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises many types
+      raise ValueError(
+        f"tokenizer: cannot be read ({first_line(error)}); copy that of the base model"
+      ) from error
     finally:
       shutil.rmtree(folder)
 
@@ -179,11 +181,9 @@ class Inpainter:
     return self
 
   def encode_text(self, texts: Sequence[str]) -> jax.Array:
-    """Computes the context [B, L, D] of texts; texts of more than L tokens are truncated."""
-    length = self.modules.text_encoder.config.max_position_embeddings
-    tokens = self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
-    ids = jnp.asarray(tokens["input_ids"], jnp.int32)
-    return _encode_text(self.modules, self.params["text_encoder"], ids)
+    """Computes the context [B, L, D] of texts; texts of more than L tokens are cut."""
+    ids, mask = tokenize(self.tokenizer, self.modules.text_encoder.config, texts)
+    return _encode_text(self.modules, self.params["text_encoder"], ids, mask)
 
   @functools.cached_property
   def empty_context(self) -> jax.Array:
@@ -274,7 +274,10 @@ class Inpainter:
       guided=guidance_scale != 1 and any(texts),
       report=report,
     )
-    samples = np.stack([image_io.resize_image(x, (H, W)) for x in np.asarray(samples)])
+    samples = np.asarray(samples)
+    if not np.isfinite(samples).all():
+      raise ValueError("samples are not finite; give a smaller guidance_scale, or dtype float32")
+    samples = np.stack([image_io.resize_image(x, (H, W)) for x in samples])
     if paste_back:
       images, masks = (np.repeat(x, num_samples, axis=0) for x in (images, masks))
       samples = image_io.paste_back(samples, images, masks)

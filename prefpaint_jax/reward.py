@@ -1,9 +1,7 @@
 """RewardModel: loads, runs and saves a reward network and the bound on its error."""
 # Shapes: M masked images, S samples of each, B = S M samples, H W pixels, D features.
 
-import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,11 @@ from prefpaint_jax import mini
 from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.models.reward import RewardNetwork, apply, network_shapes
 from prefpaint_jax.preference.bound import FILE_NAME, Bound, check_bound, load_bound, save_bound
+from prefpaint_jax.runtime import files
 from prefpaint_jax.runtime.config_fields import DTYPE
 from prefpaint_jax.runtime.ranges import check
 from prefpaint_jax.weights import folder as weights
+from prefpaint_jax.weights.files import load_torch
 from prefpaint_jax.weights.names import Params
 
 
@@ -42,7 +42,12 @@ class RewardModel:
 
   @classmethod
   def from_pretrained(
-    cls, name: str | Path, bound: str | Path | None = None, dtype: str = "float32"
+    cls,
+    name: str | Path,
+    bound: str | Path | None = None,
+    dtype: str = "float32",
+    shift: float | None = None,
+    scale: float | None = None,
   ) -> "RewardModel":
     """Loads a reward model.
 
@@ -52,6 +57,9 @@ class RewardModel:
       bound: a `bound.safetensors` file, or a released inverse of V; default: the
         `bound.safetensors` of the folder, if it has one.
       dtype: compute dtype of the network; parameters stay float32.
+      shift: the reward is (output of the head − shift) / scale; default: that of the folder's
+        config.json, or 0. The released code uses 0.4064 for prompts of several samples.
+      scale: see `shift`; default: that of the folder's config.json, or 1. Released: 2.3021.
 
     Raises:
       ValueError: a file is missing or damaged, or does not fit the network.
@@ -59,6 +67,8 @@ class RewardModel:
     check("dtype", str(dtype), DTYPE)
     path = weights.resolve_reward(mini.locate(name, "reward"))
     config = {} if path.is_file() else weights.read_config(path)
+    given = {"shift": shift, "scale": scale}
+    config |= {field: value for field, value in given.items() if value is not None}
     network = RewardNetwork(RewardConfig.from_dict(config), jnp.dtype(dtype))
     params = weights.load_reward(path, network_shapes(network.config))
     if not bound and (path / FILE_NAME).is_file():
@@ -69,14 +79,19 @@ class RewardModel:
     return cls(network, params, loaded)
 
   def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
-    """Writes config.json, model.safetensors (as `dtype`) and, with a bound, bound.safetensors."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(dataclasses.asdict(self.network.config), indent=2, sort_keys=True)
-    (folder / "config.json").write_text(config + "\n")
-    weights.save_params(folder, self.params, dtype)
-    if self.bound is not None:
-      save_bound(self.bound, folder)
+    """Writes config.json, model.safetensors (as `dtype`) and, with a bound, bound.safetensors.
+
+    The folder changes as a whole or not at all; an earlier reward model in it is replaced.
+
+    Raises:
+      ValueError: a parameter is not finite, or the folder has other files.
+    """
+    names = ("config.json", "model.safetensors", FILE_NAME)
+    with files.atomic_folder(folder, replaces=names) as temporary:
+      files.write_json(temporary / "config.json", self.network.config.to_dict(), sort_keys=True)
+      weights.save_params(temporary, self.params, dtype)
+      if self.bound is not None:
+        save_bound(self.bound, temporary)
 
   def score(self, images: Any, masked_images: Any) -> tuple[np.ndarray, np.ndarray]:
     """Computes rewards [B] and features [B, D] of samples.
@@ -111,7 +126,7 @@ def read_bound(path: str | Path) -> Bound:
   """
   if Path(path).suffix not in (".pt", ".pth", ".bin"):
     return load_bound(path)
-  torch, stored = weights.load_torch(path)
+  torch, stored = load_torch(path)
   values = stored.values() if isinstance(stored, dict) else [stored]
   tensors = [value for value in values if isinstance(value, torch.Tensor)]
   if len(tensors) != 1:

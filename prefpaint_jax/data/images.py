@@ -214,7 +214,12 @@ def _extent(shape: Sequence[int]) -> str:
 
 
 def to_bytes(image: np.ndarray) -> np.ndarray:
-  """Converts values in [0, 1] to uint8, rounded to the nearest; clips values outside."""
+  """Converts values in [0, 1] to uint8, rounded to the nearest; clips values outside.
+
+  Raises ValueError for values that are not finite.
+  """
+  if not np.isfinite(image).all():
+    raise ValueError("image has values that are not finite; check the model that made it")
   return np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
 
 

@@ -75,7 +75,8 @@ def ddim_steps(schedule: Schedule, num_steps: int, eta: float) -> Steps:
   """Computes the coefficients of a chain of `num_steps` DDIM steps, on the host in float64.
 
   σ² = η² (1−ᾱ_t')/(1−ᾱ_t) (1 − ᾱ_t/ᾱ_t'): η = 0 is deterministic, η = 1 has the posterior variance
-  of DDPM. For the last step t' is negative, and ᾱ_t' is 1 (`set_alpha_to_one`) or ᾱ_0.
+  of DDPM. t' is the next timestep of the chain (see `Schedule.steps_meet`); for the last step it is
+  negative, and ᾱ_t' is 1 (`set_alpha_to_one`) or ᾱ_0.
 
   Returns:
     NumPy arrays [T], float32 and int32.
@@ -93,7 +94,8 @@ def ddim_steps(schedule: Schedule, num_steps: int, eta: float) -> Steps:
       f"timestep {t[0]}; expected {total - 1} at most; use fewer steps"
     )
   alphas = schedule.alphas_cumprod.astype(np.float64)
-  t_prev = t - total // num_steps
+  meets = schedule.steps_meet and schedule.timestep_spacing != "leading"
+  t_prev = np.append(t[1:], -1) if meets else t - total // num_steps
   final = 1.0 if schedule.set_alpha_to_one else alphas[0]
   alpha, alpha_prev = alphas[t], np.where(t_prev >= 0, alphas[np.maximum(t_prev, 0)], final)
   if schedule.prediction_type == "epsilon" and alpha[0] == 0:

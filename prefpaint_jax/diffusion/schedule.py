@@ -1,14 +1,19 @@
 """Noise schedules, as defined by scheduler_config.json of diffusers."""
 # Shapes: N training timesteps.
 
+import ast
 import dataclasses
 import functools
+import importlib.util
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+
+from prefpaint_jax.weights import fields
 
 _CHOICES = {
   "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -16,12 +21,76 @@ _CHOICES = {
   "timestep_spacing": ("leading", "trailing", "linspace"),
 }
 
-# Configs of these classes may omit the betas; diffusers' defaults then apply.
-_BETA_CLASSES = (
-  *("DDIM", "DDPMScheduler", "PNDM", "LMS", "Euler", "Heun"),
-  *("DPMSolver", "KDPM2", "DEIS", "UniPC"),
+_MOST_TIMESTEPS = 1_000_000  # a schedule is an array of that length
+
+# The classes of diffusers that sample from a network that any of the others may sample from.
+CLASSES = (
+  *("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler"),
+  *("PNDMScheduler", "LMSDiscreteScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"),
+  *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
+  *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "SASolverScheduler"),
+  *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler"),
 )
-_BETA_FIELDS = {"beta_start", "beta_end", "beta_schedule", "trained_betas"}
+TABLE = fields.Table(
+  "scheduler",
+  # These change the latents, the network's output, or the noise levels that the network was
+  # trained with. Learned variances need a network with twice the channels.
+  fixed={
+    "thresholding": (False, None),
+    "use_flow_sigmas": (False, None),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    "timestep_type": ("discrete", None),
+    "use_dynamic_shifting": (False, None),
+    "shift_terminal": (None,),
+    "snr_shift_scale": (None,),
+  },
+  # Options of other solvers, and of fields that are refused. DDIM has the noise levels of its
+  # timesteps, so the Karras, exponential and beta spacings of other samplers are not used.
+  harmless=frozenset(
+    {
+      *("dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"),
+      *("skip_prk_steps", "solver_order", "solver_type", "algorithm_type", "lower_order_final"),
+      *("euler_at_final", "lambda_min_clipped", "interpolation_type", "predict_x0", "solver_p"),
+      *("disable_corrector", "predictor_order", "corrector_order", "tau_func"),
+      *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
+      *("sigma_min", "sigma_max", "noise_sampler_seed"),
+    }
+  ),
+)
+# Read by `Schedule.from_config` beside the fields of `Schedule`.
+READ = frozenset({"final_sigmas_type"})
+
+
+@functools.cache
+def class_defaults(class_name: str) -> Mapping[str, Any]:
+  """Returns the defaults of a scheduler class, from the signature in diffusers' source.
+
+  The source is parsed and not imported: its modules need torch.
+  """
+  spec = importlib.util.find_spec("diffusers")
+  folder = Path(spec.submodule_search_locations[0]) / "schedulers"
+  for path in sorted(folder.glob("scheduling_*.py")):
+    source = path.read_text(encoding="utf-8")
+    if f"class {class_name}(" not in source:
+      continue
+    for node in ast.walk(ast.parse(source)):
+      if isinstance(node, ast.ClassDef) and node.name == class_name:
+        init = next(x for x in node.body if isinstance(x, ast.FunctionDef) and x.name == "__init__")
+        named = init.args.args[len(init.args.args) - len(init.args.defaults) :]
+        pairs = zip(named, init.args.defaults, strict=True)
+        return {a.arg: _literal(default) for a, default in pairs}
+  raise ValueError(
+    f"scheduler _class_name is {class_name}, which the installed diffusers does not have; install "
+    "diffusers>=0.42.1"
+  )
+
+
+def _literal(default: ast.expr) -> Any:
+  """Evaluates a default of a signature; None for an expression such as -float("inf")."""
+  try:
+    return ast.literal_eval(default)
+  except ValueError:
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +112,10 @@ class Schedule:
   clip_sample: bool = True
   clip_sample_range: float = 1.0
   rescale_betas_zero_snr: bool = False
+  # A step ends at the timestep where the next one begins. False: at t − N // T, as in diffusers'
+  # DDIMScheduler. That is another timestep with "linspace" spacing, and with "trailing" where T
+  # does not divide N (diffusers' issues 11347 and 12633); with "leading" both are the same.
+  steps_meet: bool = True
 
   def __post_init__(self):
     for field, choices in _CHOICES.items():
@@ -50,8 +123,12 @@ class Schedule:
       if value not in choices:
         raise ValueError(f"scheduler {field} is {value!r}; expected one of {', '.join(choices)}")
     for field, least in (("num_train_timesteps", 1), ("steps_offset", 0)):
-      if getattr(self, field) < least:
-        raise ValueError(f"scheduler {field} is {getattr(self, field)}; expected {least} or more")
+      if not least <= getattr(self, field) <= _MOST_TIMESTEPS:
+        raise ValueError(
+          f"scheduler {field} is {getattr(self, field)}; expected {least} to {_MOST_TIMESTEPS}"
+        )
+    if not self.clip_sample_range > 0:
+      raise ValueError(f"scheduler clip_sample_range is {self.clip_sample_range}; expected above 0")
     if self.trained_betas is None:
       for field in ("beta_start", "beta_end"):
         if not 0 < getattr(self, field) < 1:
@@ -72,45 +149,36 @@ class Schedule:
     """Reads the config of any diffusers scheduler that is defined by betas.
 
     Fields of other samplers are ignored, because this package always samples with DDIM. Unlike
-    `DDIMScheduler.from_config`, a missing `clip_sample` or `set_alpha_to_one` gets the default of
-    the class that wrote the file: DDIM's default would clip the latents of a PNDM config to ±1.
+    `DDIMScheduler.from_config`, a missing field gets the default of the class that wrote the file,
+    from diffusers' signature of it: DDIM's default would clip the latents of a PNDM config to ±1.
 
     Raises:
-      ValueError: the config has no betas, or a field that changes the result is not supported.
+      ValueError: the class is not in CLASSES, or a field that changes the result is not supported.
     """
+    class_name = config.get("_class_name") or "DDIMScheduler"
+    if str(class_name).removeprefix("Flax") not in CLASSES:
+      raise ValueError(
+        f"scheduler _class_name is {class_name}, which is not supported; expected one of "
+        f"{', '.join(CLASSES)}; use a checkpoint whose scheduler is defined by betas"
+      )
     given = {field: value for field, value in config.items() if value is not None}
-    class_name = given.get("_class_name", "DDIMScheduler").removeprefix("Flax")
-    if not class_name.startswith(_BETA_CLASSES) and not _BETA_FIELDS & given.keys():
-      raise ValueError(
-        f"scheduler _class_name is {class_name}, without beta_schedule; use a checkpoint whose "
-        "scheduler is defined by betas (DDIM, PNDM, DDPM, Euler, ...)"
-      )
-    if given.get("thresholding"):
-      raise ValueError("scheduler thresholding is true, which is not supported; set it to false")
-    if given.get("use_flow_sigmas"):
-      raise ValueError(
-        "scheduler use_flow_sigmas is true, and flow matching is not supported; use a checkpoint "
-        "that predicts noise"
-      )
-    if str(given.get("variance_type", "")).startswith("learned"):
-      raise ValueError(
-        f"scheduler variance_type is {given['variance_type']!r}; a network that also predicts the "
-        "variance is not supported; use one with a fixed variance"
-      )
-    values = {
-      "set_alpha_to_one": class_name != "PNDMScheduler",
-      "clip_sample": class_name.startswith(("DDIM", "DDPM")),
-    }
-    values |= {f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given}
-    if "trained_betas" in values:
-      values["trained_betas"] = tuple(float(beta) for beta in values["trained_betas"])
-    return cls(**values)
+    defaults = class_defaults(class_name.removeprefix("Flax"))
+    # A solver in sigmas ends at the noise level 0, or at that of the first training timestep.
+    final = given.get("final_sigmas_type", defaults.get("final_sigmas_type", "zero"))
+    if final not in ("zero", "sigma_min"):
+      raise ValueError(f"scheduler final_sigmas_type is {final!r}; expected zero or sigma_min")
+    # A class without these fields neither clips nor ends at another level.
+    values = {"set_alpha_to_one": final == "zero", "clip_sample": False}
+    values |= {name: value for name, value in defaults.items() if value is not None}
+    return fields.read(cls, values | given, TABLE)
 
   def to_config(self) -> dict[str, Any]:
     """Returns scheduler_config.json of this schedule, as a DDIMScheduler of diffusers."""
     config = {"_class_name": "DDIMScheduler", **dataclasses.asdict(self), "thresholding": False}
     if self.trained_betas is not None:
       config["trained_betas"] = list(self.trained_betas)
+    if self.steps_meet:
+      del config["steps_meet"]  # diffusers does not know it
     return config
 
   @functools.cached_property

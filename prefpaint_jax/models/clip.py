@@ -27,7 +27,7 @@ class SelfAttention(nn.Module):
   """Multi-head self-attention over [B, L, D] with a bias in every projection.
 
   With `num_queries` only the first `num_queries` tokens are queries and the output is
-  [B, num_queries, D].
+  [B, num_queries, D]. No token attends to those where `mask` [B, L] is 0 (causal attention only).
   """
 
   num_heads: int
@@ -35,7 +35,9 @@ class SelfAttention(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, num_queries: int | None = None) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, num_queries: int | None = None, mask: jax.Array | None = None
+  ) -> jax.Array:
     B, _, D = x.shape
 
     def project(name: str, x: jax.Array) -> jax.Array:
@@ -45,7 +47,8 @@ class SelfAttention(nn.Module):
     query = project("q_proj", x[:, :num_queries])
     key, value = project("k_proj", x), project("v_proj", x)
     if self.is_causal:
-      y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+      known = None if mask is None else mask[:, None, None] > 0
+      y = jax.nn.dot_product_attention(query, key, value, mask=known, is_causal=True)
     else:
       y = attention(query, key, value)
     return Dense(D, dtype=self.dtype, name="out_proj")(y.reshape(B, -1, D))
@@ -65,19 +68,21 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-  """A pre-norm transformer layer; `num_queries` as in `SelfAttention`."""
+  """A pre-norm transformer layer; `num_queries` and `mask` as in `SelfAttention`."""
 
   config: CLIPConfig
   is_causal: bool
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, num_queries: int | None = None) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, num_queries: int | None = None, mask: jax.Array | None = None
+  ) -> jax.Array:
     norm = functools.partial(nn.LayerNorm, epsilon=self.config.layer_norm_eps, dtype=self.dtype)
     attention = SelfAttention(
       self.config.num_attention_heads, self.is_causal, self.dtype, name="self_attn"
     )
-    x = x[:, :num_queries] + attention(norm(name="layer_norm1")(x), num_queries)
+    x = x[:, :num_queries] + attention(norm(name="layer_norm1")(x), num_queries, mask)
     return x + MLP(self.config, self.dtype, name="mlp")(norm(name="layer_norm2")(x))
 
 
@@ -92,11 +97,13 @@ class Encoder(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, num_outputs: int | None = None) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, num_outputs: int | None = None, mask: jax.Array | None = None
+  ) -> jax.Array:
     last = self.config.num_hidden_layers - 1
     for i in range(last + 1):
       layer = EncoderLayer(self.config, self.is_causal, self.dtype, name=f"layers_{i}")
-      x = layer(x, num_outputs if i == last else None)
+      x = layer(x, num_outputs if i == last else None, mask)
     return x
 
 
@@ -122,23 +129,26 @@ class TextTransformer(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, input_ids: jax.Array) -> jax.Array:
+  def __call__(self, input_ids: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     config = self.config
     x = TextEmbeddings(config, self.dtype, name="embeddings")(input_ids)
-    x = Encoder(config, True, self.dtype, name="encoder")(x)
+    x = Encoder(config, True, self.dtype, name="encoder")(x, mask=mask)
     norm = nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")
     return norm(x)
 
 
 class CLIPTextModel(nn.Module):
-  """CLIP's text encoder: token ids [B, L] -> last hidden state [B, L, D] after the final norm."""
+  """CLIP's text encoder: token ids [B, L] -> last hidden state [B, L, D] after the final norm.
+
+  No token attends to those where `mask` [B, L] is 0.
+  """
 
   config: CLIPTextConfig
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, input_ids: jax.Array) -> jax.Array:
-    return TextTransformer(self.config, self.dtype, name="text_model")(input_ids)
+  def __call__(self, input_ids: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    return TextTransformer(self.config, self.dtype, name="text_model")(input_ids, mask)
 
 
 class VisionEmbeddings(nn.Module):

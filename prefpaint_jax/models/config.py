@@ -7,25 +7,23 @@ output in a way that is not implemented; it then raises ValueError.
 import dataclasses
 from typing import Any
 
+from prefpaint_jax.models.stock_fields import REWARD, TEXT, UNET, VAE, VISION
+from prefpaint_jax.weights import fields
 
-def _read(cls, config: dict[str, Any], fixed: dict[str, Any], what: str):
-  """Makes a dataclass from a config.
 
-  Args:
-    cls: the dataclass.
-    config: JSON object; unknown fields are ignored.
-    fixed: fields that must be absent or have this value, the only one implemented.
-    what: the model, with which an error begins.
-  """
-  for name, value in fixed.items():
-    if name in config and config[name] != value:
-      raise ValueError(
-        f"{what} config: {name}={config[name]!r} is not supported; only {value!r} is implemented"
-      )
-  names = {field.name for field in dataclasses.fields(cls)}
-  # Lists become tuples, so that the config is hashable and can be a static argument of jax.jit.
-  values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
-  return cls(**values)
+def _check_positive(config: Any, what: str, *names: str) -> None:
+  """Raises ValueError unless all integers of these fields are 1 or more."""
+  for name in names:
+    value = getattr(config, name)
+    values = value if isinstance(value, tuple) else (value,)
+    if not values or not all(v is None or v >= 1 for v in values):
+      raise ValueError(f"{what} config: {name} is {value!r}; expected 1 or more")
+
+
+def _check_divides(what: str, width: int, count: int, name: str) -> None:
+  """Raises ValueError unless `count`, the value of the field `name`, divides `width`."""
+  if width % count:
+    raise ValueError(f"{what} config: {name} is {count}; expected a divisor of the width {width}")
 
 
 def _per_level(value: int | tuple[int, ...], levels: int, name: str, what: str) -> tuple[int, ...]:
@@ -64,36 +62,10 @@ class UNetConfig:
   @classmethod
   def from_dict(cls, config: dict[str, Any]) -> "UNetConfig":
     """Reads a config; raises ValueError if the UNet needs a feature that is not implemented."""
-    fixed = {
-      "act_fn": "silu",
-      "center_input_sample": False,
-      "mid_block_type": "UNetMidBlock2DCrossAttn",
-      "mid_block_scale_factor": 1,
-      "only_cross_attention": False,
-      "dual_cross_attention": False,
-      "class_embed_type": None,
-      "num_class_embeds": None,
-      "addition_embed_type": None,
-      "encoder_hid_dim": None,
-      "encoder_hid_dim_type": None,
-      "time_embedding_type": "positional",
-      "time_embedding_dim": None,
-      "time_embedding_act_fn": None,
-      "timestep_post_act": None,
-      "time_cond_proj_dim": None,
-      "resnet_time_scale_shift": "default",
-      "resnet_skip_time_act": False,
-      "resnet_out_scale_factor": 1.0,
-      "reverse_transformer_layers_per_block": None,
-      "class_embeddings_concat": False,
-      "cross_attention_norm": None,
-      "attention_type": "default",
-      "mid_block_only_cross_attention": None,
-      "conv_in_kernel": 3,
-      "conv_out_kernel": 3,
-      "dropout": 0.0,
-    }
-    self = _read(cls, config, fixed, "UNet")
+    self = fields.read(cls, config, UNET)
+    _check_positive(self, "UNet", "in_channels", "out_channels", "block_out_channels")
+    _check_positive(self, "UNet", "sample_size", "norm_num_groups", "cross_attention_dim")
+    _check_positive(self, "UNet", "transformer_layers_per_block")
     levels = len(self.block_out_channels)
     if not len(self.down_block_types) == len(self.up_block_types) == levels:
       raise ValueError(
@@ -108,14 +80,15 @@ class UNetConfig:
       for name in types:
         if name not in known[side]:
           raise ValueError(
-            f"UNet config: {side} block {name!r} is not supported; only {' and '.join(known[side])}"
+            f"UNet config: {side}_block_types has {name!r}, which is not supported; expected "
+            f"{' and '.join(known[side])}"
           )
-    for name in ("cross_attention_dim", "transformer_layers_per_block"):
-      if not isinstance(getattr(self, name), int):
-        raise ValueError(
-          f"UNet config: {name}={getattr(self, name)!r} is not supported; give one integer"
-        )
-    _ = self.heads, self.layers
+    for width, heads, layers in zip(self.block_out_channels, self.heads, self.layers, strict=True):
+      for count, name in ((heads, "attention_head_dim"), (layers, "layers_per_block")):
+        if count < 1:
+          raise ValueError(f"UNet config: {name} has {count}; expected 1 or more")
+      _check_divides("UNet", width, heads, "attention_head_dim")
+      _check_divides("UNet", width, self.norm_num_groups, "norm_num_groups")
     return self
 
   @property
@@ -137,29 +110,32 @@ class VAEConfig:
 
   in_channels: int = 3
   out_channels: int = 3
+  down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+  up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
   block_out_channels: tuple[int, ...] = (64,)
   layers_per_block: int = 1
   latent_channels: int = 4
   norm_num_groups: int = 32
-  sample_size: int = 32
   scaling_factor: float = 0.18215
 
   @classmethod
   def from_dict(cls, config: dict[str, Any]) -> "VAEConfig":
     """Reads a config; raises ValueError if the VAE needs a feature that is not implemented."""
-    levels = len(config.get("block_out_channels", (64,)))
-    fixed = {
-      "act_fn": "silu",
-      "down_block_types": ["DownEncoderBlock2D"] * levels,
-      "up_block_types": ["UpDecoderBlock2D"] * levels,
-      "shift_factor": None,
-      "latents_mean": None,
-      "latents_std": None,
-      "use_quant_conv": True,
-      "use_post_quant_conv": True,
-      "mid_block_add_attention": True,
-    }
-    return _read(cls, config, fixed, "VAE")
+    self = fields.read(cls, config, VAE)
+    _check_positive(self, "VAE", "in_channels", "out_channels", "block_out_channels")
+    _check_positive(self, "VAE", "layers_per_block", "latent_channels", "norm_num_groups")
+    for name, block in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
+      blocks = getattr(self, f"{name}_block_types")
+      if blocks != (block,) * len(self.block_out_channels):
+        raise ValueError(
+          f"VAE config: {name}_block_types is {list(blocks)}; expected "
+          f"{len(self.block_out_channels)} times {block}, one per entry of block_out_channels"
+        )
+    for width in self.block_out_channels:
+      _check_divides("VAE", width, self.norm_num_groups, "norm_num_groups")
+    if not self.scaling_factor:
+      raise ValueError("VAE config: scaling_factor is 0; expected a positive number")
+    return self
 
   @property
   def factor(self) -> int:
@@ -182,11 +158,13 @@ class CLIPTextConfig:
   max_position_embeddings: int = 77
   hidden_act: str = "quick_gelu"
   layer_norm_eps: float = 1e-5
+  # Tokens of the padding are not attended to, as stock pipelines of such an encoder do.
+  use_attention_mask: bool | None = None
 
   @classmethod
   def from_dict(cls, config: dict[str, Any]) -> "CLIPTextConfig":
     """Reads the config of a text encoder, or the `text_config` of a whole CLIP model."""
-    return _check_activation(_read(cls, config.get("text_config", config), {}, "text encoder"))
+    return _checked_clip(fields.read(cls, nested(config, "text_config"), TEXT), "text encoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,16 +184,32 @@ class CLIPVisionConfig:
   @classmethod
   def from_dict(cls, config: dict[str, Any]) -> "CLIPVisionConfig":
     """Reads the config of a vision tower, or the `vision_config` of a whole CLIP model."""
-    if "vision_config" in config:
-      outer = {k: config[k] for k in ("projection_dim",) if k in config}
-      config = config["vision_config"] | outer
-    return _check_activation(_read(cls, config, {"num_channels": 3}, "CLIP vision"))
+    outer = {k: config[k] for k in ("projection_dim",) if k in config}
+    config = fields.read(cls, nested(config, "vision_config") | outer, VISION)
+    _check_positive(config, "CLIP vision", "image_size", "patch_size", "projection_dim")
+    return _checked_clip(config, "CLIP vision")
 
 
-def _check_activation(config):
-  """Returns the config; raises ValueError if its activation is not implemented."""
+def nested(config: dict[str, Any], part: str) -> dict[str, Any]:
+  """Returns the config of a half of a whole CLIP model, or the config itself."""
+  inner = config.get(part) or config
+  if not isinstance(inner, dict):
+    raise ValueError(f"CLIP config: {part} is {inner!r}; expected an object; download it again")
+  outer = "quantization_config"
+  return inner | ({outer: config[outer]} if outer in config else {})
+
+
+def _checked_clip(config: Any, what: str) -> Any:
+  """Returns the config; raises ValueError if the transformer cannot be built."""
   if config.hidden_act not in ("quick_gelu", "gelu"):
-    raise ValueError(f"CLIP config: hidden_act={config.hidden_act!r}; give 'quick_gelu' or 'gelu'")
+    raise ValueError(
+      f"{what} config: hidden_act is {config.hidden_act!r}; expected quick_gelu or gelu"
+    )
+  names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+  if isinstance(config, CLIPTextConfig):
+    names += ["vocab_size", "max_position_embeddings"]
+  _check_positive(config, what, *names)
+  _check_divides(what, config.hidden_size, config.num_attention_heads, "num_attention_heads")
   return config
 
 
@@ -245,14 +239,25 @@ class RewardConfig:
   @classmethod
   def from_dict(cls, config: dict[str, Any]) -> "RewardConfig":
     """Reads a config; raises ValueError if a field has an unknown value."""
-    config = dict(config, vision=CLIPVisionConfig.from_dict(config.get("vision", {})))
-    self = _read(cls, config, {}, "reward")
-    if self.fusion not in ("late", "early"):
-      raise ValueError(f"reward config: fusion={self.fusion!r}; give 'late' or 'early'")
-    if self.num_tokens not in (1, 2):
-      raise ValueError(f"reward config: num_tokens={self.num_tokens}; give 1 or 2")
-    if self.activation not in ("identity", "gelu"):
-      raise ValueError(f"reward config: activation={self.activation!r}; give 'identity' or 'gelu'")
+    vision = config.get("vision", {})
+    if not isinstance(vision, dict):
+      raise ValueError(f"reward config: vision is {vision!r}; expected an object")
+    self = fields.read(cls, config | {"vision": CLIPVisionConfig.from_dict(vision)}, REWARD)
+    _check_positive(self, "reward", "num_heads", "feedforward_dim", "hidden_dim", "feature_dim")
+    joined = self.fusion == "late" and self.num_tokens == 1  # both embeddings in one token
+    width = self.vision.projection_dim * (2 if joined else 1)
+    _check_divides("reward", width, self.num_heads, "num_heads")
+    if not self.scale > 0:
+      raise ValueError(f"reward config: scale is {self.scale}; expected above 0")
+    choices = {
+      "fusion": ("late", "early"),
+      "num_tokens": (1, 2),
+      "activation": ("identity", "gelu"),
+    }
+    for name, values in choices.items():
+      if getattr(self, name) not in values:
+        expected = " or ".join(map(str, values))
+        raise ValueError(f"reward config: {name} is {getattr(self, name)!r}; expected {expected}")
     return self
 
   def to_dict(self) -> dict[str, Any]:

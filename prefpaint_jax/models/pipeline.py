@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
+from packaging.version import InvalidVersion, Version
 
 from prefpaint_jax.diffusion.schedule import Schedule
 from prefpaint_jax.models.clip import CLIPTextModel
@@ -188,10 +189,15 @@ def make_modules(
     remat: rematerialise the UNet's blocks in the backward pass.
     where: name of the pipeline, for error messages.
 
+  As stock pipelines do, it takes `steps_offset` of the scheduler as 1, and a `sample_size` below 64
+  of a UNet that a version of diffusers before 0.9 wrote as 64.
+
   Raises:
     ValueError: a config is not supported, or the networks do not fit together.
   """
   unet, vae = UNetConfig.from_dict(configs["unet"]), VAEConfig.from_dict(configs["vae"])
+  if _is_older(configs["unet"], "0.9.0.dev0") and isinstance(unet.sample_size, int):
+    unet = dataclasses.replace(unet, sample_size=max(unet.sample_size, 64))
   text = CLIPTextConfig.from_dict(configs["text_encoder"])
   latents = vae.latent_channels
   if unet.in_channels != 2 * latents + 1:
@@ -210,5 +216,19 @@ def make_modules(
     UNet2DConditionModel(unet, compute_dtype, remat),
     AutoencoderKL(vae, compute_dtype),
     CLIPTextModel(text, compute_dtype),
-    Schedule.from_config(configs["scheduler"]),
+    dataclasses.replace(Schedule.from_config(configs["scheduler"]), steps_offset=1),
   )
+
+
+def _is_older(config: dict, version: str) -> bool:
+  """Returns whether a config says that a version of diffusers before `version` wrote it."""
+  written = config.get("_diffusers_version")
+  if written is None:
+    return False
+  try:
+    return Version(Version(written).base_version) < Version(version)
+  except (InvalidVersion, TypeError):
+    raise ValueError(
+      f"UNet config: _diffusers_version is {written!r}; expected a version such as 0.30.0; correct "
+      "it, or remove it"
+    ) from None

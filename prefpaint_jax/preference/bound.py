@@ -311,6 +311,8 @@ def load_bound(path: str | os.PathLike) -> Bound:
       matrix = file.get_tensor("V")
     scalars = {name: read(metadata[name]) for name, read in _SCALARS.items() if name in metadata}
     lam = scalars.pop("lam")
+    if not (lam > 0 and all(np.isfinite(value) for value in (lam, *scalars.values()))):
+      raise ValueError(f"lam is {lam}, with {scalars}: not finite, or not positive")
   except (SafetensorError, KeyError, ValueError) as error:
     raise ValueError(
       f"bound {path}: cannot be read ({error}); expected a tensor V and a metadata field lam"

@@ -90,17 +90,15 @@ def fit(
   gather = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
   current = lambda state: state.average if ema_decay else state.params
 
-  start = int(state.iteration)
+  done, stopping = int(state.iteration), False
   writer = MetricsWriter(workdir, is_writer)
-  writer.truncate(start)
+  writer.truncate(done)
   frozen = jax.device_put(frozen, sharding.replicated(mesh))
-  bar = progress(iterations, start, visible=is_writer)
-  done, stopping = start, False
+  bar = progress(iterations, done, visible=is_writer)
   with agreed_stop_requests(mesh) as asked_to_stop:
     while done < iterations and not stopping:
       stopping, done = asked_to_stop(), done + 1
-      # Strings, such as ids, cannot be put on a device.
-      arrays = {name: x for name, x in next(loader).items() if x.dtype.kind != "U"}
+      arrays = {name: x for name, x in next(loader).items() if x.dtype.kind != "U"}  # no IDs
       state, metrics = step(state, frozen, sharding.to_global(mesh, arrays), key)
       is_due = lambda every, done=done: bool(every) and (done % every == 0 or done == iterations)
       line = {}

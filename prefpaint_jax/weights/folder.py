@@ -6,16 +6,15 @@ Stock diffusers and transformers open the files that this module writes.
 import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from prefpaint_jax.runtime.text import first_line
 from prefpaint_jax.weights import names
+from prefpaint_jax.weights.files import load_file, save_tensors
 
 _PIPELINE_FILES = (
   "model_index.json",
@@ -27,6 +26,7 @@ _PIPELINE_FILES = (
   "tokenizer/*",
   "scheduler/*.json",
 )
+_PIPELINE_CLASSES = r"(Flax)?StableDiffusion(Inpaint|Img2Img)?Pipeline(Legacy)?"
 _REWARD_FILES = ("config.json", "*.safetensors", "*.pt")
 
 
@@ -35,11 +35,23 @@ def resolve_pipeline(name_or_folder: str | Path) -> Path:
 
   Raises ValueError if the folder does not exist or is not a pipeline.
   """
+  path = Path(name_or_folder).expanduser()
+  if path.is_file():
+    raise ValueError(
+      f"{path}: a single file; expected a diffusers folder; convert it with diffusers: "
+      "StableDiffusionInpaintPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+    )
   folder = resolve(name_or_folder, _PIPELINE_FILES)
   if not (folder / "model_index.json").is_file():
     raise ValueError(
       f"{folder}: no model_index.json, so not a diffusers pipeline; give the folder that contains"
       " unet/, vae/ and text_encoder/"
+    )
+  name = read_config(folder, "model_index.json").get("_class_name")
+  if name is not None and not re.fullmatch(_PIPELINE_CLASSES, str(name)):
+    raise ValueError(
+      f"{folder / 'model_index.json'}: _class_name is {name}, which is not supported; expected "
+      "StableDiffusionInpaintPipeline; give an inpainting checkpoint of Stable Diffusion 1 or 2"
     )
   return folder
 
@@ -118,7 +130,9 @@ def read_config(folder: str | Path, file: str = "config.json") -> dict[str, Any]
     config = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError as error:
     raise ValueError(f"{path}: not found; give the folder of a model that has it") from error
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+  except OSError as error:
+    raise ValueError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+  except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
     raise ValueError(f"{path}: not valid JSON ({first_line(error)}); download it again") from error
   if not isinstance(config, dict):
     raise ValueError(f"{path}: contains a {type(config).__name__}; expected a JSON object")
@@ -139,62 +153,25 @@ def load_tensors(
   path = _weights_file(Path(folder), stem, variant)
   if path.suffix != ".json":
     return load_file(path)
-  tensors: dict[str, np.ndarray] = {}
-  shard_of = read_config(path.parent, path.name).get("weight_map", {})
-  for shard in sorted(set(shard_of.values())):
-    tensors |= load_file(path.parent / shard)
-  if differing := sorted(tensors.keys() ^ shard_of.keys()):
-    raise ValueError(
-      f"{path}: index and shards differ in {len(differing)} tensors, such as {differing[0]};"
-      " download them again"
-    )
-  return tensors
-
-
-def load_file(path: str | Path) -> dict[str, np.ndarray]:
-  """Reads the tensors of a `.safetensors` or torch file (`.bin`, `.pt`); floats as float32.
-
-  Raises:
-    ValueError: the file is missing, damaged, or not a dict of tensors.
-  """
-  path = Path(path)
-  if not path.is_file():
-    raise ValueError(f"{path}: not found; download the folder again")
-  if path.suffix == ".safetensors":
-    try:
-      with safe_open(path, framework="numpy") as file:
-        return {name: _float32(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-      raise _unreadable(path, error) from error
-  torch, tensors = load_torch(path)
-  if not isinstance(tensors, dict) or not all(
-    isinstance(t, torch.Tensor) for t in tensors.values()
+  shard_of = read_config(path.parent, path.name).get("weight_map")
+  if not isinstance(shard_of, dict) or not all(
+    isinstance(shard, str) and re.fullmatch(r"[^/\\]+\.(safetensors|bin)", shard)
+    for shard in shard_of.values()
   ):
-    raise ValueError(f"{path}: not a dict of tensors; give a file that contains only a state_dict")
-  return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
-
-
-def load_torch(path: str | Path) -> tuple[Any, Any]:
-  """Reads a torch file without running pickled code; returns (the torch module, the content).
-
-  Raises ValueError if torch is not installed or the file is damaged.
-  """
-  try:
-    import torch
-  except ImportError as error:
     raise ValueError(
-      f"{path}: a torch file; install torch to read it, or give a safetensors file"
-    ) from error
-  try:
-    return torch, torch.load(path, map_location="cpu", weights_only=True)
-  except Exception as error:  # torch raises many types of errors for a damaged file
-    raise _unreadable(Path(path), error) from error
-
-
-def save_tensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
-  """Writes a safetensors file that diffusers and transformers open; creates its folder."""
-  Path(path).parent.mkdir(parents=True, exist_ok=True)
-  save_file(dict(tensors), path, metadata={"format": "pt"})
+      f"{path}: weight_map is not an object of names of files in this folder; download it again"
+    )
+  tensors: dict[str, np.ndarray] = {}
+  for shard in sorted(set(shard_of.values())):
+    found = load_file(path.parent / shard)
+    listed = {name for name, file in shard_of.items() if file == shard}
+    if differing := sorted(found.keys() ^ listed):
+      raise ValueError(
+        f"{path}: index and shards differ in {len(differing)} tensors, such as {differing[0]};"
+        " download them again"
+      )
+    tensors |= found
+  return tensors
 
 
 def load_params(
@@ -215,11 +192,17 @@ def load_params(
 
 
 def save_params(folder: str | Path, params: names.Params, dtype: str = "float32") -> None:
-  """Writes a network's parameters under names that all versions of the stock libraries read."""
+  """Writes a network's parameters under names that all versions of the stock libraries read.
+
+  Raises:
+    ValueError: a parameter is not finite as `dtype`; names the first.
+  """
   stem = names.kind_of(params).stem
-  tensors = {
-    name: tensor.astype(dtype, copy=False) for name, tensor in names.to_torch(params).items()
-  }
+  tensors = {}
+  for name, tensor in names.to_torch(params).items():
+    with np.errstate(over="ignore"):  # reported below
+      tensors[name] = tensor.astype(dtype, copy=False)
+    names.check_finite(name, tensors[name], f"{folder}: not written")
   save_tensors(Path(folder) / f"{stem}.safetensors", tensors)
 
 
@@ -299,17 +282,6 @@ def _without_copies(files: Sequence[str]) -> list[str]:
     for file, weights in parsed.items()
     if weights is None or weights.generation == best[PurePosixPath(file).parent]
   ]
-
-
-def _float32(tensor: np.ndarray) -> np.ndarray:
-  return tensor if tensor.dtype.kind in "iub" else tensor.astype(np.float32, copy=False)
-
-
-def _unreadable(path: Path, error: Exception) -> ValueError:
-  return ValueError(
-    f"{path}: cannot be read at {path.stat().st_size} bytes ({first_line(error)});"
-    " it is truncated or not a weights file: download it again"
-  )
 
 
 def _listing(folder: Path) -> str:

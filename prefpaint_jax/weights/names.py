@@ -104,7 +104,8 @@ def to_tree(tensors: Mapping[str, np.ndarray], template: Params, *, what: str) -
     what: the file or folder, with which an error begins.
 
   Raises:
-    ValueError: tensors are missing, unexpected, repeated, or of another shape; names them all.
+    ValueError: tensors are missing, unexpected, repeated, or of another shape (it names them all),
+      or one is not finite or not floating-point.
   """
   leaves = {torch_name(path): (path, leaf) for path, leaf in flatten_dict(template).items()}
   kind = kind_of(template)
@@ -123,6 +124,12 @@ def to_tree(tensors: Mapping[str, np.ndarray], template: Params, *, what: str) -
     expected = tuple(leaf.shape[axis] for axis in axes)
     if name != found_name and tensor.shape == (*expected, 1, 1):
       tensor = tensor[..., 0, 0]  # the oldest files store a dense kernel as a 1x1 convolution
+    if tensor.dtype.kind in "iubc":
+      raise ValueError(
+        f"{what}: {found_name} is {tensor.dtype}; expected floating-point numbers; quantised "
+        "weights are not supported, download the full-precision files"
+      )
+    check_finite(found_name, tensor, what)
     if path in filled:
       repeated.append(found_name)
     filled[path] = tensor
@@ -143,6 +150,15 @@ def to_tree(tensors: Mapping[str, np.ndarray], template: Params, *, what: str) -
     )
     raise ValueError(f"{what}: tensors {report}; give weights and config of the same model")
   return unflatten_dict(filled)
+
+
+def check_finite(name: str, tensor: np.ndarray, what: str) -> None:
+  """Raises ValueError if a tensor is not finite; takes no memory, a NaN is its own extreme."""
+  if tensor.size and not (np.isfinite(np.min(tensor)) and np.isfinite(np.max(tensor))):
+    raise ValueError(
+      f"{what}: {name} of {list(tensor.shape)} has values that are not finite in {tensor.dtype}; "
+      "use weights that are"
+    )
 
 
 def to_torch(params: Params) -> dict[str, np.ndarray]:

@@ -1,0 +1,49 @@
+"""Configs of an exported pipeline: they agree with its files, and stock diffusers opens them."""
+
+from typing import Any
+
+from prefpaint_jax.diffusion.schedule import Schedule
+from prefpaint_jax.models.config import nested
+
+_LIBRARY = {
+  "unet": ["diffusers", "UNet2DConditionModel"],
+  "vae": ["diffusers", "AutoencoderKL"],
+  "text_encoder": ["transformers", "CLIPTextModel"],
+  "tokenizer": ["transformers", "CLIPTokenizer"],
+  "scheduler": ["diffusers", "DDIMScheduler"],
+}
+
+
+def exported_configs(
+  configs: dict[str, dict], schedule: Schedule, dtype: str
+) -> dict[str, dict[str, Any]]:
+  """Makes the configs of a pipeline whose weights are stored as `dtype`.
+
+  The scheduler is a DDIMScheduler, the sampler of this package, whatever class the base names: so
+  stock diffusers samples as `Inpainter` does.
+
+  Args:
+    configs: those of the base: "unet", "vae", "text_encoder" and "scheduler".
+    schedule: the schedule that the policy samples with.
+    dtype: type of the stored weights.
+
+  Returns:
+    The same configs, and "model_index".
+  """
+  scheduler = schedule.to_config()
+  if configs["scheduler"].get("_class_name") == "DDIMScheduler":
+    scheduler = configs["scheduler"] | {"steps_offset": schedule.steps_offset}
+  text = dict(nested(configs["text_encoder"], "text_config"))
+  for name in ("dtype", "torch_dtype"):  # of current and of earlier versions of transformers
+    if name in text:
+      text[name] = dtype
+  text |= {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+  index = {"_class_name": "StableDiffusionInpaintPipeline", "_diffusers_version": "0.30.0"}
+  index |= _LIBRARY | {"safety_checker": [None, None], "feature_extractor": [None, None]}
+  return {
+    "unet": configs["unet"] | {"_class_name": "UNet2DConditionModel"},
+    "vae": configs["vae"] | {"_class_name": "AutoencoderKL"},
+    "text_encoder": text,
+    "scheduler": scheduler,
+    "model_index": index | {"requires_safety_checker": False},
+  }
