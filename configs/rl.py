@@ -26,6 +26,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.batch_size = 128  # prompts per iteration, over all devices
   config.samples_per_prompt = 1  # above 1, advantages compare samples of the same prompt
   config.num_steps = 50  # T, DDIM steps
+  config.mask_latents = "cells"  # missing latents: cells with any missing pixel, or corner (stock)
   config.eta = 1.0  # scale of the noise of each DDIM step; above 0
   config.decode_batch = 16  # images that a device encodes, decodes and scores at a time; 0: all
   config.behaviour_refresh = 1  # iterations between copies of the policy to the behaviour policy
@@ -137,5 +138,6 @@ def _released(config: ConfigDict) -> None:
     behaviour_refresh=15,
     gradient_accumulation=3,
     loss_reduction="sum",
+    mask_latents="corner",
   )
   config.trust.update(norm="released", minimum=1.0, maximum=2.21)

@@ -4,6 +4,7 @@
 """
 # Shapes: B images, S samples of each, H W pixels, h w latents, L text tokens, D text width.
 
+import dataclasses
 import functools
 import json
 import os
@@ -102,6 +103,7 @@ class Inpainter:
     dtype: str = "float32",
     remat: bool = False,
     variant: str | None = None,
+    mask_latents: str = "cells",
   ) -> "Inpainter":
     """Loads a pipeline in the diffusers format.
 
@@ -111,6 +113,7 @@ class Inpainter:
       dtype: compute dtype of the networks; parameters stay float32.
       remat: rematerialise the UNet's blocks in the backward pass.
       variant: variant of the weight files, "fp16" for example; default: full precision, if present.
+      mask_latents: latents that the UNet is told are missing, "cells" or "corner" (see `Modules`).
 
     Raises:
       ValueError: a file is missing, or the folder is not an inpainting pipeline.
@@ -119,6 +122,7 @@ class Inpainter:
     configs = {part: weights.read_config(path / part) for part in NETWORKS}
     configs["scheduler"] = weights.read_config(path / "scheduler", "scheduler_config.json")
     modules = make_modules(configs, dtype, remat, where=str(name))
+    modules = dataclasses.replace(modules, mask_latents=mask_latents)
     shapes = jax.eval_shape(modules.init, jax.random.key(0))
     params = {part: weights.load_params(path / part, shapes[part], variant) for part in NETWORKS}
     files = sorted((path / "tokenizer").glob("*"))
@@ -291,8 +295,8 @@ def _write_json(path: Path, content: dict) -> None:
 def open_policy(name: str, dtype: str = "float32", step: int | str | None = None) -> "Inpainter":
   """Loads the policy of an alignment run, or a pipeline as `Inpainter.from_pretrained` does.
 
-  From a run it takes the moving average of the parameters, if the run has one, and merges LoRA
-  adapters into the base policy.
+  From a run it takes the moving average of the parameters, if the run has one, merges LoRA adapters
+  into the base policy, and keeps the run's `mask_latents`.
 
   Args:
     name: workdir of a run, folder, hub name, or "mini".
@@ -304,7 +308,8 @@ def open_policy(name: str, dtype: str = "float32", step: int | str | None = None
   if (workdir / "model_index.json").is_file() or not (workdir / "config.json").is_file():
     return Inpainter.from_pretrained(name, dtype)
   config = read_workdir(workdir)
-  inpainter = Inpainter.from_pretrained(config.policy, dtype)
+  mask_latents = config.get("mask_latents", "cells")
+  inpainter = Inpainter.from_pretrained(config.policy, dtype, mask_latents=mask_latents)
   kept = "ema" if config.ema_decay else "params"
   checkpoints = Checkpoints(workdir / "checkpoints", best=config.get("keep_best", ""))
   step = int(step) if isinstance(step, str) and step.isdecimal() else step

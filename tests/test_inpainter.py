@@ -1,10 +1,12 @@
 """Inpainter: samples equal those of stock diffusers; inputs, folders and errors."""
 
+import dataclasses
 import json
 import re
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -46,9 +48,9 @@ def both(request, tmp_path_factory):
   diffusers = pytest.importorskip("diffusers")
   from diffusers.models.autoencoders import vae
 
-  ours = testing.tiny_inpainter(generation=request.param)
   folder = tmp_path_factory.mktemp("pipeline")
-  ours.save_pretrained(folder)
+  testing.tiny_inpainter(generation=request.param).save_pretrained(folder)
+  ours = Inpainter.from_pretrained(folder, mask_latents="corner")
   stock = diffusers.AutoPipelineForInpainting.from_pretrained(folder)
   assert type(stock) is diffusers.StableDiffusionInpaintPipeline
   assert type(stock.scheduler) is diffusers.DDIMScheduler
@@ -66,7 +68,9 @@ def test_pipeline_equals_stock_diffusers(both, prompt, text, guidance_scale):
   import torch
 
   ours, stock = both
-  image, mask = prompt
+  image, _ = prompt
+  mask = np.zeros((*image.shape[:2], 1), np.float32)
+  mask[3:8, 1:6] = 1.0  # cuts latents on all sides
   latents = np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
   expected = stock(
     prompt=text,
@@ -93,6 +97,30 @@ def test_pipeline_equals_stock_diffusers(both, prompt, text, guidance_scale):
   assert samples.shape == expected.shape == (1, architectures.SIZE, architectures.SIZE, 3)
   assert expected.std() > 0.05  # the image is not saturated
   np.testing.assert_allclose(samples, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("option", ["cells", "corner"])
+def test_latents_of_every_cell_with_a_missing_pixel_or_corner_are_told_as_missing(
+  inpainter, option
+):
+  modules = dataclasses.replace(inpainter.modules, mask_latents=option)
+  factor, side = modules.vae.config.factor, architectures.SIZE
+  masks = jnp.asarray(np.random.default_rng(0).random((5, side, side, 1)) < 0.15, jnp.float32)
+  images = jnp.full((5, side, side, 3), 0.8)
+  prompts = modules.encode_prompts(inpainter.params["vae"], images, masks, None)
+  expected = np.zeros_like(prompts.mask_latents)
+  for b, y, x, _ in np.argwhere(masks):
+    if option == "cells" or (y % factor == 0 and x % factor == 0):
+      expected[b, y // factor, x // factor] = 1
+  assert 0 < expected.mean() < 1
+  np.testing.assert_array_equal(prompts.mask_latents, expected)
+  # The VAE and the reward model see all known pixels, also those of cells that the hole cuts.
+  np.testing.assert_array_equal(prompts.masked_image, images * (1 - masks))
+
+
+def test_unknown_mask_latents_raise_an_error(folder):
+  with refused("mask_latents is 'nearest'; expected 'cells' or 'corner'"):
+    Inpainter.from_pretrained(folder, mask_latents="nearest")
 
 
 def test_text_and_guidance_change_the_samples(inpainter, prompt):

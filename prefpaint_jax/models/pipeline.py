@@ -16,6 +16,7 @@ from prefpaint_jax.models.vae import AutoencoderKL
 from prefpaint_jax.weights.names import Params
 
 NETWORKS = ("unet", "vae", "text_encoder")
+MASK_LATENTS = ("cells", "corner")
 
 # One timestep for the batch, or one per sample.
 Timestep = int | Int[Array, ""] | Int[Array, " B"]
@@ -41,12 +42,27 @@ class Prompts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Modules:
-  """The networks and the noise schedule, without parameters; hashable, so a static argument."""
+  """The networks and the noise schedule, without parameters; hashable, so a static argument.
+
+  `mask_latents` says which latents the UNet is told are missing. A latent encodes a cell of the
+  VAE's factor by factor pixels. "cells": every cell with a missing pixel. "corner": cells whose top
+  left pixel is missing, as diffusers, which misses the cells that the rim of a hole cuts.
+
+  Raises:
+    ValueError: `mask_latents` is unknown.
+  """
 
   unet: UNet2DConditionModel
   vae: AutoencoderKL
   text_encoder: CLIPTextModel
   schedule: Schedule
+  mask_latents: str = "cells"
+
+  def __post_init__(self):
+    if self.mask_latents not in MASK_LATENTS:
+      raise ValueError(
+        f"mask_latents is {self.mask_latents!r}; expected {' or '.join(map(repr, MASK_LATENTS))}"
+      )
 
   @property
   def native_size(self) -> int:
@@ -79,7 +95,6 @@ class Modules:
       masks: 1 = missing.
       context: of one text for all prompts or of B texts; becomes the prompts' context.
     """
-    factor = self.vae.config.factor
     known = 1.0 - masks
     # The hole is 0 in the range of both: grey for the VAE ([-1, 1]), as in its training, and black
     # for the reward model ([0, 1]).
@@ -89,10 +104,19 @@ class Modules:
     return Prompts(
       mask=masks,
       masked_image=images * known,
-      mask_latents=masks[:, ::factor, ::factor],
+      mask_latents=self._shrink(masks),
       masked_latents=mean * self.vae.config.scaling_factor,
       context=context,
     )
+
+  def _shrink(self, masks: Float[Array, "B H W 1"]) -> Float[Array, "B h w 1"]:
+    """Computes the mask of the latents from that of the pixels, as `mask_latents` says."""
+    factor = self.vae.config.factor
+    if self.mask_latents == "corner":
+      return masks[:, ::factor, ::factor]
+    B, H, W, _ = masks.shape
+    cells = jnp.reshape(masks, (B, H // factor, factor, W // factor, factor, 1))
+    return jnp.max(cells, axis=(2, 4))
 
   def predict(
     self,
