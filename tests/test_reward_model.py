@@ -66,6 +66,17 @@ def test_preprocessing_equals_transformers(name, crop):
   assert error.max() < 8 / 255
 
 
+def test_centre_crop_starts_where_torchvision_starts():
+  # torchvision's center_crop: int(round((length - size) / 2)), with halves rounded to even.
+  starts = [0, 0, 1, 2, 2, 2, 3, 4]
+  for rest, start in enumerate(starts):
+    wide = np.random.default_rng(rest).uniform(size=(1, 8, 8 + rest, 3)).astype(np.float32)
+    expected = (wide[:, :, start : start + 8] - reward.CLIP_MEAN) / reward.CLIP_STD
+    np.testing.assert_allclose(reward.preprocess(wide, 8), expected, atol=1e-4)
+    tall = np.swapaxes(wide, 1, 2)
+    np.testing.assert_allclose(reward.preprocess(tall, 8), np.swapaxes(expected, 1, 2), atol=1e-4)
+
+
 def test_preprocessing_of_the_right_size_only_normalises():
   pixels = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype(np.float32)
   expected = (pixels - reward.CLIP_MEAN) / reward.CLIP_STD
