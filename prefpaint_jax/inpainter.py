@@ -217,7 +217,7 @@ class Inpainter:
     """Inpaints one image, or several images of one size.
 
     Images are resized so that their shorter side is the model's native size, and samples are
-    resized back.
+    resized back. Pixels under the mask do not change the samples.
 
     Args:
       image: PIL image, path or array [H, W, 3] (uint8, or float in [0, 1]), or a list of B of them.
@@ -241,8 +241,15 @@ class Inpainter:
     images, masks = image_io.load_pairs(image, mask)
     B, H, W, _ = images.shape
     size = self.working_size(H, W)
-    small_images = np.stack([image_io.resize_image(x, size) for x in images])
-    small_masks = np.stack([image_io.resize_mask(x, size) for x in masks])
+    pairs = zip(images, masks, strict=True)
+    small_images, small_masks = map(
+      np.stack, zip(*(image_io.resize_prompt(*pair, size) for pair in pairs), strict=True)
+    )
+    if small_masks.all(axis=(1, 2, 3)).any():
+      raise ValueError(
+        f"mask: the {H}x{W} pixels leave no known pixel at {size[0]}x{size[1]}, the size at which "
+        "the model works; leave larger known regions"
+      )
     texts = [text] if isinstance(text, str) else list(text)
     if len(texts) not in (1, B):
       raise ValueError(f"text: {len(texts)} texts for {B} images; give one, or one for each")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from scipy import ndimage
 
 from prefpaint_jax.runtime.files import atomic_path
 from prefpaint_jax.runtime.text import first_line
@@ -123,12 +124,42 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Resizes [H, W, 1] to [*size, 1] by the nearest pixel, so that the mask stays binary."""
-  rows, columns = (
-    (2 * np.arange(new) + 1) * old // (2 * new)  # the old pixel under the centre of each new pixel
-    for new, old in zip(size, mask.shape[:2], strict=True)
+  """Resizes [H, W, 1] to [*size, 1] without losing a missing pixel; the mask stays binary.
+
+  Where a side shrinks, a new pixel is missing if it overlaps a missing pixel. Where a side grows, a
+  new pixel is missing if its centre is in a missing pixel.
+  """
+  for axis, new in enumerate(size):
+    old, index = mask.shape[axis], np.arange(new)
+    if new >= old:
+      mask = mask.take((2 * index + 1) * old // (2 * new), axis)
+    else:
+      first, last = index * old // new, ((index + 1) * old - 1) // new
+      # Two neighbours overlap the same old pixel if its middle is cut: `reduceat` counts it once.
+      mask = np.maximum(np.maximum.reduceat(mask, first, axis), mask.take(last, axis))
+  return mask
+
+
+def resize_prompt(
+  image: np.ndarray, mask: np.ndarray, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Resizes an image [H, W, 3] and its mask [H, W, 1] to `size`.
+
+  The content of the hole does not change a known pixel of the result.
+  """
+  if image.shape[:2] == tuple(size):
+    return image, mask
+  small_mask = resize_mask(mask, size)
+  known = resize_image(spread_known(image, mask), size)
+  return np.where(small_mask > 0, resize_image(image, size), known), small_mask
+
+
+def spread_known(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+  """Replaces every missing pixel of [H, W, C] by the nearest known pixel."""
+  nearest = ndimage.distance_transform_edt(
+    mask[..., 0] > 0, return_distances=False, return_indices=True
   )
-  return mask[rows][:, columns]
+  return image[tuple(nearest)]
 
 
 def paste_back(result, image, mask):

@@ -52,7 +52,7 @@ def open_prompts(
     source: as above.
     split: "train" or "test". One tenth of the images of a source is "test".
     size: a side or (height, width) to resize to; None: the stored size. Images are antialiased;
-      masks take the nearest pixel. Prompts drawn from images are cropped at the centre.
+      no missing pixel is lost. Prompts drawn from images are cropped at the centre.
   """
   size = (size, size) if isinstance(size, int) else size
   folder, listing = Path(mini.locate(source, "prompts")), None
@@ -150,7 +150,7 @@ def _prompt(
   """Makes a prompt and resizes it to `size`; derives the kind from the mask if it is None."""
   kind = masks.mask_kind(mask) if kind is None else kind
   if size is not None and size != image.shape[:2]:
-    image, mask = images.resize_image(image, size), images.resize_mask(mask, size)
+    image, mask = images.resize_prompt(image, mask, size)
     images.check_mask(mask, size, f"prompt {id_} at {size[0]}x{size[1]}")
   return Prompt(id=id_, kind=kind, image=image, mask=mask)
 
