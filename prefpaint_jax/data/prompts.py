@@ -9,7 +9,6 @@ is known, else black. Code that conditions on a prompt must multiply the image b
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from etils import epy
-from PIL import Image
 
 from prefpaint_jax import mini
 from prefpaint_jax.data import images, masks
@@ -99,8 +97,7 @@ class _RecordPrompts(Sequence):
 
   def __getitem__(self, index: int) -> Prompt:
     record = self._records[range(len(self))[index]]
-    image, mask = (Image.open(io.BytesIO(record[name])) for name in ("image", "mask"))
-    image, mask = images.load_image(image), images.load_mask(mask)
+    image, mask = images.load_image(record["image"]), images.load_mask(record["mask"])
     return _prompt(record["id"].decode(), image, mask, self._size, int(record["kind"]))
 
 

@@ -54,7 +54,7 @@ def test_sixteen_bit_values_keep_their_precision(tmp_path):
     np.testing.assert_allclose(images.load_image(source)[..., 1], ramp / 65535, atol=1e-7)
 
 
-def test_transparent_pixels_are_white_in_images_and_known_in_masks(photo):
+def test_transparent_pixels_are_white_in_images_and_refused_in_masks(photo):
   alpha = np.zeros((12, 20, 1), np.uint8)
   alpha[:, 10:] = 255
   rgba = np.concatenate([photo, alpha], -1)
@@ -63,7 +63,10 @@ def test_transparent_pixels_are_white_in_images_and_known_in_masks(photo):
   np.testing.assert_array_equal(loaded[:, 10:], photo[:, 10:].astype(np.float32) / 255)
   np.testing.assert_array_equal(loaded, images.load_image(Image.fromarray(rgba)))
   white = np.concatenate([np.full_like(photo, 255), alpha], -1)
-  np.testing.assert_array_equal(images.load_mask(white)[..., 0], alpha[..., 0] / 255)
+  with pytest.raises(ValueError, match="transparent pixels; expected an opaque mask"):
+    images.load_mask(white)
+  opaque = np.concatenate([np.repeat(alpha, 3, -1), np.full_like(alpha, 255)], -1)
+  np.testing.assert_array_equal(images.load_mask(opaque)[..., 0], alpha[..., 0] / 255)
 
 
 def test_exif_orientation_is_applied(tmp_path, photo):
