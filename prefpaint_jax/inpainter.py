@@ -24,7 +24,7 @@ from prefpaint_jax.data import images as image_io
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.diffusion.ddim import Steps
 from prefpaint_jax.models import lora
-from prefpaint_jax.models.pipeline import NETWORKS, Modules, make_modules
+from prefpaint_jax.models.pipeline import NETWORKS, Modules, list_texts, make_modules
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.runtime.checkpoint import Checkpoints
 from prefpaint_jax.runtime.compilation import fast_jit
@@ -238,21 +238,13 @@ class Inpainter:
     Raises:
       ValueError: inputs cannot be read, or do not have matching sizes or numbers.
     """
+    if num_samples < 1:
+      raise ValueError(f"num_samples is {num_samples}; expected 1 or more")
     images, masks = image_io.load_pairs(image, mask)
     B, H, W, _ = images.shape
     size = self.working_size(H, W)
-    pairs = zip(images, masks, strict=True)
-    small_images, small_masks = map(
-      np.stack, zip(*(image_io.resize_prompt(*pair, size) for pair in pairs), strict=True)
-    )
-    if small_masks.all(axis=(1, 2, 3)).any():
-      raise ValueError(
-        f"mask: the {H}x{W} pixels leave no known pixel at {size[0]}x{size[1]}, the size at which "
-        "the model works; leave larger known regions"
-      )
-    texts = [text] if isinstance(text, str) else list(text)
-    if len(texts) not in (1, B):
-      raise ValueError(f"text: {len(texts)} texts for {B} images; give one, or one for each")
+    small_images, small_masks = image_io.resize_prompts(images, masks, size)
+    texts = list_texts(text, B)
     context = self.encode_text(texts) if any(texts) else self.empty_context
     key = jax.random.key(0) if key is None else key
     noise_key, chain_key = jax.random.split(key)

@@ -2,6 +2,7 @@
 # Shapes: B prompts, H W pixels, h w latents, c latent channels, L text tokens, D text width.
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -187,6 +188,20 @@ class Modules:
       "vae": self.vae.init(keys[1], image)["params"],
       "text_encoder": self.text_encoder.init(keys[2], tokens)["params"],
     }
+
+
+def list_texts(text: str | Sequence[str], number: int) -> list[str]:
+  """Returns one text, or one for each of `number` images.
+
+  Raises:
+    ValueError: `text` is neither a text nor a list of 1 or `number` texts.
+  """
+  texts = [text] if isinstance(text, str) else text
+  if not isinstance(texts, list | tuple) or not all(isinstance(one, str) for one in texts):
+    raise ValueError(f"text is {text!r}; expected a text or a list of texts; give '' for no text")
+  if len(texts) not in (1, number):
+    raise ValueError(f"text: {len(texts)} texts for {number} images; give one, or one for each")
+  return list(texts)
 
 
 def make_modules(
