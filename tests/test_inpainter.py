@@ -191,6 +191,19 @@ def test_pixels_under_the_mask_do_not_change_the_samples(inpainter, prompt):
   np.testing.assert_array_equal(inpaint(image), inpaint(other))
 
 
+@pytest.mark.parametrize("size", [(16, 16), (13, 22)])
+def test_pixels_under_the_mask_do_not_change_the_samples_of_a_resized_image(inpainter, size):
+  rng = np.random.default_rng(0)
+  mask = np.zeros((*size, 1), np.float32)
+  mask[3:9, 7:8] = 1.0  # narrower than a pixel of the working size
+  image = rng.uniform(size=(*size, 3)).astype(np.float32)
+  samples = [
+    inpainter(np.where(mask > 0, content, image), mask, num_steps=STEPS)
+    for content in (np.float32(0), np.float32(1))
+  ]
+  np.testing.assert_array_equal(*samples)
+
+
 def test_samples_of_an_image_are_consecutive(inpainter):
   images, masks = testing.tiny_prompts(2)
   latents = np.random.default_rng(0).normal(size=(6, 4, 4, 4)).astype(np.float32)
@@ -348,6 +361,30 @@ def test_one_mask_applies_to_all_images_of_one_size():
     load_pairs(list(images), list(masks[:2]))
   with refused("the image is 4x8, the first of the list 8x8"):
     load_pairs([images[0], images[1, :4]], masks[0])
+
+
+@pytest.mark.parametrize(
+  ("options", "reason"),
+  [
+    ({"num_samples": 0}, "num_samples is 0; expected 1 or more"),
+    ({"text": None}, "text is None; expected a text"),
+    ({"text": 3}, "text is 3; expected a text"),
+    ({"text": [None]}, r"text is \[None\]; expected a text"),
+    ({"text": []}, "0 texts for 1 images"),
+  ],
+)
+def test_invalid_texts_and_numbers_of_samples_raise_errors(inpainter, prompt, options, reason):
+  with refused(reason):
+    inpainter(*prompt, **options)
+
+
+def test_empty_lists_and_masks_that_fill_the_working_size_raise_errors(inpainter):
+  with refused("images: the list is empty"):
+    inpainter([], [])
+  mask = np.ones((64, 64, 1), np.float32)
+  mask[3, 3] = 0
+  with refused("the 64x64 pixels leave no known pixel at 8x8"):
+    inpainter(np.zeros((64, 64, 3), np.uint8), mask)
 
 
 def test_number_of_texts_other_than_one_or_that_of_images_raises_an_error(inpainter, prompt):

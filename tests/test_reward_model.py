@@ -97,6 +97,38 @@ def test_shared_masked_image_gives_the_scores_of_repeated_ones(model, scored_ima
   assert np.ptp(shared[0]) > 1e-3
 
 
+def test_every_kind_of_image_gives_the_same_score(model, tmp_path):
+  pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+  expected = model.score(pixels[:1] / np.float32(255), pixels[1:] / np.float32(255))[0]
+  paths = [tmp_path / f"{i}.png" for i in range(2)]
+  pictures = [Image.fromarray(x) for x in pixels]
+  for path, picture in zip(paths, pictures, strict=True):
+    picture.save(path)
+  for one, masked in (pixels, pixels / 255.0, pictures, paths):
+    np.testing.assert_array_equal(model.score(one, masked)[0], expected)
+    np.testing.assert_array_equal(model.score([one], [masked])[0], expected)
+
+
+@pytest.mark.parametrize(
+  ("change", "reason"),
+  [
+    (lambda x: 255 * x, "values from 0 to 2"),
+    (lambda x: x * np.nan, "values from"),
+    (lambda x: x - 1, "values from -1"),
+    (lambda x: x[:0], "images: the list is empty"),
+    (lambda x: x[0, 0, 0], "the shape is"),
+    (lambda x: x[None], "the shape is"),
+    (lambda x: (x * 255).astype(int), "the dtype is int64"),
+    (lambda x: [x[0], x[0, :4]], "give images of one size"),
+  ],
+)
+def test_images_out_of_range_or_of_wrong_shapes_are_refused(model, change, reason):
+  images = np.random.default_rng(0).random((2, 8, 8, 3))
+  images[0, 0, 0] = 0
+  with pytest.raises(ValueError, match=rf"\A(?=[^\n]*\Z).*{reason}"):
+    model.score(change(images), images)
+
+
 def test_reward_is_linear_in_the_features(model, scored_images):
   scores, features = model.score(*scored_images)
   head = model.params["mlp"]["last_layer"]["kernel"][:, 0]

@@ -2,7 +2,6 @@
 # Shapes: B prompts, H W pixels, h w latents, c latent channels, L text tokens, D text width.
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -190,7 +189,7 @@ class Modules:
     }
 
 
-def list_texts(text: str | Sequence[str], number: int) -> list[str]:
+def list_texts(text: Any, number: int) -> list[str]:
   """Returns one text, or one for each of `number` images.
 
   Raises:
