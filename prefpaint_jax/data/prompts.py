@@ -90,15 +90,19 @@ class _RecordPrompts(Sequence):
       )
     as_stored = {name: tfds.decode.SkipDecoding() for name in ("image", "mask")}
     self._records = builder.as_data_source(split=split, decoders=as_stored)
-    self._size = size
+    self._folder, self._size = found[0], size
 
   def __len__(self) -> int:
     return len(self._records)
 
   def __getitem__(self, index: int) -> Prompt:
     record = self._records[range(len(self))[index]]
-    image, mask = images.load_image(record["image"]), images.load_mask(record["mask"])
-    return _prompt(record["id"].decode(), image, mask, self._size, int(record["kind"]))
+    id_ = record["id"].decode()
+    try:
+      image, mask = images.load_image(record["image"]), images.load_mask(record["mask"])
+    except ValueError as error:
+      raise ValueError(f"{self._folder}: prompt {id_}: {error}") from None
+    return _prompt(id_, image, mask, self._size, int(record["kind"]))
 
 
 class _FolderPrompts(Sequence):
