@@ -26,6 +26,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.batch_size = 128  # prompts per iteration, over all devices
   config.samples_per_prompt = 1  # above 1, advantages compare samples of the same prompt
   config.num_steps = 50  # T, DDIM steps
+  config.mask_latents = "cells"  # missing latents: cells with any missing pixel, or corner (stock)
   config.eta = 1.0  # scale of the noise of each DDIM step; above 0
   config.vae_posterior = "mean"  # of a prompt's latents: mean, or sample, as the released code
   config.decode_batch = 16  # images that a device encodes, decodes and scores at a time; 0: all
@@ -141,5 +142,6 @@ def _released(config: ConfigDict) -> None:
     gradient_accumulation=3,
     vae_posterior="sample",
     loss_reduction="sum",
+    mask_latents="corner",
   )
   config.trust.update(norm="released", k=0.05, minimum=1.0, maximum=2.21)

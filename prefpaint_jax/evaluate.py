@@ -26,7 +26,7 @@ from prefpaint_jax import inpainter
 from prefpaint_jax.data import examples
 from prefpaint_jax.data import masks as mask_io
 from prefpaint_jax.data import prompts as prompt_io
-from prefpaint_jax.data.images import resize_image, to_bytes
+from prefpaint_jax.data.images import resize_image, resize_prompt, to_bytes
 from prefpaint_jax.evaluation import drift as drift_lib
 from prefpaint_jax.evaluation import report, tables, winrate
 from prefpaint_jax.evaluation.winrate import Scores
@@ -89,11 +89,18 @@ def choose_prompts(config: ConfigDict) -> tuple[Sequence[examples.Prompt], list[
   return prompts, chosen
 
 
-def thumbnail(image: np.ndarray) -> np.ndarray:
-  """Reduces an image [H, W, 3] in [0, 1] to uint8 with no side longer than THUMBNAIL."""
+def thumbnail(image: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+  """Reduces an image [H, W, 3] in [0, 1] to uint8 with no side longer than THUMBNAIL.
+
+  Args:
+    mask: [H, W, 1]; its hole is shown in grey, which differs from black pixels.
+  """
   scale = min(1.0, THUMBNAIL / max(image.shape[:2]))
   size = tuple(max(1, round(scale * side)) for side in image.shape[:2])
-  return to_bytes(resize_image(image, size))
+  if mask is None:
+    return to_bytes(resize_image(image, size))
+  image, mask = resize_prompt(image, mask, size)
+  return to_bytes(np.where(mask > 0, 0.5, image))
 
 
 def examine(
@@ -118,11 +125,10 @@ def examine(
   S = config.samples_per_prompt
   images, masks = batch["image"], batch["mask"]
   repeated_images, repeated_masks = (np.repeat(x, S, axis=0) for x in (images, masks))
-  shown = np.where(masks > 0, 0.5, images)  # grey distinguishes the hole from black pixels
   results = {
     "id": batch["id"],
     "kind": batch["kind"],
-    "prompt": np.stack([thumbnail(image) for image in shown]),
+    "prompt": np.stack([thumbnail(*pair) for pair in zip(images, masks, strict=True)]),
   }
   by_prompt = lambda x: np.asarray(x).reshape(-1, S, *np.shape(x)[1:])
   for side, policy in policies.items():

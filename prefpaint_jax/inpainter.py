@@ -4,6 +4,7 @@
 """
 # Shapes: B images, S samples of each, H W pixels, h w latents, L text tokens, D text width.
 
+import dataclasses
 import functools
 import os
 import shutil
@@ -23,7 +24,7 @@ from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.diffusion.ddim import Steps
 from prefpaint_jax.models import lora
 from prefpaint_jax.models.exported import exported_configs
-from prefpaint_jax.models.pipeline import NETWORKS, Modules, make_modules
+from prefpaint_jax.models.pipeline import NETWORKS, Modules, list_texts, make_modules
 from prefpaint_jax.models.text import tokenize
 from prefpaint_jax.runtime import files, sharding
 from prefpaint_jax.runtime.compilation import fast_jit
@@ -108,6 +109,7 @@ class Inpainter:
     dtype: str = "float32",
     remat: bool = False,
     variant: str | None = None,
+    mask_latents: str = "cells",
   ) -> "Inpainter":
     """Loads a pipeline in the diffusers format.
 
@@ -117,6 +119,7 @@ class Inpainter:
       dtype: compute dtype of the networks; parameters stay float32.
       remat: rematerialise the UNet's blocks in the backward pass.
       variant: variant of the weight files, "fp16" for example; default: full precision, if present.
+      mask_latents: latents that the UNet is told are missing, "cells" or "corner" (see `Modules`).
 
     Raises:
       ValueError: a file is missing, or the folder is not an inpainting pipeline.
@@ -125,6 +128,7 @@ class Inpainter:
     configs = {part: weights.read_config(path / part) for part in NETWORKS}
     configs["scheduler"] = weights.read_config(path / "scheduler", "scheduler_config.json")
     modules = make_modules(configs, dtype, remat, where=str(name))
+    modules = dataclasses.replace(modules, mask_latents=mask_latents)
     shapes = jax.eval_shape(modules.init, jax.random.key(0))
     params = {part: weights.load_params(path / part, shapes[part], variant) for part in NETWORKS}
     found = sorted((path / "tokenizer").glob("*"))
@@ -218,7 +222,7 @@ class Inpainter:
     """Inpaints one image, or several images of one size.
 
     Images are resized so that their shorter side is the model's native size, and samples are
-    resized back.
+    resized back. Pixels under the mask do not change the samples.
 
     Args:
       image: PIL image, path or array [H, W, 3] (uint8, or float in [0, 1]), or a list of B of them.
@@ -240,17 +244,12 @@ class Inpainter:
       ValueError: inputs cannot be read, or do not have matching sizes or numbers.
     """
     check_values(locals(), SAMPLING, owner="")
-    if text is None or not all(isinstance(x, str) for x in text):
-      raise ValueError(f"text is {text!r}; expected a text, or one for each image")
-    texts = [text] if isinstance(text, str) else list(text)
     images, masks = image_io.load_pairs(image, mask)
     B, H, W, _ = images.shape
     size = self.working_size(H, W)
     check_memory(36 * B * num_samples * H * W, f"num_samples={num_samples} of {B} {H}x{W} images")
-    small_images = np.stack([image_io.resize_image(x, size) for x in images])
-    small_masks = np.stack([image_io.resize_mask(x, size) for x in masks])
-    if len(texts) not in (1, B):
-      raise ValueError(f"text: {len(texts)} texts for {B} images; give one, or one for each")
+    small_images, small_masks = image_io.resize_prompts(images, masks, size)
+    texts = list_texts(text, B)
     context = self.encode_text(texts) if any(texts) else self.empty_context
     key = jax.random.key(0) if key is None else key
     noise_key, chain_key = jax.random.split(key)
@@ -298,8 +297,8 @@ class Inpainter:
 def open_policy(name: str, dtype: str = "float32", step: int | str | None = None) -> "Inpainter":
   """Loads the policy of an alignment run, or a pipeline as `Inpainter.from_pretrained` does.
 
-  From a run it takes the moving average of the parameters, if the run has one, and merges LoRA
-  adapters into the base policy.
+  From a run it takes the moving average of the parameters, if the run has one, merges LoRA adapters
+  into the base policy, and keeps the run's `mask_latents`.
 
   Args:
     name: workdir of a run, folder, hub name, or "mini".
@@ -311,7 +310,9 @@ def open_policy(name: str, dtype: str = "float32", step: int | str | None = None
   if run is None:
     return Inpainter.from_pretrained(name, dtype)
   config, checkpoints = run
-  inpainter = Inpainter.from_pretrained(config.policy, dtype)
+  inpainter = Inpainter.from_pretrained(
+    config.policy, dtype, mask_latents=config.get("mask_latents", "corner")
+  )
   kept = "ema" if config.ema_decay else "params"
   trained = checkpoints.load(kept, step)
   if config.get("lora", {}).get("rank", 0):

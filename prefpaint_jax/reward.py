@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefpaint_jax import mini
+from prefpaint_jax.data.images import load_images
 from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.models.reward import RewardNetwork, apply, network_shapes
 from prefpaint_jax.preference.bound import FILE_NAME, Bound, check_bound, load_bound, save_bound
@@ -97,18 +98,14 @@ class RewardModel:
     """Computes rewards [B] and features [B, D] of samples.
 
     Args:
-      images: samples [B, H, W, 3] in [0, 1].
-      masked_images: [M, H, W, 3] in [0, 1], black in the hole; S = B/M consecutive samples share
-        one.
+      images: B samples of one size: PIL images, paths or arrays (uint8, or float in [0, 1]); a list
+        or an array [B, H, W, 3] of them, or one.
+      masked_images: M of the same, black in the hole; S = B/M consecutive samples share one.
 
     Raises:
-      ValueError: B is not a multiple of M.
+      ValueError: images cannot be read, differ in size, or B is not a multiple of M.
     """
-    images, masked_images = (np.asarray(x, np.float32) for x in (images, masked_images))
-    if not (images.size and masked_images.size):
-      raise ValueError(
-        f"images are {images.shape}, masked_images {masked_images.shape}; expected one or more"
-      )
+    images, masked_images = load_images(images), load_images(masked_images, "masked_images")
     if images.shape[0] % masked_images.shape[0]:
       raise ValueError(
         f"{images.shape[0]} samples of {masked_images.shape[0]} masked images; give the same "

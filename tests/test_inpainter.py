@@ -1,10 +1,12 @@
 """Inpainter: samples equal those of stock diffusers; inputs, folders and errors."""
 
+import dataclasses
 import json
 import re
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -46,9 +48,9 @@ def both(request, tmp_path_factory):
   diffusers = pytest.importorskip("diffusers")
   from diffusers.models.autoencoders import vae
 
-  ours = testing.tiny_inpainter(generation=request.param)
   folder = tmp_path_factory.mktemp("pipeline")
-  ours.save_pretrained(folder)
+  testing.tiny_inpainter(generation=request.param).save_pretrained(folder)
+  ours = Inpainter.from_pretrained(folder, mask_latents="corner")
   stock = diffusers.AutoPipelineForInpainting.from_pretrained(folder)
   assert type(stock) is diffusers.StableDiffusionInpaintPipeline
   assert type(stock.scheduler) is diffusers.DDIMScheduler
@@ -66,7 +68,9 @@ def test_pipeline_equals_stock_diffusers(both, prompt, text, guidance_scale):
   import torch
 
   ours, stock = both
-  image, mask = prompt
+  image, _ = prompt
+  mask = np.zeros((*image.shape[:2], 1), np.float32)
+  mask[3:8, 1:6] = 1.0  # cuts latents on all sides
   latents = np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
   expected = stock(
     prompt=text,
@@ -93,6 +97,30 @@ def test_pipeline_equals_stock_diffusers(both, prompt, text, guidance_scale):
   assert samples.shape == expected.shape == (1, architectures.SIZE, architectures.SIZE, 3)
   assert expected.std() > 0.05  # the image is not saturated
   np.testing.assert_allclose(samples, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("option", ["cells", "corner"])
+def test_latents_of_every_cell_with_a_missing_pixel_or_corner_are_told_as_missing(
+  inpainter, option
+):
+  modules = dataclasses.replace(inpainter.modules, mask_latents=option)
+  factor, side = modules.vae.config.factor, architectures.SIZE
+  masks = jnp.asarray(np.random.default_rng(0).random((5, side, side, 1)) < 0.15, jnp.float32)
+  images = jnp.full((5, side, side, 3), 0.8)
+  prompts = modules.encode_prompts(inpainter.params["vae"], images, masks, None)
+  expected = np.zeros_like(prompts.mask_latents)
+  for b, y, x, _ in np.argwhere(masks):
+    if option == "cells" or (y % factor == 0 and x % factor == 0):
+      expected[b, y // factor, x // factor] = 1
+  assert 0 < expected.mean() < 1
+  np.testing.assert_array_equal(prompts.mask_latents, expected)
+  # The VAE and the reward model see all known pixels, also those of cells that the hole cuts.
+  np.testing.assert_array_equal(prompts.masked_image, images * (1 - masks))
+
+
+def test_unknown_mask_latents_raise_an_error(folder):
+  with refused("mask_latents is 'nearest'; expected 'cells' or 'corner'"):
+    Inpainter.from_pretrained(folder, mask_latents="nearest")
 
 
 def test_text_and_guidance_change_the_samples(inpainter, prompt):
@@ -161,6 +189,19 @@ def test_pixels_under_the_mask_do_not_change_the_samples(inpainter, prompt):
   other = np.where(mask > 0, 1.0 - image, image)
   inpaint = lambda image: inpainter(image, mask, num_steps=STEPS)
   np.testing.assert_array_equal(inpaint(image), inpaint(other))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (13, 22)])
+def test_pixels_under_the_mask_do_not_change_the_samples_of_a_resized_image(inpainter, size):
+  rng = np.random.default_rng(0)
+  mask = np.zeros((*size, 1), np.float32)
+  mask[3:9, 7:8] = 1.0  # narrower than a pixel of the working size
+  image = rng.uniform(size=(*size, 3)).astype(np.float32)
+  samples = [
+    inpainter(np.where(mask > 0, content, image), mask, num_steps=STEPS)
+    for content in (np.float32(0), np.float32(1))
+  ]
+  np.testing.assert_array_equal(*samples)
 
 
 def test_samples_of_an_image_are_consecutive(inpainter):
@@ -320,6 +361,30 @@ def test_one_mask_applies_to_all_images_of_one_size():
     load_pairs(list(images), list(masks[:2]))
   with refused("the image is 4x8, the first of the list 8x8"):
     load_pairs([images[0], images[1, :4]], masks[0])
+
+
+@pytest.mark.parametrize(
+  ("options", "reason"),
+  [
+    ({"num_samples": 0}, "num_samples is 0; expected 1 or more"),
+    ({"text": None}, "text is None; expected a text"),
+    ({"text": 3}, "text is 3; expected a text"),
+    ({"text": [None]}, r"text is \[None\]; expected a text"),
+    ({"text": []}, "0 texts for 1 images"),
+  ],
+)
+def test_invalid_texts_and_numbers_of_samples_raise_errors(inpainter, prompt, options, reason):
+  with refused(reason):
+    inpainter(*prompt, **options)
+
+
+def test_empty_lists_and_masks_that_fill_the_working_size_raise_errors(inpainter):
+  with refused("images: the list is empty"):
+    inpainter([], [])
+  mask = np.ones((64, 64, 1), np.float32)
+  mask[3, 3] = 0
+  with refused("the 64x64 pixels leave no known pixel at 8x8"):
+    inpainter(np.zeros((64, 64, 3), np.uint8), mask)
 
 
 def test_number_of_texts_other_than_one_or_that_of_images_raises_an_error(inpainter, prompt):

@@ -48,7 +48,7 @@ def scored_images() -> tuple[np.ndarray, np.ndarray]:
     ("cat.jpg", (300, 31)),
   ],
 )
-def test_preprocessing_equals_transformers(name, crop):
+def test_preprocessing_equals_transformers_with_the_crop_of_torchvision(name, crop):
   pytest.importorskip("torch", reason="parity needs torch: pip install torch")
   transformers = pytest.importorskip("transformers")
   photo = Image.open(PHOTOS / name).convert("RGB")
@@ -58,12 +58,26 @@ def test_preprocessing_equals_transformers(name, crop):
   pixels = np.asarray(photo, np.float32) / 255
   ours = np.asarray(reward.preprocess(pixels[None], 224))
   processor = transformers.CLIPImageProcessorPil()  # its defaults: bicubic, 224
-  expected = processor(photo, return_tensors="np")["pixel_values"]
+  # transformers' own crop rounds down; the reward was trained with torchvision's.
+  whole = processor(photo, return_tensors="np", do_center_crop=False)["pixel_values"]
+  top, left = (round((side - 224) / 2) for side in np.shape(whole)[2:])
+  expected = np.asarray(whole)[:, :, top : top + 224, left : left + 224]
   # In units of pixel values in [0, 1]: transformers rounds to bytes after the resize.
-  error = np.abs(ours - np.moveaxis(np.asarray(expected), 1, -1)) * reward.CLIP_STD
+  error = np.abs(ours - np.moveaxis(expected, 1, -1)) * reward.CLIP_STD
   assert ours.shape == (1, 224, 224, 3)
   assert error.mean() < 1 / 255
   assert error.max() < 8 / 255
+
+
+def test_centre_crop_starts_where_torchvision_starts():
+  # torchvision's center_crop: int(round((length - size) / 2)), with halves rounded to even.
+  starts = [0, 0, 1, 2, 2, 2, 3, 4]
+  for rest, start in enumerate(starts):
+    wide = np.random.default_rng(rest).uniform(size=(1, 8, 8 + rest, 3)).astype(np.float32)
+    expected = (wide[:, :, start : start + 8] - reward.CLIP_MEAN) / reward.CLIP_STD
+    np.testing.assert_allclose(reward.preprocess(wide, 8), expected, atol=1e-4)
+    tall = np.swapaxes(wide, 1, 2)
+    np.testing.assert_allclose(reward.preprocess(tall, 8), np.swapaxes(expected, 1, 2), atol=1e-4)
 
 
 def test_preprocessing_of_the_right_size_only_normalises():
@@ -81,6 +95,38 @@ def test_shared_masked_image_gives_the_scores_of_repeated_ones(model, scored_ima
     np.testing.assert_allclose(ours, expected, atol=1e-5)
   assert shared[0].shape == (6,) and shared[1].shape == (6, 6)
   assert np.ptp(shared[0]) > 1e-3
+
+
+def test_every_kind_of_image_gives_the_same_score(model, tmp_path):
+  pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+  expected = model.score(pixels[:1] / np.float32(255), pixels[1:] / np.float32(255))[0]
+  paths = [tmp_path / f"{i}.png" for i in range(2)]
+  pictures = [Image.fromarray(x) for x in pixels]
+  for path, picture in zip(paths, pictures, strict=True):
+    picture.save(path)
+  for one, masked in (pixels, pixels / 255.0, pictures, paths):
+    np.testing.assert_array_equal(model.score(one, masked)[0], expected)
+    np.testing.assert_array_equal(model.score([one], [masked])[0], expected)
+
+
+@pytest.mark.parametrize(
+  ("change", "reason"),
+  [
+    (lambda x: 255 * x, "values from 0 to 2"),
+    (lambda x: x * np.nan, "values from"),
+    (lambda x: x - 1, "values from -1"),
+    (lambda x: x[:0], "images: the list is empty"),
+    (lambda x: x[0, 0, 0], "the shape is"),
+    (lambda x: x[None], "the shape is"),
+    (lambda x: (x * 255).astype(int), "the dtype is int64"),
+    (lambda x: [x[0], x[0, :4]], "give images of one size"),
+  ],
+)
+def test_images_out_of_range_or_of_wrong_shapes_are_refused(model, change, reason):
+  images = np.random.default_rng(0).random((2, 8, 8, 3))
+  images[0, 0, 0] = 0
+  with pytest.raises(ValueError, match=rf"\A(?=[^\n]*\Z).*{reason}"):
+    model.score(change(images), images)
 
 
 def test_reward_is_linear_in_the_features(model, scored_images):

@@ -4,6 +4,7 @@
 """
 # Shapes: L text tokens, D features, C context width.
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -66,6 +67,7 @@ def make_run(
     abstract: the trees are shapes, and so are those of the result.
   """
   settings = settings_from(config)
+  modules = dataclasses.replace(modules, mask_latents=config.mask_latents)
   modules.latent_shape(1, config.size, config.size)  # raises ValueError for a size that cannot be
   steps = ddim.ddim_steps(modules.schedule, settings.num_steps, settings.eta)
   begin = base

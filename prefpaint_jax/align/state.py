@@ -121,10 +121,6 @@ def gather(sampler: Sampler, params: Params, mesh: Mesh | None) -> Params:
 def log_prob_weight(settings: Settings, prompts: Prompts) -> Float[Array, "B h w 1"] | None:
   """Returns the weight of each latent in the log-probability, or None for equal weights.
 
-  With `log_prob_region="hole"` a latent has weight 1 if any of its pixels is missing, else 0.
+  With `log_prob_region="hole"` a latent that the UNet is told is missing has weight 1, others 0.
   """
-  if settings.log_prob_region == "all":
-    return None
-  B, h, w, _ = prompts.mask_latents.shape
-  factor = prompts.mask.shape[1] // h
-  return prompts.mask.reshape(B, h, factor, w, factor, 1).max((2, 4))
+  return None if settings.log_prob_region == "all" else prompts.mask_latents

@@ -45,7 +45,7 @@ def load_depth(
         depth = np.asarray(file) * scale
   except FileNotFoundError:
     raise ValueError(f"{name}: no such file") from None
-  except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+  except Exception as error:  # PIL's decoders raise errors of all kinds for damaged files
     raise ValueError(
       f"{name}: the depth cannot be read ({first_line(error)}); give a grey 16-bit PNG, or a .npy "
       "of floats"

@@ -12,20 +12,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from scipy import ndimage
 
+from prefpaint_jax.data import decoding
 from prefpaint_jax.runtime.files import atomic_path
-from prefpaint_jax.runtime.text import first_line
 
-Source = Any  # a PIL image, a path, or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]
+# A PIL image, a path, the bytes of a file, or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+Source = Any
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_PIL_LUMINANCE = np.array([19595, 38470, 7471]) / 65536
+_ROUNDING = 4e-8  # of a byte as float32 in [0, 1]; luminances of bytes are 6e-8 or more apart
 
 
 def load_image(source: Source) -> np.ndarray:
   """Loads an image as float32 [H, W, 3] in [0, 1].
 
-  The loader applies the EXIF orientation, repeats grey over the channels, keeps all 16 bits of
-  16-bit values, and composites transparent pixels on white.
+  The loader applies the EXIF orientation, converts colours to sRGB, repeats grey over the channels,
+  keeps all 16 bits of 16-bit values, and composites transparent pixels on white.
 
   Args:
     source: a path, a PIL image, or an array of uint8, uint16, bool, or floats in [0, 1].
@@ -33,23 +37,36 @@ def load_image(source: Source) -> np.ndarray:
   Raises:
     ValueError: the source is no image. The message names it.
   """
-  return _load_rgb(source, background=1.0)
+  pixels = _load(source)
+  if pixels.shape[-1] == 4:
+    alpha = pixels[..., 3:]
+    pixels = alpha * pixels[..., :3] + (1 - alpha)
+  return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
 
 
 def load_mask(source: Source, size: tuple[int, int] | None = None) -> np.ndarray:
   """Loads a mask, float32 [H, W, 1]: 1 (missing) for pixels of at least half white, else 0.
 
-  Transparent pixels count as black.
+  Colours count by their luminance, as PIL converts them to mode L.
 
   Args:
     source: as for `load_image`.
     size: (height, width) of the mask's image; None: any size.
 
   Raises:
-    ValueError: the mask has another size, no missing pixel, or no known pixel.
+    ValueError: the mask has transparent pixels, another size, no missing pixel, or no known pixel.
   """
-  mask = (_load_rgb(source, background=0.0).mean(-1, keepdims=True) >= 0.5).astype(np.float32)
-  check_mask(mask, size, _name(source, "mask"))
+  pixels, name = _load(source, colours=False), _name(source, "mask")
+  if pixels.shape[-1] == 4 and pixels[..., 3].min() < 1:
+    # Some editors erase what is missing, others paint it on a transparent layer.
+    raise ValueError(
+      f"{name}: the mask has transparent pixels; expected an opaque mask; save it with white where "
+      "the image is missing and black where it is known"
+    )
+  if pixels.shape[-1] > 1:
+    pixels = pixels[..., :3].astype(np.float64) @ _PIL_LUMINANCE[:, None]
+  mask = (pixels >= 0.5 - _ROUNDING).astype(np.float32)
+  check_mask(mask, size, name)
   return mask
 
 
@@ -62,11 +79,27 @@ def load_pairs(
     image: one image (B = 1), or a list or an array of B images.
     mask: B masks, or one mask for all images.
   """
-  sources, mask_sources = _listed(image), _listed(mask)
-  if not sources or len(mask_sources) not in (1, len(sources)):
+  mask_sources, images = _listed(mask), load_images(image)
+  if len(mask_sources) not in (1, len(images)):
     raise ValueError(
-      f"{len(mask_sources)} masks for {len(sources)} images; give one for all, or one for each"
+      f"{len(mask_sources)} masks for {len(images)} images; give one for all, or one for each"
     )
+  masks = [load_mask(source, images[0].shape[:2]) for source in mask_sources]
+  return images, np.stack(masks * (len(images) // len(masks)))
+
+
+def load_images(image: Source | Sequence[Source], name: str = "images") -> np.ndarray:
+  """Loads one image, or a list or an array of B images of one size: [B, H, W, 3].
+
+  Args:
+    name: of the argument, for the message.
+
+  Raises:
+    ValueError: there is no image, or one cannot be read or has another size.
+  """
+  sources = _listed(image)
+  if not sources:
+    raise ValueError(f"{name}: the list is empty; give at least one image")
   images = [load_image(source) for source in sources]
   for source, other in zip(sources, images, strict=True):
     if other.shape != images[0].shape:
@@ -74,8 +107,7 @@ def load_pairs(
         f"{_name(source, 'image')}: the image is {_extent(other.shape)}, the first of the list "
         f"{_extent(images[0].shape)}; give images of one size, or one at a time"
       )
-  masks = [load_mask(source, images[0].shape[:2]) for source in mask_sources]
-  return np.stack(images), np.stack(masks * (len(images) // len(masks)))
+  return np.stack(images)
 
 
 def _listed(source: Source | Sequence[Source]) -> list[Source]:
@@ -123,12 +155,60 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Resizes [H, W, 1] to [*size, 1] by the nearest pixel, so that the mask stays binary."""
-  rows, columns = (
-    (2 * np.arange(new) + 1) * old // (2 * new)  # the old pixel under the centre of each new pixel
-    for new, old in zip(size, mask.shape[:2], strict=True)
+  """Resizes [H, W, 1] to [*size, 1] without losing a missing pixel; the mask stays binary.
+
+  Where a side shrinks, a new pixel is missing if it overlaps a missing pixel. Where a side grows, a
+  new pixel is missing if its centre is in a missing pixel.
+  """
+  for axis, new in enumerate(size):
+    old, index = mask.shape[axis], np.arange(new)
+    if new >= old:
+      mask = mask.take((2 * index + 1) * old // (2 * new), axis)
+    else:
+      first, last = index * old // new, ((index + 1) * old - 1) // new
+      # Two neighbours overlap the same old pixel if its middle is cut: `reduceat` counts it once.
+      mask = np.maximum(np.maximum.reduceat(mask, first, axis), mask.take(last, axis))
+  return mask
+
+
+def resize_prompt(
+  image: np.ndarray, mask: np.ndarray, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Resizes an image [H, W, 3] and its mask [H, W, 1] to `size`.
+
+  The content of the hole does not change a known pixel of the result.
+  """
+  if image.shape[:2] == tuple(size):
+    return image, mask
+  small_mask = resize_mask(mask, size)
+  known = resize_image(spread_known(image, mask), size)
+  return np.where(small_mask > 0, resize_image(image, size), known), small_mask
+
+
+def resize_prompts(
+  images: np.ndarray, masks: np.ndarray, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Resizes images [B, H, W, 3] and their masks [B, H, W, 1] as `resize_prompt`.
+
+  Raises:
+    ValueError: a mask is full at `size`.
+  """
+  pairs = [resize_prompt(*pair, size) for pair in zip(images, masks, strict=True)]
+  small_images, small_masks = map(np.stack, zip(*pairs, strict=True))
+  if small_masks.all(axis=(1, 2, 3)).any():
+    raise ValueError(
+      f"mask: the {_extent(masks.shape[1:])} pixels leave no known pixel at {_extent(size)}, the "
+      "size at which the model works; leave larger known regions"
+    )
+  return small_images, small_masks
+
+
+def spread_known(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+  """Replaces every missing pixel of [H, W, C] by the nearest known pixel."""
+  nearest = ndimage.distance_transform_edt(
+    mask[..., 0] > 0, return_distances=False, return_indices=True
   )
-  return mask[rows][:, columns]
+  return image[tuple(nearest)]
 
 
 def paste_back(result, image, mask):
@@ -139,14 +219,17 @@ def paste_back(result, image, mask):
   return mask * result + (1 - mask) * image
 
 
-def _load_rgb(source: Source, background: float) -> np.ndarray:
-  """Loads [H, W, 3] in [0, 1], composited on the grey level `background`."""
+def _load(source: Source, colours: bool = True) -> np.ndarray:
+  """Loads [H, W, C] in [0, 1] with 1, 3 or 4 channels, the last of 4 alpha."""
+  name = _name(source, "image")
   if isinstance(source, str | os.PathLike):
-    pixels = _pil_to_float(_open(source))
+    pixels = decoding.decode_file(source, colours)
+  elif isinstance(source, bytes):
+    pixels = decoding.decode_bytes(source, name, colours)
   elif isinstance(source, Image.Image):
-    pixels = _pil_to_float(ImageOps.exif_transpose(source))
+    pixels = decoding.pil_to_float(source, name, colours)
   else:
-    pixels = _array_to_float(np.asarray(source))
+    pixels = decoding.array_to_float(np.asarray(source))
   if pixels.ndim == 2:
     pixels = pixels[..., None]
   if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4) or 0 in pixels.shape:
@@ -154,52 +237,7 @@ def _load_rgb(source: Source, background: float) -> np.ndarray:
       f"{_name(source, 'image')}: the shape is {pixels.shape}; "
       "expected [H, W], or [H, W, C] with 1, 3 or 4 channels"
     )
-  if pixels.shape[-1] == 4:
-    alpha = pixels[..., 3:]
-    pixels = alpha * pixels[..., :3] + (1 - alpha) * np.float32(background)
-  return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
-
-
-def _open(path: str | os.PathLike) -> Image.Image:
-  """Decodes an image file and applies its EXIF orientation."""
-  if not os.path.exists(path):
-    raise ValueError(f"{os.fspath(path)}: no such file")
-  if not os.path.isfile(path):
-    raise ValueError(f"{os.fspath(path)}: a folder, not a file; give one image")
-  try:
-    with Image.open(path) as image:
-      image.load()
-      return ImageOps.exif_transpose(image)
-  except UnidentifiedImageError:
-    raise ValueError(f"{os.fspath(path)}: not an image; give a PNG or JPEG") from None
-  except (OSError, SyntaxError, EOFError, ValueError) as error:  # PIL's decoders raise all four
-    raise ValueError(
-      f"{os.fspath(path)}: the image is truncated or damaged ({first_line(error)}); copy it again"
-    ) from None
-
-
-def _pil_to_float(image: Image.Image) -> np.ndarray:
-  """Converts a PIL image to an array [H, W] or [H, W, C] in [0, 1]."""
-  if image.mode in SIXTEEN_BIT_MODES:
-    return np.clip(np.asarray(image).astype(np.float32) / 65535, 0.0, 1.0)
-  if image.mode == "F":
-    return _array_to_float(np.asarray(image))
-  mode = "RGBA" if image.has_transparency_data else "RGB"
-  return np.asarray(image.convert(mode)).astype(np.float32) / 255
-
-
-def _array_to_float(array: np.ndarray) -> np.ndarray:
-  """Converts an array to float32 in [0, 1] of the same shape."""
-  if array.dtype == bool:
-    return array.astype(np.float32)
-  if array.dtype in (np.uint8, np.uint16):
-    return array.astype(np.float32) / np.iinfo(array.dtype).max
-  if not np.issubdtype(array.dtype, np.floating):
-    raise ValueError(f"image: the dtype is {array.dtype}; give uint8, uint16, or floats in [0, 1]")
-  low, high = float(array.min(initial=0.0)), float(array.max(initial=0.0))
-  if not (low >= 0.0 and high <= 1.0):  # also true for NaN
-    raise ValueError(f"image: values from {low:g} to {high:g}; give uint8, or floats in [0, 1]")
-  return array.astype(np.float32)
+  return pixels
 
 
 def _name(source: Source, otherwise: str) -> str:

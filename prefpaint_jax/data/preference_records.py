@@ -205,7 +205,7 @@ def _stored(file: Path) -> io.BytesIO:
   """Returns the bytes of an image file as an RGB PNG; re-encodes it only if it is not one."""
   with Image.open(file) as image:
     plain = image.format == "PNG" and image.mode == "RGB"
-    plain = plain and not {"transparency", "exif"} & set(image.info)
+    plain = plain and not {"transparency", "exif", "icc_profile", "gamma"} & set(image.info)
   return io.BytesIO(file.read_bytes()) if plain else encode_png(images.load_image(file))
 
 

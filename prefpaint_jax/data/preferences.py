@@ -60,7 +60,7 @@ def open_preferences(
     folder: the dataset's folder, or the `output_dir` of `build_preferences`.
     split: "train" or "test".
     size: a side or (height, width) to resize to; None: the stored size. Images are antialiased;
-      masks take the nearest pixel.
+      no missing pixel is lost.
   """
   return StoredPreferences(folder, split, (size, size) if isinstance(size, int) else size)
 
@@ -106,10 +106,10 @@ class StoredPreferences(Sequence[Preference]):
       masked_image = _decode(feature["masked_image"].bytes_list.value[0])
     else:
       resize = lambda image: to_bytes(images.resize_image(image / np.float32(255), self._size))
-      mask = images.resize_mask(mask, self._size)
+      whole = _decode(feature["image"].bytes_list.value[0]) / np.float32(255)
+      image, mask = images.resize_prompt(whole, mask, self._size)
       images.check_mask(mask, self._size, f"preference {id_} at {self._size[0]}x{self._size[1]}")
-      # Resizing the masked image would blend the black of the hole into the known pixels.
-      masked_image = resize(_decode(feature["image"].bytes_list.value[0])) * (1 - mask)
+      masked_image = to_bytes(image) * (1 - mask)
     return Preference(
       id=id_,
       kind=feature["kind"].int64_list.value[0],

@@ -9,7 +9,6 @@ is known, else black. Code that conditions on a prompt must multiply the image b
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from etils import epy
-from PIL import Image
 
 from prefpaint_jax import mini
 from prefpaint_jax.data import images, masks
@@ -52,7 +50,7 @@ def open_prompts(
     source: as above.
     split: "train" or "test". One tenth of the images of a source is "test".
     size: a side or (height, width) to resize to; None: the stored size. Images are antialiased;
-      masks take the nearest pixel. Prompts drawn from images are cropped at the centre.
+      no missing pixel is lost. Prompts drawn from images are cropped at the centre.
   """
   size = (size, size) if isinstance(size, int) else size
   folder, listing = Path(mini.locate(source, "prompts")), None
@@ -92,16 +90,19 @@ class _RecordPrompts(Sequence):
       )
     as_stored = {name: tfds.decode.SkipDecoding() for name in ("image", "mask")}
     self._records = builder.as_data_source(split=split, decoders=as_stored)
-    self._size = size
+    self._folder, self._size = found[0], size
 
   def __len__(self) -> int:
     return len(self._records)
 
   def __getitem__(self, index: int) -> Prompt:
     record = self._records[range(len(self))[index]]
-    image, mask = (Image.open(io.BytesIO(record[name])) for name in ("image", "mask"))
-    image, mask = images.load_image(image), images.load_mask(mask)
-    return _prompt(record["id"].decode(), image, mask, self._size, int(record["kind"]))
+    id_ = record["id"].decode()
+    try:
+      image, mask = images.load_image(record["image"]), images.load_mask(record["mask"])
+    except ValueError as error:
+      raise ValueError(f"{self._folder}: prompt {id_}: {error}") from None
+    return _prompt(id_, image, mask, self._size, int(record["kind"]))
 
 
 class _FolderPrompts(Sequence):
@@ -150,7 +151,7 @@ def _prompt(
   """Makes a prompt and resizes it to `size`; derives the kind from the mask if it is None."""
   kind = masks.mask_kind(mask) if kind is None else kind
   if size is not None and size != image.shape[:2]:
-    image, mask = images.resize_image(image, size), images.resize_mask(mask, size)
+    image, mask = images.resize_prompt(image, mask, size)
     images.check_mask(mask, size, f"prompt {id_} at {size[0]}x{size[1]}")
   return Prompt(id=id_, kind=kind, image=image, mask=mask)
 

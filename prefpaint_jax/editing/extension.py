@@ -243,43 +243,13 @@ def inpaint_seamlessly(
     float32 [B, H, W, 3]. Known pixels are unchanged.
 
   Raises:
-    ValueError: an image has no latent that is known.
+    ValueError: an image has no known pixel.
   """
-  height, width = images.shape[1:3]
-  size = inpainter.working_size(height, width)
-  factor = inpainter.modules.vae.config.factor
-  cells = np.stack([_whole_cells(mask, size, factor) for mask in masks])
-  if cells.all(axis=(1, 2, 3)).any():
-    raise ValueError(
-      f"the mask of {height}x{width} pixels leaves no known latent; leave larger known regions"
-    )
-  known = [_repeat_known(image, mask) for image, mask in zip(images, masks, strict=True)]
-  small = np.stack([image_io.resize_image(image, size) for image in known])
-  samples = inpainter(small, cells, paste_back=False, **options)
-  samples = [image_io.resize_image(sample, (height, width)) for sample in samples]
+  samples = inpainter(images, masks, paste_back=False, **options)
+  known = [image_io.spread_known(image, mask) for image, mask in zip(images, masks, strict=True)]
   continuous = np.ones(masks.shape[:3], bool) if continuous is None else continuous
   seamless = [_remove_seam(*one) for one in zip(samples, known, masks, continuous, strict=True)]
   return np.where(masks > 0, np.stack(seamless), images)
-
-
-def _whole_cells(mask: np.ndarray, size: tuple[int, int], factor: int) -> np.ndarray:
-  """Resizes a mask [H, W, 1] to [*size, 1] and grows its hole to whole latents of the VAE.
-
-  The UNet sees each latent as missing or known. A latent that is partly in the hole encodes some
-  grey, and the UNet would continue the grey if the latent were known.
-  """
-  rows, columns = (side // factor for side in size)
-  share = Image.fromarray(mask[..., 0]).resize((columns, rows), Image.Resampling.BOX)
-  touched = (np.asarray(share) > 1e-3).astype(np.float32)
-  return touched.repeat(factor, axis=0).repeat(factor, axis=1)[..., None]
-
-
-def _repeat_known(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-  """Replaces every missing pixel by the nearest known pixel."""
-  nearest = ndimage.distance_transform_edt(
-    mask[..., 0] > 0, return_distances=False, return_indices=True
-  )
-  return image[tuple(nearest)]
 
 
 def _remove_seam(
@@ -295,7 +265,7 @@ def _remove_seam(
 
   Args:
     sample: [H, W, 3].
-    known: [H, W, 3] of `_repeat_known`, the colours that the rim should have.
+    known: [H, W, 3] of `spread_known`, the colours that the rim should have.
     mask: [H, W, 1].
     continuous: bool [H, W]; pixels of the rim where it is false are not used.
   """

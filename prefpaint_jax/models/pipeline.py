@@ -20,6 +20,7 @@ from prefpaint_jax.runtime.ranges import check
 from prefpaint_jax.weights.names import Params
 
 NETWORKS = ("unet", "vae", "text_encoder")
+MASK_LATENTS = ("cells", "corner")
 
 # One timestep for the batch, or one per sample.
 Timestep = int | Int[Array, ""] | Int[Array, " B"]
@@ -45,12 +46,27 @@ class Prompts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Modules:
-  """The networks and the noise schedule, without parameters; hashable, so a static argument."""
+  """The networks and the noise schedule, without parameters; hashable, so a static argument.
+
+  `mask_latents` says which latents the UNet is told are missing. A latent encodes a cell of the
+  VAE's factor by factor pixels. "cells": every cell with a missing pixel. "corner": cells whose top
+  left pixel is missing, as diffusers, which misses the cells that the rim of a hole cuts.
+
+  Raises:
+    ValueError: `mask_latents` is unknown.
+  """
 
   unet: UNet2DConditionModel
   vae: AutoencoderKL
   text_encoder: CLIPTextModel
   schedule: Schedule
+  mask_latents: str = "cells"
+
+  def __post_init__(self):
+    if self.mask_latents not in MASK_LATENTS:
+      raise ValueError(
+        f"mask_latents is {self.mask_latents!r}; expected {' or '.join(map(repr, MASK_LATENTS))}"
+      )
 
   @property
   def native_size(self) -> int:
@@ -90,7 +106,6 @@ class Modules:
       context: of one text for all prompts or of B texts; becomes the prompts' context.
       noise: standard normal, to sample the VAE's posterior; None: its mean.
     """
-    factor = self.vae.config.factor
     known = 1.0 - masks
     # The hole is 0 in the range of both: grey for the VAE ([-1, 1]), as in its training, and black
     # for the reward model ([0, 1]).
@@ -102,10 +117,19 @@ class Modules:
     return Prompts(
       mask=masks,
       masked_image=images * known,
-      mask_latents=masks[:, ::factor, ::factor],
+      mask_latents=self._shrink(masks),
       masked_latents=latents * self.vae.config.scaling_factor,
       context=context,
     )
+
+  def _shrink(self, masks: Float[Array, "B H W 1"]) -> Float[Array, "B h w 1"]:
+    """Computes the mask of the latents from that of the pixels, as `mask_latents` says."""
+    factor = self.vae.config.factor
+    if self.mask_latents == "corner":
+      return masks[:, ::factor, ::factor]
+    B, H, W, _ = masks.shape
+    cells = jnp.reshape(masks, (B, H // factor, factor, W // factor, factor, 1))
+    return jnp.max(cells, axis=(2, 4))
 
   def predict(
     self,
@@ -176,6 +200,20 @@ class Modules:
       "vae": self.vae.init(keys[1], image)["params"],
       "text_encoder": self.text_encoder.init(keys[2], tokens)["params"],
     }
+
+
+def list_texts(text: Any, number: int) -> list[str]:
+  """Returns one text, or one for each of `number` images.
+
+  Raises:
+    ValueError: `text` is neither a text nor a list of 1 or `number` texts.
+  """
+  texts = [text] if isinstance(text, str) else text
+  if not isinstance(texts, list | tuple) or not all(isinstance(one, str) for one in texts):
+    raise ValueError(f"text is {text!r}; expected a text or a list of texts; give '' for no text")
+  if len(texts) not in (1, number):
+    raise ValueError(f"text: {len(texts)} texts for {number} images; give one, or one for each")
+  return list(texts)
 
 
 def make_modules(

@@ -135,7 +135,8 @@ def preprocess(images: jax.Array, size: int) -> jax.Array:
     # ratio could round just below an integer and lose a pixel.
     height, width = (size * side // min(H, W) for side in (H, W))
     images = jax.image.resize(images, (B, height, width, 3), "cubic", antialias=True)
-    top, left = (height - size) // 2, (width - size) // 2
+    # torchvision rounds a half to the even number, as Python does.
+    top, left = round((height - size) / 2), round((width - size) / 2)
     images = jnp.clip(images[:, top : top + size, left : left + size], 0.0, 1.0)
   return (images - CLIP_MEAN) / CLIP_STD
 

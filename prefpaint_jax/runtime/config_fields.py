@@ -67,6 +67,7 @@ RL: dict[str, Range] = {
   "decode_batch": COUNT_OR_NONE,
   "behaviour_refresh": COUNT,
   "behaviour_dtype": DTYPE,
+  "mask_latents": Choice(("cells", "corner")),
   "vae_posterior": Choice(("mean", "sample")),
   "trust.norm": Choice(TRUST_NORMS),
   "trust.k": TRUST_K,

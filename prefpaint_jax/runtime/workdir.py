@@ -19,6 +19,9 @@ CONFIG = "config.json"
 LOCK = ".lock"
 COMMAND = "command"  # the key of config.json that names the command; the others are its fields
 
+# Values of fields that config.json of earlier versions lacks: what those versions computed.
+EARLIER = {"mask_latents": "corner", "vae_posterior": "mean", "network.differences": True}
+
 
 @contextlib.contextmanager
 def open_workdir(
@@ -90,6 +93,7 @@ def _check(
     return
   stored, now = _read(file), flatten(config.to_dict())
   owner, before = stored.pop(COMMAND, None), flatten(stored)
+  before = {name: value for name, value in EARLIER.items() if name in now} | before
   # A config.json of earlier versions names no command; most fields of the same command are equal.
   if owner is None and 2 * len(before.keys() & now.keys()) < len(now):
     owner = "another program"

@@ -33,6 +33,7 @@ from prefpaint_jax.align.settings import Trust
 from prefpaint_jax.align.state import Experience, Scores, init_state
 from prefpaint_jax.diffusion.ddim import Trajectory
 from prefpaint_jax.models.pipeline import Prompts
+from prefpaint_jax.models.reward import apply
 from prefpaint_jax.runtime import sharding
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -93,7 +94,7 @@ def test_invalid_sample_is_left_out_of_every_statistic():
   scores, metrics = score(frozen, prompts, samples)
 
   kept = np.arange(B) != lost
-  rewards, features = testing.tiny_reward().score(samples, prompts.masked_image)
+  rewards, features = map(np.asarray, apply(network, frozen.reward, samples, prompts.masked_image))
   np.testing.assert_array_equal(np.isfinite(rewards), kept)
   np.testing.assert_array_equal(scores.valid, kept)
   np.testing.assert_allclose(scores.reward[kept], rewards[kept], atol=1e-5)

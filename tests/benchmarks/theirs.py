@@ -250,7 +250,9 @@ class Theirs:
       mean = self.vae.encode((2 * images - 1) * known).latent_dist.mean.float()
     factor = images.shape[-1] // mean.shape[-1]
     latents = mean * self.vae.config.scaling_factor
-    conditions = torch.cat([masks[..., ::factor, ::factor], latents], 1)
+    corner = self.config.mask_latents == "corner"
+    hole = masks[..., ::factor, ::factor] if corner else F.max_pool2d(masks, factor)
+    conditions = torch.cat([hole, latents], 1)
     samples = self.config.samples_per_prompt
     return Prompts(*(x.repeat_interleave(samples, 0) for x in (masks, images * known, conditions)))
 
@@ -280,8 +282,7 @@ class Theirs:
     density = -((x_prev - mean) ** 2) / (2 * sigma**2) - math.log(sigma * math.sqrt(2 * math.pi))
     if self.config.log_prob_region == "all":
       return density.mean((1, 2, 3))
-    factor = prompts.mask.shape[-1] // mean.shape[-1]
-    hole = F.max_pool2d(prompts.mask, factor).expand_as(density)
+    hole = prompts.conditions[:, :1].expand_as(density)
     return (density * hole).sum((1, 2, 3)) / hole.sum((1, 2, 3))
 
   def _chain(self, prompts: Prompts) -> Trajectory:

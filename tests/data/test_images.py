@@ -54,7 +54,7 @@ def test_sixteen_bit_values_keep_their_precision(tmp_path):
     np.testing.assert_allclose(images.load_image(source)[..., 1], ramp / 65535, atol=1e-7)
 
 
-def test_transparent_pixels_are_white_in_images_and_known_in_masks(photo):
+def test_transparent_pixels_are_white_in_images_and_refused_in_masks(photo):
   alpha = np.zeros((12, 20, 1), np.uint8)
   alpha[:, 10:] = 255
   rgba = np.concatenate([photo, alpha], -1)
@@ -63,7 +63,10 @@ def test_transparent_pixels_are_white_in_images_and_known_in_masks(photo):
   np.testing.assert_array_equal(loaded[:, 10:], photo[:, 10:].astype(np.float32) / 255)
   np.testing.assert_array_equal(loaded, images.load_image(Image.fromarray(rgba)))
   white = np.concatenate([np.full_like(photo, 255), alpha], -1)
-  np.testing.assert_array_equal(images.load_mask(white)[..., 0], alpha[..., 0] / 255)
+  with pytest.raises(ValueError, match="transparent pixels; expected an opaque mask"):
+    images.load_mask(white)
+  opaque = np.concatenate([np.repeat(alpha, 3, -1), np.full_like(alpha, 255)], -1)
+  np.testing.assert_array_equal(images.load_mask(opaque)[..., 0], alpha[..., 0] / 255)
 
 
 def test_exif_orientation_is_applied(tmp_path, photo):
@@ -153,11 +156,42 @@ def test_resizing_clips_the_overshoot_of_the_filter():
   assert larger.min() == 0 and larger.max() == 1
 
 
-def test_resizing_a_mask_equals_nearest_neighbour_in_pil():
-  mask = (np.random.default_rng(1).random((12, 20, 1)) < 0.5).astype(np.float32)
-  for size in ((6, 8), (12, 20), (32, 44)):
-    expected = Image.fromarray(mask[..., 0]).resize(size[::-1], Image.Resampling.NEAREST)
-    np.testing.assert_array_equal(images.resize_mask(mask, size)[..., 0], np.asarray(expected))
+@pytest.mark.parametrize("size", [(6, 8), (12, 20), (5, 7), (1, 19), (11, 3), (32, 44), (7, 33)])
+def test_resized_mask_is_missing_wherever_it_overlaps_a_missing_pixel(size):
+  mask = (np.random.default_rng(1).random((12, 20, 1)) < 0.1).astype(np.float32)
+  # Overlap of new pixel i and old pixel j on one side, or of the centre of i on a side that grows.
+  overlaps = []
+  for new, old in zip(size, mask.shape, strict=False):
+    i, j = np.mgrid[:new, :old]
+    if new < old:
+      overlaps.append((i * old < (j + 1) * new) & (j * new < (i + 1) * old))
+    else:
+      overlaps.append((2 * i + 1) * old // (2 * new) == j)
+  expected = np.einsum("yj,xk,jkc->yxc", *overlaps, mask) > 0
+  np.testing.assert_array_equal(images.resize_mask(mask, size), expected)
+
+
+@pytest.mark.parametrize("side", [9, 16, 17, 31, 32, 64, 100, 255])
+def test_a_hole_one_pixel_wide_survives_at_every_size(side):
+  for at in (0, 37, 101, 255):
+    mask = np.zeros((256, 256, 1), np.float32)
+    mask[:, at] = 1
+    assert images.resize_mask(mask, (side, side)).any(axis=1).all()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (13, 10), (40, 25), (64, 64)])
+def test_content_of_the_hole_does_not_change_known_pixels_of_a_resized_prompt(size):
+  rng = np.random.default_rng(0)
+  mask = (rng.random((32, 32, 1)) < 0.1).astype(np.float32)
+  white = np.ones((32, 32, 3), np.float32)
+  image, small = images.resize_prompt(white * (1 - mask), mask, size)
+  known = np.broadcast_to(small == 0, image.shape)
+  assert known.any() and not known.all()
+  np.testing.assert_allclose(image[known], 1.0, atol=1e-6)
+  photo = rng.random((32, 32, 3), np.float32)
+  black, noise = (np.where(mask > 0, content, photo) for content in (0, rng.random(photo.shape)))
+  of = lambda x: images.resize_prompt(x.astype(np.float32), mask, size)[0][known]
+  np.testing.assert_array_equal(of(black), of(noise))
 
 
 def test_paste_back_keeps_known_pixels_bit_identical():
