@@ -208,6 +208,9 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     "judges": the summary of `winrate.summarise`; "drift": the result of `drift.drift`.
   """
   check(config)
+  if not config.split:
+    config = config.copy_and_resolve_references()
+    config.split = prompt_io.final_split(config.prompts)
   results, number = run_batches(config, workdir)
   sides = {side: of_side(results, side, "score") for side in SIDES}
   scores = {

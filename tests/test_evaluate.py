@@ -55,6 +55,7 @@ def test_scores_equal_those_of_samples_from_the_public_interface(world, whole):
   workdir, result = whole
   found = json.loads((workdir / "eval.json").read_text())
   assert found["judges"] == result["judges"]
+  assert found["about"]["prompts"].endswith(", test")  # these prompts have no split "unseen"
   prompts = open_prompts(world["prompts"], "test", architectures.SIZE)
   policy, judge = (
     Inpainter.from_pretrained(world["aligned"]),

@@ -48,7 +48,7 @@ BARE = {"sample_every": 0, "eval_every": 0, "checkpoint_every": 0, "final_prompt
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> dict[str, str]:
-  return testing.write_tiny_world(tmp_path_factory.mktemp("world"))
+  return testing.write_tiny_world(tmp_path_factory.mktemp("world"), test=16)
 
 
 def make_config(world: dict[str, str], **changes) -> ConfigDict:
@@ -254,7 +254,7 @@ def test_run_without_checkpoints_is_saved_on_a_signal(
   assert Checkpoints(tmp_path / "checkpoints").latest() == stopped_after
   state = train(make_config(world, **config), tmp_path)
   assert_same_run(tmp_path, state, finished)
-  assert "16 held-out prompts, policy against base" in capsys.readouterr().out
+  assert "16 held-out prompts (test), policy against base" in capsys.readouterr().out
 
 
 @pytest.mark.slow
