@@ -21,6 +21,7 @@ from prefpaint_jax.align.held_out import HeldOut
 from prefpaint_jax.align.run import Run, image_shapes, make_run
 from prefpaint_jax.align.settings import (
   check_config,
+  check_prompts,
   compares_with_base,
   settings_from,
 )
@@ -103,6 +104,7 @@ def open_session(config: ConfigDict, workdir: Path) -> tuple[Session, TrainState
     "eval_prompts": open_prompts(config.prompts, "test", config.size),
     "final_prompts": open_prompts(config.prompts, final_split(config.prompts), config.size),
   }
+  check_prompts(config, {field: len(found) for field, found in prompts_of.items()})
   run = load_run(config, mesh)
 
   ### State: fresh, or exactly where an earlier run stopped.

@@ -98,6 +98,13 @@ def test_a_policy_against_itself_wins_exactly_half(world, tmp_path):
   assert not any(row["flagged"] for row in result["drift"]["measures"].values())
 
 
+@pytest.mark.parametrize(("number", "line"), [(20, ""), (0, ""), (21, "has 20: compares those")])
+def test_no_prompt_is_counted_twice(world, number, line, capsys):
+  _, chosen = evaluate.choose_prompts(config_of(world, split="test", num_prompts=number))
+  assert chosen == list(range(20))
+  assert line in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(world, whole, tmp_path, monkeypatch):
   class Killed(Exception):

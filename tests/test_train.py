@@ -324,6 +324,8 @@ def test_batch_that_does_not_divide_over_the_devices_is_an_error(world, tmp_path
   [
     ({"prompts": ""}, r"config\.prompts is empty"),
     ({"prompts": "/nowhere"}, "/nowhere is not a folder"),
+    ({"final_prompts": 24}, "final_prompts is 24, .* has 16 prompts for it; give at most 16"),
+    ({"eval_prompts": 24, "eval_every": 1}, "eval_prompts is 24, .* has 16 prompts for it"),
     ({"batch_size": 24}, "16 prompts are fewer than batch_size 24"),
     ({"train_timesteps": 4}, "train_timesteps is 4; expected 1 to 3"),
     ({"updates_per_iteration": 3}, "updates_per_iteration is 3; expected a divisor of"),
