@@ -230,6 +230,8 @@ class RewardConfig:
   # How the network combines the inpainted and the masked image. "late" (released): the tower embeds
   # each image. "early": the tower embeds one image of 13 channels, made from both images.
   fusion: str = "late"
+  # Whether early fusion has the 6 channels of steps between neighbours; without them it has 7.
+  differences: bool = True
   # Tokens of late fusion. 1 (released): one token of both embeddings; 2: one token per embedding.
   num_tokens: int = 1
   num_heads: int = 16  # attention heads of the encoder layer
@@ -249,6 +251,8 @@ class RewardConfig:
     self = _read(cls, config, {}, "reward")
     if self.fusion not in ("late", "early"):
       raise ValueError(f"reward config: fusion={self.fusion!r}; give 'late' or 'early'")
+    if not isinstance(self.differences, bool):
+      raise ValueError(f"reward config: differences={self.differences!r}; give true or false")
     if self.num_tokens not in (1, 2):
       raise ValueError(f"reward config: num_tokens={self.num_tokens}; give 1 or 2")
     if self.activation not in ("identity", "gelu"):
