@@ -182,10 +182,24 @@ def _read_ids(folder: Path, split: str, listing: str | None) -> list[str]:
       return ids
   if not file.is_file():
     raise ValueError(f"{file}: no such list of prompts; write one ID per line to it")
-  ids = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+  ids = _read_list(file)
   if not ids:
     raise ValueError(f"{file}: the list of prompts is empty; write one ID per line to it")
+  for other in (folder / f"{name}.txt" for name in (*SPLITS, UNSEEN)):
+    if listing is None and other != file and other.is_file():
+      both = sorted(set(ids) & set(_read_list(other)))
+      if both:
+        more = f" and {len(both) - 5} more" if len(both) > 5 else ""
+        raise ValueError(
+          f"{file} and {other.name} both list {', '.join(both[:5])}{more}; keep each ID in one list"
+        )
   return ids
+
+
+def _read_list(file: Path) -> list[str]:
+  """Reads the IDs of a list, each once."""
+  lines = file.read_text("utf-8", errors="replace").splitlines()
+  return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
 def _read_kinds(folder: Path) -> dict[str, int]:

@@ -164,6 +164,19 @@ def test_a_folder_of_image_files_opens_with_and_without_lists(released):
   assert [p["id"] for p in elsewhere] == ["c", "a"]
 
 
+def test_every_prompt_of_a_list_is_in_one_split_and_once(released):
+  (released / "train.txt").write_text("a\nb\na\n")
+  (released / "test.txt").write_text("c\n")
+  assert [p["id"] for p in prompts.open_prompts(released, "train")] == ["a", "b"]
+  for other in ("test", "unseen"):
+    (released / f"{other}.txt").write_text("c\nb\n")
+    for split in ("train", other):
+      error = rf"\A.*{split}\.txt and \w+\.txt both list b; keep each ID in one list\Z"
+      with pytest.raises(ValueError, match=error):
+        prompts.open_prompts(released, split)
+    (released / f"{other}.txt").unlink()
+
+
 def test_kinds_come_from_prompts_jsonl_if_it_exists(released):
   kinds = [{"image_id": "a", "kind": "brush"}, {"image_id": "c", "kind": "box", "source": "x"}]
   (released / "prompts.jsonl").write_text("\n".join(map(json.dumps, kinds)))
