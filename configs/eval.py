@@ -25,7 +25,7 @@ def get_config(preset: str = "") -> ConfigDict:
 
   # Prompts and samples.
   config.prompts = ""  # folder of prompts, or of images to draw prompts from
-  config.split = "test"
+  config.split = ""  # "": unseen if the prompts have it (images that nothing learned), else test
   config.kind = ""  # outpainting, warping, box or brush; "": all kinds
   config.num_prompts = 0  # number of prompts, from the first on; 0: all
   config.size = 512  # side of the images, in pixels

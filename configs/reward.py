@@ -24,6 +24,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.frozen_share = 0.7  # share of the tower's blocks, from the input on; 1: all of it
   config.network = ConfigDict()
   config.network.fusion = "late"  # late (released): embeds each image; early: both at once
+  config.network.differences = True  # early fusion sees steps between neighbours, 6 more channels
   config.network.num_tokens = 1  # 1: one token for both embeddings (released); 2: two tokens
   config.network.activation = "identity"  # between the last layers: identity (released) or gelu
   config.network.num_heads = 16
@@ -57,8 +58,8 @@ def get_config(preset: str = "") -> ConfigDict:
 
   # Bound.
   config.ridge = 1.0  # λ of the last layer's ridge regression and of V
-  # R and S of the bound's constant; None: estimated from the residuals on held-out preferences, and
-  # the norm of the last layer.
+  # R and S of the bound's constant; None: estimated from the residuals on the test split, and the
+  # norm of the last layer.
   config.noise_scale = config_dict.placeholder(float)
   config.norm_bound = config_dict.placeholder(float)
   config.trust = ConfigDict()
@@ -69,7 +70,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.mesh.data = -1  # devices over which the batch is split; -1: all / mesh.fsdp
   config.mesh.fsdp = 1  # devices over which parameters and batch are split
   config.checkpoint_every = 500  # iterations
-  config.judge_every = 500  # iterations between scores on held-out preferences; keeps the best
+  config.judge_every = 500  # iterations between scores on the validation split; keeps the best
   config.log_every = 50  # iterations
 
   if preset == "mini":

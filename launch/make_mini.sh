@@ -18,14 +18,16 @@ from prefpaint_jax.inpainter import Inpainter
 Inpainter.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], dtype="float16")
 PYTHON
 
-echo "== prompts: crops of the photos with masks, train and test from different parts"
+echo "== prompts: crops of the photos with masks; train and test from different parts, unseen from other photos"
 rm -rf "$mini/prompts" "$workdir/prompts"
 python - "$workdir" "$mini" <<'PYTHON'
 import shutil, sys
 from prefpaint_jax.data.prompts import build_prompts
 
 workdir, mini = sys.argv[1:]
-folder = build_prompts(workdir, f"{mini}/photos", num_train=1200, num_test=512)
+folder = build_prompts(
+  workdir, f"{mini}/photos", 1200, 512, unseen=f"{mini}/photos_unseen", num_unseen=256
+)
 shutil.copytree(folder, f"{mini}/prompts/{folder.name}")
 PYTHON
 

@@ -2,16 +2,20 @@
 
   python -m prefpaint_jax.annotate --candidates=runs/candidates
 
-Writes annotations.jsonl to the folder, in the format of human scores.
+Writes annotations.jsonl to the folder, in the format of human scores. It replaces simulated scores
+there, and refuses to replace scores of people.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from absl import flags
 
 from prefpaint_jax.data import images as image_io
+from prefpaint_jax.data.annotation_files import read_candidates, read_prompts
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import cli
 from prefpaint_jax.runtime.cli import within
@@ -21,6 +25,7 @@ from prefpaint_jax.runtime.ranges import Integer, Number, Text
 from prefpaint_jax.runtime.workdir import exclusive
 
 _CHUNK = 512  # candidates scored at a time
+_PREFIX = "simulated_"  # of the annotators' names
 
 
 def annotate(folder: Path, annotators: int, noise: float, seed: int) -> int:
@@ -34,29 +39,57 @@ def annotate(folder: Path, annotators: int, noise: float, seed: int) -> int:
 
   Returns:
     The number of candidates.
+
+  Raises:
+    ValueError: annotations.jsonl has scores of people, or the noise is not finite.
   """
   file = folder / "candidates.jsonl"
   if not file.is_file():
     raise ValueError(f"{file}: no such file; give the --workdir of prefpaint_jax.collect")
-  lines = [json.loads(line) for line in file.read_text().splitlines()]
+  errors: list[str] = []
+  candidates = read_candidates(folder, read_prompts(folder, errors), errors)
+  if errors:
+    raise ValueError(f"{folder}/{errors[0]}; correct the file or collect the candidates again")
+  lines = list(candidates.items())
   with (
     exclusive(folder),
-    atomic_path(folder / "annotations.jsonl") as partial,
+    _replaced_scores(folder / "annotations.jsonl") as partial,
     partial.open("w") as output,
   ):
     for first in range(0, len(lines), _CHUNK):
       chunk = lines[first : first + _CHUNK]
-      images = [image_io.load_image(folder / "inpaint" / f"{x['candidate']}.png") for x in chunk]
-      masks = [image_io.load_mask(folder / "masks" / f"{x['image_id']}_mask.png") for x in chunk]
+      images = [image_io.load_image(folder / "inpaint" / f"{name}.png") for name, _ in chunk]
+      masks = [image_io.load_mask(folder / "masks" / f"{x.image_id}_mask.png") for _, x in chunk]
       truth = simulation.true_preference(np.stack(images), np.stack(masks))
       rng = np.random.default_rng([seed, first])
       scores = simulation.annotate(rng, truth, annotators, noise)
-      for i, line in enumerate(chunk):
-        names = {"image_id": line["image_id"], "candidate": line["candidate"]}
+      for i, (name, candidate) in enumerate(chunk):
+        names = {"image_id": candidate.image_id, "candidate": name}
         for a in range(annotators):
-          ratings = {name: int(values[i, a]) for name, values in scores.items()}
-          print(json.dumps(names | {"annotator": f"simulated_{a}"} | ratings), file=output)
+          ratings = {criterion: int(values[i, a]) for criterion, values in scores.items()}
+          print(json.dumps(names | {"annotator": f"{_PREFIX}{a}"} | ratings), file=output)
   return len(lines)
+
+
+@contextlib.contextmanager
+def _replaced_scores(file: Path) -> Iterator[Path]:
+  """Gives a path that replaces `file`, which may be missing; see `atomic_path`.
+
+  Raises:
+    ValueError: a line of `file` is not of a simulated annotator.
+  """
+  for number, line in enumerate(file.read_bytes().splitlines() if file.exists() else (), 1):
+    try:
+      is_simulated = json.loads(line)["annotator"].startswith(_PREFIX)
+    except (ValueError, KeyError, TypeError, AttributeError):
+      is_simulated = not line.strip()
+    if not is_simulated:
+      raise ValueError(
+        f"{file}: line {number} is not of a simulated annotator, and people's scores are not "
+        "replaced; move the file to another place first"
+      )
+  with atomic_path(file) as partial:
+    yield partial
 
 
 if __name__ == "__main__":

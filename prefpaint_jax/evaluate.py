@@ -81,6 +81,10 @@ def choose_prompts(config: ConfigDict) -> tuple[Sequence[examples.Prompt], list[
     if not config.kind or mask_io.KINDS[prompts[i]["kind"]] == config.kind
   )
   chosen = list(itertools.islice(wanted, config.num_prompts or None))
+  if len(chosen) < config.num_prompts and jax.process_index() == 0:
+    print(
+      f"num_prompts is {config.num_prompts}; {config.prompts} has {len(chosen)}: compares those"
+    )
   if not chosen:
     raise ValueError(
       f"{config.prompts}: none of the {len(prompts)} prompts of {config.split!r} is of kind "
@@ -230,6 +234,9 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     command was asked to stop.
   """
   check(config)
+  if not config.split:
+    config = config.copy_and_resolve_references()
+    config.split = prompt_io.final_split(config.prompts)
   with open_workdir(
     config,
     workdir,

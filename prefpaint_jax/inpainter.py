@@ -4,7 +4,6 @@
 """
 # Shapes: B images, S samples of each, H W pixels, h w latents, L text tokens, D text width.
 
-import dataclasses
 import functools
 import os
 import shutil
@@ -127,8 +126,7 @@ class Inpainter:
     path = weights.resolve_pipeline(mini.locate(name, "policy"))
     configs = {part: weights.read_config(path / part) for part in NETWORKS}
     configs["scheduler"] = weights.read_config(path / "scheduler", "scheduler_config.json")
-    modules = make_modules(configs, dtype, remat, where=str(name))
-    modules = dataclasses.replace(modules, mask_latents=mask_latents)
+    modules = make_modules(configs, dtype, remat, str(name), mask_latents)
     shapes = jax.eval_shape(modules.init, jax.random.key(0))
     params = {part: weights.load_params(path / part, shapes[part], variant) for part in NETWORKS}
     found = sorted((path / "tokenizer").glob("*"))

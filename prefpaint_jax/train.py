@@ -20,7 +20,12 @@ from ml_collections import ConfigDict
 
 from prefpaint_jax.align.held_out import HeldOut
 from prefpaint_jax.align.run import Run, image_shapes, make_run
-from prefpaint_jax.align.settings import check_config, compares_with_base, settings_from
+from prefpaint_jax.align.settings import (
+  check_config,
+  check_prompts,
+  compares_with_base,
+  settings_from,
+)
 from prefpaint_jax.align.stages import compile_iteration
 from prefpaint_jax.align.state import (
   Experience,
@@ -30,7 +35,7 @@ from prefpaint_jax.align.state import (
   current_params,
 )
 from prefpaint_jax.data.images import save_png
-from prefpaint_jax.data.prompts import open_prompts, prompt_loader
+from prefpaint_jax.data.prompts import final_split, open_prompts, prompt_loader
 from prefpaint_jax.evaluation.tables import describe
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.preference.bound import check_condition
@@ -83,6 +88,7 @@ class Session(NamedTuple):
   run: Run
   loader: Any  # a grain iterator
   held_out: HeldOut
+  final: HeldOut  # the same on the prompts of the comparison at the end
   checkpoints: Checkpoints
   writer: MetricsWriter
   log: IterationLog
@@ -96,7 +102,11 @@ def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session
   ### Data, networks and their programs.
   prompts = open_prompts(config.prompts, "train", config.size)
   loader = prompt_loader(prompts, config.batch_size, config.seed, process, processes)
-  test_prompts = open_prompts(config.prompts, "test", config.size)
+  prompts_of = {
+    "eval_prompts": open_prompts(config.prompts, "test", config.size),
+    "final_prompts": open_prompts(config.prompts, final_split(config.prompts), config.size),
+  }
+  check_prompts(config, {field: len(found) for field, found in prompts_of.items()})
   run = load_run(config, mesh)
 
   ### State: fresh, or exactly where an earlier run stopped.
@@ -108,21 +118,24 @@ def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session
     loader.set_state(position)
   run = run if compares_with_base(config) else run._replace(begin=None)
   sample_key, comparison_key, _ = jax.random.split(jax.random.key(config.seed), 3)
-  held_out = HeldOut(
-    run,
-    mesh,
-    test_prompts,
-    config.num_samples,
-    sample_key,
-    comparison_key,
-    config.simulated_preference,
+  held_out, final = (
+    HeldOut(
+      run,
+      mesh,
+      found,
+      config.num_samples,
+      sample_key,
+      comparison_key,
+      config.simulated_preference,
+    )
+    for found in prompts_of.values()
   )
   start = int(state.iteration)
   writer = MetricsWriter(workdir, process == 0)
   writer.truncate(start)
   images_per_iteration = config.batch_size * settings.samples_per_prompt
   log = IterationLog(writer, config.num_iterations, start, images_per_iteration)
-  session = Session(config, workdir, mesh, run, loader, held_out, checkpoints, writer, log)
+  session = Session(config, workdir, mesh, run, loader, held_out, final, checkpoints, writer, log)
   return session, state
 
 
@@ -134,7 +147,7 @@ def iterate(
   Returns:
     The state, the iteration of the last checkpoint, and whether the run was asked to stop.
   """
-  config, _, mesh, run, loader, held_out, checkpoints, _, log = session
+  config, _, mesh, run, loader, held_out, _, checkpoints, _, log = session
   stages, frozen = run.stages, run.frozen
   loop_key = jax.random.split(jax.random.key(config.seed), 3)[2]
   start = saved = int(state.iteration)
@@ -240,7 +253,7 @@ def _train(config: ConfigDict, workdir: Path, mesh: Mesh) -> TrainState:
     state, saved, stopped = iterate(session, state, asked_to_stop)
     compared = None
     if count:
-      compared = session.held_out.compare(current_params(state), count, asked_to_stop)
+      compared = session.final.compare(current_params(state), count, asked_to_stop)
     if compared is None and (stopped or count):
       done = int(state.iteration)
       if saved != done:
@@ -252,7 +265,8 @@ def _train(config: ConfigDict, workdir: Path, mesh: Mesh) -> TrainState:
 
   if compared is not None and is_writer:
     policy, base = compared
-    print(f"{count} held-out prompts, policy against base, same noise:")
+    split = final_split(config.prompts)
+    print(f"{count} held-out prompts ({split}), policy against base, same noise:")
     titles = {"reward": "learned reward", "true_preference": "true preference"}
     for name in (name for name in titles if name in policy):
       print(describe(titles[name], policy[name], base[name]))

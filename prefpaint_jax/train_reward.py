@@ -4,9 +4,10 @@
     --config.preferences=DIR
 
 1. Trains the network on human scores, and keeps the parameters with the highest pair accuracy on
-   held-out preferences.
+   the validation split.
 2. Refits the last layer by ridge regression, which the error bound assumes.
-3. Compares the bound with the errors on held-out preferences.
+3. Estimates the noise scale R of the bound on the test split, which nothing was chosen on, and
+   compares the bound with the errors there.
 
 Writes reward/ (for `--config.reward` of `train` and for `RewardModel.from_pretrained`),
 calibration.png, calibration.json, metrics and checkpoints to the workdir. The same command resumes
@@ -90,20 +91,19 @@ def _train_reward(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh) ->
   """Trains a reward model in a workdir that this process holds; see `train_reward`."""
   ### Data.
   size = config.size or None
-  train = preference_io.open_preferences(config.preferences, "train", size)
-  held_out = preference_io.open_preferences(config.preferences, "test", size)
+  train, validation, test = preference_io.open_splits(config.preferences, size).values()
   metadata = preference_io.read_metadata(config.preferences)
   truth = metadata if config.simulated_preference else None
   network = RewardNetwork(RewardConfig.from_dict(config.network.to_dict()), jnp.dtype(config.dtype))
   is_writer = jax.process_index() == 0
 
-  ### Network: the parameters with the highest pair accuracy on held-out preferences.
+  ### Network: the parameters with the highest pair accuracy on the validation split.
   params = initial_params(network, config.clip, config.seed)
   scorer = Scorer(network, config.batch_size)
 
   def judge(params: Params) -> tuple[float, dict[str, float]]:
-    metrics = held_out_metrics(score_all(scorer, params, held_out))
-    return metrics["held_out/pair_accuracy"], metrics
+    metrics = held_out_metrics(score_all(scorer, params, validation), "validation")
+    return metrics["validation/pair_accuracy"], metrics
 
   params = fitting.fit(
     functools.partial(
@@ -130,14 +130,14 @@ def _train_reward(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh) ->
 
   ### Last layer: ridge regression on the features, and the bound on its error.
   moments = moments_of(scorer, params, train)
-  w, bound = refit(moments, config.ridge, moments_of(scorer, params, held_out), config.norm_bound)
+  w, bound = refit(moments, config.ridge, moments_of(scorer, params, test), config.norm_bound)
   if config.noise_scale is not None:
     bound = dataclasses.replace(bound, noise_scale=config.noise_scale)
   params["mlp"]["last_layer"]["kernel"] = w[:, None].astype(np.float32)
   model = RewardModel(network, params, bound)
 
-  ### Report: the reward and its bound on held-out preferences.
-  scored = score_all(scorer, params, held_out, bound.whitening, truth)
+  ### Report: the reward and its bound on the test split.
+  scored = score_all(scorer, params, test, bound.whitening, truth)
   if is_writer:
     model.save_pretrained(workdir / "reward")
     report(config, scored, bound, workdir, metadata)
@@ -151,10 +151,10 @@ def report(
   workdir: Path,
   metadata: Mapping[str, Any],
 ) -> None:
-  """Prints and writes the held-out metrics of the reward and the calibration of its bound.
+  """Prints and writes the reward's metrics and its bound's calibration on the test split.
 
   Args:
-    scored: held-out preferences, with norms, and with the truth if `config.simulated_preference`.
+    scored: the test split, with norms, and with the truth if `config.simulated_preference`.
     metadata: metadata of the preference dataset, which calibration.json repeats.
   """
   kinds = np.broadcast_to(scored.kinds[:, None], scored.valid.shape)[scored.valid]
@@ -171,8 +171,7 @@ def report(
   calibrated = calibration.calibrate(samples, bound, config.trust.k, config.trust.b)
   metrics = held_out_metrics(scored)
   if config.simulated_preference:
-    noise_free = held_out_metrics(scored._replace(scores=scored.truth))
-    metrics |= {name.replace("held_out/", "truth/"): x for name, x in noise_free.items()}
+    metrics |= held_out_metrics(scored._replace(scores=scored.truth), "truth")
   calibration_plot.plot(calibrated, samples, workdir / "calibration.png")
   content = {
     "metrics": metrics,
@@ -182,7 +181,7 @@ def report(
   write_json(workdir / "calibration.json", content)
 
   titles = {"held_out": "annotated scores", "truth": "noise-free scores"}
-  print(f"{len(scored.valid)} held-out prompts, {len(kinds)} candidates:")
+  print(f"{len(scored.valid)} test prompts, {len(kinds)} candidates:")
   for name, title in titles.items():
     for kind in ("", *(f"{kind}/" for kind in mask_io.KINDS)):
       part = {m: metrics.get(f"{name}/{kind}{m}") for m in ("pair_accuracy", "spearman", "mse")}

@@ -163,3 +163,55 @@ def test_config_errors_are_one_line(world, tmp_path, change, message):
 def test_annotating_an_empty_folder_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"give the --workdir of prefpaint_jax\.collect"):
     annotate(tmp_path, annotators=1, noise=0.0, seed=0)
+
+
+@pytest.fixture
+def scored(tmp_path):
+  """Returns a folder of one prompt with two candidates, without scores."""
+  images, masks = testing.tiny_prompts(2)
+  for k, image in enumerate(images):
+    image_io.save_png(tmp_path / "inpaint" / f"a_{k}.png", image_io.to_bytes(image))
+  image_io.save_png(tmp_path / "masks" / "a_mask.png", image_io.to_bytes(masks[0, ..., 0]))
+  (tmp_path / "prompts.jsonl").write_text('{"image_id": "a", "source": "x", "kind": "box"}\n')
+  rows = [{"image_id": "a", "candidate": f"a_{k}", "policy": "x"} for k in range(2)]
+  (tmp_path / "candidates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return tmp_path
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    '{"image_id": "a", "candidate": "a_0", "annotator": "ann", "structure": 5, "texture": 4}',
+    '{"image_id": "a", "candidate": "a_0", "annotator": 7}',
+    '{"image_id": "a", "candid',  # partly written
+    '["simulated_0"]',
+    "\xff",
+  ],
+)
+def test_scores_of_people_are_never_replaced(scored, line):
+  assert annotate(scored, annotators=1, noise=0.5, seed=0) == 2
+  file = scored / "annotations.jsonl"
+  simulated = file.read_bytes()
+  mixed = simulated + line.encode("latin-1") + b"\n"
+  file.write_bytes(mixed)
+  message = (
+    r"\A.*annotations\.jsonl: line 3 is not of a simulated annotator, .*; move the file .*\Z"
+  )
+  with pytest.raises(ValueError, match=message):
+    annotate(scored, annotators=1, noise=0.5, seed=0)
+  assert file.read_bytes() == mixed
+
+
+@pytest.mark.parametrize("noise", [np.nan, np.inf, -1.0])
+def test_noise_that_is_not_finite_leaves_the_scores_alone(scored, noise):
+  annotate(scored, annotators=1, noise=0.5, seed=0)
+  before = files(scored)
+  with pytest.raises(ValueError, match=r"\Anoise is .*; expected a finite number from 0 on; .*\Z"):
+    annotate(scored, annotators=1, noise=noise, seed=0)
+  assert files(scored) == before
+
+
+def test_wrong_candidates_are_an_error_of_one_line(scored):
+  (scored / "candidates.jsonl").write_text('{"image_id": "b", "candidate": "b_0", "policy": "x"}\n')
+  with pytest.raises(ValueError, match=r"\A.*candidates\.jsonl:1: unknown image id 'b'; .*\Z"):
+    annotate(scored, annotators=1, noise=0.5, seed=0)

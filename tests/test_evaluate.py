@@ -56,6 +56,7 @@ def test_scores_equal_those_of_samples_from_the_public_interface(world, whole):
   workdir, result = whole
   found = json.loads((workdir / "eval.json").read_text())
   assert found["judges"] == result["judges"]
+  assert found["about"]["prompts"].endswith(", test")  # these prompts have no split "unseen"
   prompts = open_prompts(world["prompts"], "test", architectures.SIZE)
   policy, judge = (
     Inpainter.from_pretrained(world["aligned"]),
@@ -96,6 +97,13 @@ def test_a_policy_against_itself_wins_exactly_half(world, tmp_path):
         assert group[name] == {"value": 0.5, "low": 0.5, "high": 0.5}
       assert group["reward/gain"]["value"] == 0.0
   assert not any(row["flagged"] for row in result["drift"]["measures"].values())
+
+
+@pytest.mark.parametrize(("number", "line"), [(20, ""), (0, ""), (21, "has 20: compares those")])
+def test_no_prompt_is_counted_twice(world, number, line, capsys):
+  _, chosen = evaluate.choose_prompts(config_of(world, split="test", num_prompts=number))
+  assert chosen == list(range(20))
+  assert line in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import prefpaint_jax
 from prefpaint_jax import reward as reward_lib
 from prefpaint_jax import testing
 from prefpaint_jax.models import reward
+from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.preference.bound import Bound, mahalanobis_norm, save_bound
 from prefpaint_jax.reward import RewardModel
 
@@ -30,6 +31,30 @@ def scored_images() -> tuple[np.ndarray, np.ndarray]:
   noise = np.random.default_rng(0).uniform(size=(6, 8, 8, 3))
   known = np.repeat(images * (1 - masks), 3, axis=0)
   return (known + noise * np.repeat(masks, 3, axis=0)).astype(np.float32), images * (1 - masks)
+
+
+# ----------------------------------------------------------------------------- early fusion
+def test_early_fusion_without_differences_sees_only_pixels_and_the_mask(scored_images):
+  samples, masked = scored_images
+  pixels = reward.preprocess(samples, 8)
+  masked_pixels = np.repeat(reward.preprocess(masked, 8), 3, axis=0)
+  all_channels = reward.early_channels(pixels, masked_pixels)
+  plain = reward.early_channels(pixels, masked_pixels, differences=False)
+  assert all_channels.shape[-1] == 13 and plain.shape[-1] == 7
+  np.testing.assert_array_equal(plain, all_channels[..., :7])
+  hole = np.all(np.repeat(masked, 3, axis=0) == 0, axis=-1, keepdims=True)
+  expected = [pixels * hole, masked_pixels * ~hole, hole]
+  np.testing.assert_allclose(plain, np.concatenate(expected, -1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("differences", "channels"), [({}, 13), ({"differences": False}, 7)])
+def test_a_reward_config_says_whether_early_fusion_sees_differences(differences, channels):
+  config = {"fusion": "early", "num_heads": 2, "vision": testing.TINY_VISION, **differences}
+  shapes = reward.network_shapes(RewardConfig.from_dict(config))
+  kernel = shapes["clip"]["vision_model"]["embeddings"]["patch_embedding"]["kernel"]
+  assert kernel.shape[2] == channels
+  with pytest.raises(ValueError, match=r"\Areward config: differences='no'; give true or false\Z"):
+    RewardConfig.from_dict({"differences": "no"})
 
 
 # ------------------------------------------------------------------------------- preprocessing

@@ -48,7 +48,7 @@ BARE = {"sample_every": 0, "eval_every": 0, "checkpoint_every": 0, "final_prompt
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> dict[str, str]:
-  return testing.write_tiny_world(tmp_path_factory.mktemp("world"))
+  return testing.write_tiny_world(tmp_path_factory.mktemp("world"), test=16)
 
 
 def make_config(world: dict[str, str], **changes) -> ConfigDict:
@@ -254,7 +254,7 @@ def test_run_without_checkpoints_is_saved_on_a_signal(
   assert Checkpoints(tmp_path / "checkpoints").latest() == stopped_after
   state = train(make_config(world, **config), tmp_path)
   assert_same_run(tmp_path, state, finished)
-  assert "16 held-out prompts, policy against base" in capsys.readouterr().out
+  assert "16 held-out prompts (test), policy against base" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -329,6 +329,8 @@ def test_batch_that_does_not_divide_over_the_devices_is_an_error(world, tmp_path
   [
     ({"prompts": ""}, r"config\.prompts is empty"),
     ({"prompts": "/nowhere"}, "/nowhere is not a folder"),
+    ({"final_prompts": 24}, "final_prompts is 24, .* has 16 prompts for it; give at most 16"),
+    ({"eval_prompts": 24, "eval_every": 1}, "eval_prompts is 24, .* has 16 prompts for it"),
     ({"batch_size": 24}, "16 prompts are fewer than batch_size 24"),
     ({"train_timesteps": 4}, "train_timesteps is 4; expected 1 to 3"),
     ({"updates_per_iteration": 3}, "updates_per_iteration is 3; expected a divisor of"),

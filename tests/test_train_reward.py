@@ -125,6 +125,10 @@ def test_command_writes_a_reward_with_its_bound_and_resumes_exactly(
   # The reported metrics equal those of the saved reward model.
   mse = np.mean((np.concatenate(rewards) - np.concatenate(scores)) ** 2)
   np.testing.assert_allclose(found["metrics"]["held_out/mse"], mse, rtol=1e-4)
+  # R comes from the same candidates, and the choice of the parameters from others.
+  np.testing.assert_allclose(loaded.bound.noise_scale**2, mse, rtol=1e-4)
+  judged = (tmp_path / "whole" / "metrics.jsonl").read_text()
+  assert '"validation/pair_accuracy"' in judged and "held_out" not in judged
   norms = mahalanobis_norm(loaded.bound.whitening, np.concatenate(features))
   reported_norm = found["calibration"]["errors"]["truth"]["norm"]["mean"]
   np.testing.assert_allclose(reported_norm, np.mean(norms), rtol=1e-4)

@@ -14,11 +14,19 @@ from prefpaint_jax.data.examples import Prompt, concatenate, stack
 from prefpaint_jax.data.images import image_grid
 from prefpaint_jax.evaluation import drift, winrate
 from prefpaint_jax.models import reward
+from prefpaint_jax.models.reward import RewardNetwork
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.weights.names import Params
 
 SCORES = ("reward", "true_preference")
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def _rewards_of(
+  network: RewardNetwork, params: Params, samples: jax.Array, masked_images: jax.Array
+) -> jax.Array:
+  return reward.apply(network, params, samples, masked_images)[0]
 
 
 class HeldOut:
@@ -41,7 +49,7 @@ class HeldOut:
     """Prepares the evaluation.
 
     Args:
-      prompts: held-out prompts; beyond the last one they repeat.
+      prompts: held-out prompts; a grid of more than there are repeats them.
       chunk: N, prompts that are sampled at a time.
       sample_key: noise of the samples that are shown.
       comparison_key: noise of the samples that are compared.
@@ -50,13 +58,6 @@ class HeldOut:
     self._run, self._mesh, self._prompts, self._chunk = run, mesh, prompts, chunk
     self._sample_key, self._comparison_key = sample_key, comparison_key
     self._simulated = simulated_preference
-    network = run.network
-
-    @jax.jit
-    def rewards_of(params: Params, samples: jax.Array, masked_images: jax.Array) -> jax.Array:
-      return reward.apply(network, params, samples, masked_images)[0]
-
-    self._rewards_of = rewards_of
     self._base_scores = functools.cache(lambda chunk: self._scores(run.begin, chunk))
 
   @functools.cached_property
@@ -76,7 +77,7 @@ class HeldOut:
     layout, frozen = sharding.batch_sharding(self._mesh), self._run.frozen
     images, masks = sharding.place(layout, (batch["image"], batch["mask"]))
     samples = self._run.stages.inpaint(params, frozen, images, masks, key)
-    rewards = self._rewards_of(frozen.reward, samples, images * (1.0 - masks))
+    rewards = _rewards_of(self._run.network, frozen.reward, samples, images * (1.0 - masks))
     return multihost_utils.process_allgather((samples, rewards), tiled=True)
 
   def _scores(self, params: Params, chunk: int) -> dict[str, np.ndarray]:

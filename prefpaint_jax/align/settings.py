@@ -1,6 +1,7 @@
 """The settings of an iteration of alignment, and the checks of a run's config."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
@@ -138,3 +139,21 @@ def check_config(config: ConfigDict) -> None:
       f"eval_prompts={config.eval_prompts} prompts; set both above 0 and make "
       f"checkpoint_every={config.checkpoint_every} a multiple of eval_every"
     )
+
+
+def check_prompts(config: ConfigDict, numbers: Mapping[str, int]) -> None:
+  """Checks that no comparison counts a prompt twice.
+
+  Args:
+    numbers: {"eval_prompts", "final_prompts": number of prompts that there are}.
+
+  Raises:
+    ValueError: a field is larger than its number. The message names it.
+  """
+  for field, number in numbers.items():
+    if config[field] > number and (field == "final_prompts" or config.eval_every):
+      most = number // config.num_samples * config.num_samples
+      raise ValueError(
+        f"{field} is {config[field]}, {config.prompts} has {number} prompts for it; give at most "
+        f"{most}, a multiple of num_samples={config.num_samples}"
+      )

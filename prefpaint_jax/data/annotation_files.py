@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefpaint_jax.data import masks
-from prefpaint_jax.data.examples import CRITERIA, MAX_SCORE, SPLITS
+from prefpaint_jax.data.examples import CRITERIA, MAX_SCORE, SPLITS, VALIDATION
 
 _NUMBERS = ("kind", *CRITERIA)  # fields that may hold numbers; all others hold text
 _PROMPTS, _CANDIDATES, _ANNOTATIONS = "prompts.jsonl", "candidates.jsonl", "annotations.jsonl"
@@ -190,13 +190,13 @@ def _read_released(folder: Path, errors: list[str]) -> Iterator[tuple]:
 def read_lists(
   folder: Path, prompts: Mapping[str, PromptEntry], errors: list[str]
 ) -> dict[str, frozenset[str]]:
-  """Reads train.txt and test.txt if they exist.
+  """Reads train.txt, test.txt and validation.txt if they exist.
 
   Returns:
     {split: the image IDs in its list}, without the splits that have no list.
   """
   lists, places = {}, {}
-  for split in SPLITS:
+  for split in (*SPLITS, VALIDATION):
     file = folder / f"{split}.txt"
     if not file.exists():
       continue

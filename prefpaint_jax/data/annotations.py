@@ -18,8 +18,9 @@ candidate. A released folder has JSON files of {candidate: [score, rank]} or
 {image_id: {candidate: [score, rank]}} instead, with one combined score per candidate, which is
 often normalised already.
 
-train.txt and test.txt may list the IDs of the splits, one per line. The reader skips no errors: it
-collects all of them and raises one report that names the file and the line of each.
+train.txt, validation.txt and test.txt may list the IDs of the splits, one per line. The reader
+skips no errors: it collects all of them and raises one report that names the file and the line of
+each.
 """
 # Shapes: U units (candidates), R ratings of one unit.
 
@@ -78,7 +79,7 @@ class Annotations(NamedTuple):
   """The content of a folder of scores."""
 
   prompts: tuple[ScoredPrompt, ...]
-  lists: dict[str, frozenset[str]]  # the IDs in train.txt and test.txt, if these files exist
+  lists: dict[str, frozenset[str]]  # {split: the IDs in SPLIT.txt}, for the files that exist
   agreement: dict[str, float]  # Krippendorff's alpha of each criterion, and of the combined score
   annotators: int  # number of annotators; 0: unknown
   left_out: dict[str, int]  # candidates without a score, prompts without a scored candidate

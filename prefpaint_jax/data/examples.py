@@ -10,6 +10,8 @@ from typing import NotRequired, TypedDict
 import numpy as np
 
 SPLITS = ("train", "test")
+VALIDATION = "validation"  # split of preferences that chooses the checkpoint of a reward model
+VALIDATION_SHARE = 0.1  # of the training images
 
 MAX_SCORE = 7.0
 # Weights of the criteria in the combined score.
@@ -54,5 +56,23 @@ def concatenate(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.nda
 
 def in_test(name: str, test_share: float) -> bool:
   """Returns whether the image called `name` is held out. Only a hash of the name decides."""
+  return _hash(name) < test_share
+
+
+def in_validation(names: Sequence[str]) -> list[bool]:
+  """Returns for the image of each training prompt whether it is in the validation split.
+
+  A hash of the name decides, which is independent of the hash of `in_test`. At least one image is
+  in the split. If all prompts have one image, the result is True for all of them.
+  """
+  hashes = {name: _hash(f"{VALIDATION} {name}") for name in names}
+  chosen = {name for name, value in hashes.items() if value < VALIDATION_SHARE}
+  if not 0 < len(chosen) < len(hashes):
+    chosen = {min(hashes, key=hashes.get)}
+  return [name in chosen for name in names]
+
+
+def _hash(name: str) -> float:
+  """Returns a number in [0, 1] that depends only on `name`."""
   digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
-  return int.from_bytes(digest[:8], "big") < test_share * 2**64
+  return int.from_bytes(digest[:8], "big") / 2**64

@@ -69,7 +69,10 @@ def open_mixture(mixture: str | Path) -> list[tuple[float, FolderPictures | Reco
 
 
 class FolderPictures(Sequence):
-  """The image files of a folder and its subfolders, sorted by path, without hidden files."""
+  """The image files of a folder and its subfolders, sorted by path, without hidden files.
+
+  Links are followed. A file that is reached in several ways is one image.
+  """
 
   def __init__(self, source: str | Path):
     self.source = str(source)
@@ -78,14 +81,7 @@ class FolderPictures(Sequence):
       raise ValueError(
         f"pictures: {self.source!r} is not a folder; give a folder, tfds:NAME, or a mixture of both"
       )
-    root = f"{self._folder}{os.sep}"
-    paths = (
-      os.path.join(where, name).removeprefix(root)
-      for where, _, names in os.walk(self._folder, followlinks=True)
-      for name in names
-      if name.lower().endswith(PHOTO_SUFFIXES)
-    )
-    self._files = sorted(path for path in paths if f"{os.sep}." not in f"{os.sep}{path}")
+    self._files = sorted(_find_images(self._folder))
     if not self._files:
       raise ValueError(
         f"{self._folder}: contains no {', '.join(PHOTO_SUFFIXES)}; give a folder of images "
@@ -101,6 +97,48 @@ class FolderPictures(Sequence):
   def __getitem__(self, index: int) -> SourceImage:
     image = images.load_image(self._folder / self._files[index])
     return SourceImage(self.id(index), self.source, image)
+
+
+def _find_images(root: Path) -> list[str]:
+  """Finds the image files below a folder: paths relative to it, one for each file.
+
+  Device and inode identify folders and files. Otherwise links could repeat an image, which puts it
+  into both splits, or lead in circles. A path without a link is preferred.
+  """
+  # A link to a folder above the root would lead back to the root.
+  visited = {_identity(folder) for folder in root.resolve().parents}
+  folders, linked_folders, linked_files, files = [""], [], [], {}
+  while folders or linked_folders:
+    folder = folders.pop() if folders else linked_folders.pop(0)
+    where = os.path.join(root, folder)
+    if (this := _identity(where)) in visited:
+      continue
+    visited.add(this)
+    with os.scandir(where) as entries:
+      for entry in sorted(entries, key=lambda entry: entry.name):
+        path, is_link = os.path.join(folder, entry.name), entry.is_symlink()
+        if entry.name.startswith("."):
+          continue
+        if os.path.isdir(entry.path) if is_link else entry.is_dir():
+          if os.access(entry.path, os.R_OK | os.X_OK):  # e.g. not lost+found
+            (linked_folders if is_link else folders).append(path)
+        elif entry.name.lower().endswith(PHOTO_SUFFIXES):
+          if is_link:
+            linked_files.append(path)
+          else:
+            files.setdefault(_identity(entry.path), path)
+  for path in linked_files:
+    files.setdefault(_identity(os.path.join(root, path)), path)
+  return list(files.values())
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+  """Returns the device and the inode of a file or folder."""
+  try:
+    found = os.stat(path)
+  except OSError as error:
+    raise ValueError(f"{path}: cannot be read ({error.strerror}); remove or mend it") from None
+  return found.st_dev, found.st_ino
 
 
 class RecordPictures(Sequence):

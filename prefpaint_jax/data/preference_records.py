@@ -17,7 +17,7 @@ from PIL import Image
 
 from prefpaint_jax.data import images, masks
 from prefpaint_jax.data.annotations import Annotations, Candidate, ScoredPrompt, read_annotations
-from prefpaint_jax.data.examples import CRITERIA, SPLITS, in_test
+from prefpaint_jax.data.examples import CRITERIA, SPLITS, VALIDATION, in_test, in_validation
 from prefpaint_jax.data.records import encode_png, write_records
 from prefpaint_jax.runtime.text import align_columns
 
@@ -65,12 +65,14 @@ def build_preferences(
 def assign_splits(annotations: Annotations, test_share: float) -> dict[str, list[ScoredPrompt]]:
   """Assigns each prompt to at most one split.
 
-  With lists of both splits, a prompt in neither list is left out. With a list of one split, the
-  other split gets all other prompts. Without lists, a hash of the image's ID decides. Therefore
-  new prompts do not change the splits of the old ones, and all crops of an image share a split.
+  With lists of training and test prompts, a prompt in no list is left out. With a list of one of
+  them, the other split gets all other prompts. Without lists, a hash of the image's ID decides.
+  Therefore new prompts do not change the splits of the old ones, and all crops of an image share a
+  split. Without validation.txt, a hash also splits the validation images off the training images;
+  if all training prompts have one image, single prompts.
 
   Returns:
-    {split: its prompts}, without empty splits.
+    {split: its prompts}, for "train", "validation" and "test", without empty splits.
 
   Raises:
     ValueError: the training split is empty.
@@ -87,8 +89,15 @@ def assign_splits(annotations: Annotations, test_share: float) -> dict[str, list
   chosen = [split_of(prompt) for prompt in annotations.prompts]
   splits = {
     split: [p for p, its in zip(annotations.prompts, chosen, strict=True) if its == split]
-    for split in SPLITS
+    for split in (*SPLITS, VALIDATION)
   }
+  train = splits["train"]
+  if VALIDATION not in lists and len(train) > 1:
+    single = len({prompt.picture for prompt in train}) == 1
+    names = [prompt.image_id if single else prompt.picture for prompt in train]
+    for split, wanted in (("train", False), (VALIDATION, True)):
+      rows = zip(train, in_validation(names), strict=True)
+      splits[split] = [prompt for prompt, chosen in rows if chosen == wanted]
   if not splits["train"]:
     raise ValueError(
       f"none of {len(chosen)} prompts is for training, {len(splits['test'])} are for testing; "

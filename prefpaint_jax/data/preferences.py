@@ -10,10 +10,11 @@ writes a tfds dataset into DIR. `prefpaint_jax.train_reward` trains a reward mod
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -24,6 +25,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from prefpaint_jax.data import images
 from prefpaint_jax.data.annotations import BadAnnotations
+from prefpaint_jax.data.examples import SPLITS, VALIDATION, in_validation
 from prefpaint_jax.data.images import to_bytes
 from prefpaint_jax.data.preference_records import build_preferences, summary
 from prefpaint_jax.data.records import endless_batches, find_records
@@ -58,11 +60,30 @@ def open_preferences(
 
   Args:
     folder: the dataset's folder, or the `output_dir` of `build_preferences`.
-    split: "train" or "test".
+    split: "train", "validation" or "test".
     size: a side or (height, width) to resize to; None: the stored size. Images are antialiased;
       no missing pixel is lost.
   """
   return StoredPreferences(folder, split, (size, size) if isinstance(size, int) else size)
+
+
+def open_splits(
+  folder: str | Path, size: int | tuple[int, int] | None = None
+) -> dict[str, StoredPreferences]:
+  """Opens the splits "train", "validation" and "test"; see `open_preferences`.
+
+  If the dataset has no validation split, a hash of the IDs splits it off the training prompts.
+
+  Raises:
+    ValueError: there is only one training prompt.
+  """
+  train, test = (open_preferences(folder, split, size) for split in SPLITS)
+  if train.has_validation:
+    return {"train": train, VALIDATION: open_preferences(folder, VALIDATION, size), "test": test}
+  if len(train) < 2:
+    raise ValueError(f"preferences: {folder} has 1 training prompt; give 2 or more")
+  chosen = np.array(in_validation([train.id(index) for index in range(len(train))]))
+  return {"train": train.take(~chosen), VALIDATION: train.take(chosen), "test": test}
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:
@@ -89,16 +110,30 @@ class StoredPreferences(Sequence[Preference]):
     # Raw bytes: the reader of tfds is ten times slower, because it decodes every feature.
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     self._records = builder.as_data_source(split=split, deserialize_method=raw)
+    self._rows: Sequence[int] = range(len(self._records))
     self._size = size
+    self.has_validation = VALIDATION in builder.info.splits
 
-  def __len__(self) -> int:
-    return len(self._records)
+  def take(self, chosen: np.ndarray) -> StoredPreferences:
+    """Returns the preferences for which `chosen`, bool [N], is True."""
+    part = copy.copy(self)
+    part._rows = [row for row, wanted in zip(self._rows, chosen, strict=True) if wanted]
+    return part
 
-  def __getitem__(self, index: int) -> Preference:
+  def _features(self, index: int) -> Mapping[str, Any]:
     from tensorflow_datasets.proto import tf_example_pb2  # here, because the import is slow
 
-    record = self._records[range(len(self))[index]]
-    feature = tf_example_pb2.Example.FromString(record).features.feature
+    return tf_example_pb2.Example.FromString(self._records[self._rows[index]]).features.feature
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def id(self, index: int) -> str:
+    """Returns the ID of a preference without decoding its images."""
+    return self._features(index)["id"].bytes_list.value[0].decode()
+
+  def __getitem__(self, index: int) -> Preference:
+    feature = self._features(index)
     id_ = feature["id"].bytes_list.value[0].decode()
     mask = _decode(feature["mask"].bytes_list.value[0])[..., None] // 255
     if self._size is None or self._size == mask.shape[:2]:

@@ -28,6 +28,9 @@ with epy.lazy_imports():
   import tensorflow_datasets as tfds
 
 
+UNSEEN = "unseen"  # split of whole images that nothing was trained on, for the final judgement
+
+
 def open_prompts(
   source: str | Path, split: str, size: int | tuple[int, int] | None = None
 ) -> Sequence[Prompt]:
@@ -38,9 +41,9 @@ def open_prompts(
     FOLDER            a dataset of `build_prompts`, or a tfds dataset with the same features;
     FOLDER            with masks/ID_mask.png, and for each mask images/ID.png (the whole image) or
                       masks_color/ID_mask_color.png (the image with the missing pixels black).
-                      train.txt and test.txt list the IDs of the splits, one per line; without both,
-                      every split has all prompts. prompts.jsonl may list the kinds of the masks,
-                      which are otherwise derived from the masks;
+                      train.txt, test.txt and unseen.txt list the IDs of the splits, one per line;
+                      without all three, every split has all prompts. prompts.jsonl may list the
+                      kinds of the masks, which are otherwise derived from the masks;
     FOLDER:LIST.txt   the same, with the IDs in LIST.txt, a file in the folder or a path;
     FOLDER            images at any depth; one prompt is drawn from each;
     tfds:NAME         the images of a tfds dataset; one prompt is drawn from each;
@@ -48,7 +51,8 @@ def open_prompts(
 
   Args:
     source: as above.
-    split: "train" or "test". One tenth of the images of a source is "test".
+    split: "train" or "test"; "unseen" if the prompts have that split (see `final_split`). One tenth
+      of the images of a source is "test".
     size: a side or (height, width) to resize to; None: the stored size. Images are antialiased;
       no missing pixel is lost. Prompts drawn from images are cropped at the centre.
   """
@@ -68,6 +72,16 @@ def open_prompts(
   raise ValueError(
     f"prompts: {folder} is not a folder; give 'mini', a folder, FOLDER:LIST.txt, or tfds:NAME"
   )
+
+
+def final_split(source: str | Path) -> str:
+  """Returns the split to judge a policy on: "unseen" if the prompts have it, otherwise "test"."""
+  folder = Path(mini.locate(source, "prompts"))
+  names = [path.stem for path in folder.glob(f"{UNSEEN}.txt")]
+  for found in find_records(folder):
+    about = json.loads((found / "dataset_info.json").read_text())
+    names += [split["name"] for split in about["splits"]]
+  return UNSEEN if UNSEEN in names else "test"
 
 
 class _RecordPrompts(Sequence):
@@ -162,17 +176,31 @@ def _read_ids(folder: Path, split: str, listing: str | None) -> list[str]:
     file = folder / listing if (folder / listing).exists() else Path(listing)
   else:
     file = folder / f"{split}.txt"
-    if not any((folder / f"{name}.txt").exists() for name in SPLITS):
+    if not any((folder / f"{name}.txt").exists() for name in (*SPLITS, UNSEEN)):
       ids = sorted(path.name.removesuffix("_mask.png") for path in folder.glob("masks/*_mask.png"))
       if not ids:
         raise ValueError(f"{folder / 'masks'}: contains no ID_mask.png; add the masks")
       return ids
   if not file.is_file():
     raise ValueError(f"{file}: no such list of prompts; write one ID per line to it")
-  ids = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+  ids = _read_list(file)
   if not ids:
     raise ValueError(f"{file}: the list of prompts is empty; write one ID per line to it")
+  for other in (folder / f"{name}.txt" for name in (*SPLITS, UNSEEN)):
+    if listing is None and other != file and other.is_file():
+      both = sorted(set(ids) & set(_read_list(other)))
+      if both:
+        more = f" and {len(both) - 5} more" if len(both) > 5 else ""
+        raise ValueError(
+          f"{file} and {other.name} both list {', '.join(both[:5])}{more}; keep each ID in one list"
+        )
   return ids
+
+
+def _read_list(file: Path) -> list[str]:
+  """Reads the IDs of a list, each once."""
+  lines = file.read_text("utf-8", errors="replace").splitlines()
+  return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
 def _read_kinds(folder: Path) -> dict[str, int]:
@@ -219,6 +247,8 @@ def build_prompts(
   seed: int = 0,
   test_share: float = 0.22,
   crop: tuple[int, int] = (48, 176),
+  unseen: str | Path | None = None,
+  num_unseen: int = 0,
 ) -> Path:
   """Draws prompts from photographs and writes them as a tfds dataset.
 
@@ -232,25 +262,25 @@ def build_prompts(
     num_test: prompts of the split "test".
     size: side of a prompt in pixels.
     seed, test_share, crop: see `DrawnPrompts`.
+    unseen: other images, whole, for the split "unseen"; None: no such split.
+    num_unseen: prompts of the split "unseen".
 
   Returns:
     The dataset's folder.
   """
-  numbers = {"train": num_train, "test": num_test}
-  drawn = {
-    split: DrawnPrompts(
-      photos,
-      split,
-      number,
-      size,
-      seed,
-      fit="random",
-      crop=crop,
-      test_share=test_share,
-      kinds={"outpainting": 1.0, "holes": 1.0},
-    )
-    for split, number in numbers.items()
+
+  def draw(source: str | Path, split: str, number: int, test_share: float) -> DrawnPrompts:
+    kinds = {"outpainting": 1.0, "holes": 1.0}
+    return DrawnPrompts(source, split, number, size, seed, "random", crop, test_share, kinds)
+
+  splits = {
+    "train": map(_record, draw(photos, "train", num_train, test_share)),
+    "test": map(_record, draw(photos, "test", num_test, test_share)),
   }
+  if unseen is not None:
+    whole = draw(unseen, "test", num_unseen, 1.0)
+    rename = lambda record: record | {"id": record["id"].replace("test", UNSEEN, 1)}
+    splits[UNSEEN] = (rename(_record(prompt)) for prompt in whole)
   image = lambda C: tfds.features.Image(shape=(None, None, C), encoding_format="png")
   return write_records(
     output_dir,
@@ -262,7 +292,7 @@ def build_prompts(
       "image": image(3),
       "mask": image(1),
     },
-    {split: map(_record, prompts) for split, prompts in drawn.items()},
+    splits,
   )
 
 

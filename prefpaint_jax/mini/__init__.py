@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-KINDS = ("policy", "reward", "prompts", "photos")
+KINDS = ("policy", "reward", "prompts", "photos", "photos_unseen")
 
 
 def locate(name: str | Path, kind: str) -> str | Path:

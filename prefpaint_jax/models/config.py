@@ -224,6 +224,8 @@ class RewardConfig:
   # How the network combines the inpainted and the masked image. "late" (released): the tower embeds
   # each image. "early": the tower embeds one image of 13 channels, made from both images.
   fusion: str = "late"
+  # Whether early fusion has the 6 channels of steps between neighbours; without them it has 7.
+  differences: bool = True
   # Tokens of late fusion. 1 (released): one token of both embeddings; 2: one token per embedding.
   num_tokens: int = 1
   num_heads: int = 16  # attention heads of the encoder layer

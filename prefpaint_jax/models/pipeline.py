@@ -217,7 +217,11 @@ def list_texts(text: Any, number: int) -> list[str]:
 
 
 def make_modules(
-  configs: dict[str, dict], dtype: str = "float32", remat: bool = False, where: str = "pipeline"
+  configs: dict[str, dict],
+  dtype: str = "float32",
+  remat: bool = False,
+  where: str = "pipeline",
+  mask_latents: str = "cells",
 ) -> Modules:
   """Makes the modules of a pipeline folder from its configs.
 
@@ -226,6 +230,7 @@ def make_modules(
     dtype: compute dtype of the networks.
     remat: rematerialise the UNet's blocks in the backward pass.
     where: name of the pipeline, for error messages.
+    mask_latents: "cells" or "corner", see `Modules`.
 
   As stock pipelines do, it takes `steps_offset` of the scheduler as 1, and a `sample_size` below 64
   of a UNet that a version of diffusers before 0.9 wrote as 64.
@@ -255,6 +260,7 @@ def make_modules(
     AutoencoderKL(vae, compute_dtype),
     CLIPTextModel(text, compute_dtype),
     dataclasses.replace(Schedule.from_config(configs["scheduler"]), steps_offset=1),
+    mask_latents,
   )
 
 

@@ -25,7 +25,9 @@ CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 BLACK = (0.5 / 255.0 - CLIP_MEAN) / CLIP_STD  # normalised pixels at or below it are the byte 0
 
 
-def early_channels(pixels: jax.Array, masked_pixels: jax.Array) -> jax.Array:
+def early_channels(
+  pixels: jax.Array, masked_pixels: jax.Array, differences: bool = True
+) -> jax.Array:
   """Computes the input of CLIP's vision tower for early fusion.
 
   The 13 channels are the sample inside the hole (3), the masked image outside it (3), the mask (1),
@@ -36,13 +38,14 @@ def early_channels(pixels: jax.Array, masked_pixels: jax.Array) -> jax.Array:
   Args:
     pixels: normalised samples [B, H, W, 3].
     masked_pixels: normalised masked images [B, H, W, 3], black in the hole.
+    differences: False: leaves out the 6 channels of differences.
 
   Returns:
-    [B, H, W, 13].
+    [B, H, W, 13], or [B, H, W, 7].
   """
   hole = jnp.all(masked_pixels <= BLACK, axis=-1, keepdims=True).astype(pixels.dtype)
   channels = [pixels * hole, masked_pixels * (1.0 - hole), hole]
-  for axis in (2, 1):
+  for axis in (2, 1) if differences else ():
     size = jnp.mean(_difference(pixels, axis), axis=-1, keepdims=True)
     channels += [size * hole, size * (1.0 - hole), size * _difference(hole, axis)]
   return jnp.concatenate(channels, axis=-1)
@@ -112,7 +115,7 @@ class RewardNetwork(nn.Module):
     clip = CLIPVisionModelWithProjection(config.vision, self.dtype, name="clip")
     if config.fusion == "early":
       masked_pixels = jnp.repeat(masked_pixels, S, axis=0)
-      tokens = clip(early_channels(pixels, masked_pixels))[:, None]
+      tokens = clip(early_channels(pixels, masked_pixels, config.differences))[:, None]
     else:
       # CLIP embeds all images in one call, and each masked image once for its S samples.
       embeddings = clip(jnp.concatenate([pixels, masked_pixels]))

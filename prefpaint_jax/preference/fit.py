@@ -143,13 +143,13 @@ def pair_accuracy(rewards: np.ndarray, scores: np.ndarray, valid: np.ndarray) ->
   return float(np.mean(0.5 + 0.5 * (reward_order * score_order)[counted]))
 
 
-def held_out_metrics(scored: ScoredPreferences) -> dict[str, float]:
-  """Computes `held_out/*`: error, correlations and pair accuracy, of all prompts and by kind."""
+def held_out_metrics(scored: ScoredPreferences, name: str = "held_out") -> dict[str, float]:
+  """Computes `NAME/*`: error, correlations and pair accuracy, of all prompts and by kind."""
   from scipy import stats  # here, because the import is slow
 
   metrics = {}
   kinds = {f"{mask_io.KINDS[k]}/": scored.kinds == k for k in np.unique(scored.kinds)}
-  for name, chosen in {"": np.full(scored.kinds.shape, True), **kinds}.items():
+  for kind, chosen in {"": np.full(scored.kinds.shape, True), **kinds}.items():
     valid = scored.valid[chosen]
     rewards, scores = scored.rewards[chosen][valid], scored.scores[chosen][valid]
     if len(rewards) < 2:
@@ -157,10 +157,10 @@ def held_out_metrics(scored: ScoredPreferences) -> dict[str, float]:
     varied = np.ptp(rewards) > 0 and np.ptp(scores) > 0
     by_prompt = scored.rewards[chosen], scored.scores[chosen], valid
     metrics |= {
-      f"held_out/{name}mse": float(np.mean((rewards - scores) ** 2)),
-      f"held_out/{name}pearson": float(stats.pearsonr(rewards, scores)[0]) if varied else 0.0,
-      f"held_out/{name}spearman": float(stats.spearmanr(rewards, scores)[0]) if varied else 0.0,
-      f"held_out/{name}pair_accuracy": pair_accuracy(*by_prompt),
+      f"{name}/{kind}mse": float(np.mean((rewards - scores) ** 2)),
+      f"{name}/{kind}pearson": float(stats.pearsonr(rewards, scores)[0]) if varied else 0.0,
+      f"{name}/{kind}spearman": float(stats.spearmanr(rewards, scores)[0]) if varied else 0.0,
+      f"{name}/{kind}pair_accuracy": pair_accuracy(*by_prompt),
     }
   return metrics
 

@@ -80,7 +80,12 @@ def annotate(
 
   Returns:
     int32 [B, A] for each of the CRITERIA.
+
+  Raises:
+    ValueError: the noise is negative or not finite.
   """
+  if not 0 <= noise < np.inf:
+    raise ValueError(f"noise is {noise}; expected a finite number from 0 on; give such a number")
   rng = np.random.default_rng(rng)
   noisy = {
     name: scores[name][:, None] + rng.normal(0, noise, (len(scores[name]), num_annotators))

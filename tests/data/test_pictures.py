@@ -71,6 +71,48 @@ def test_every_epoch_has_every_image_once_in_a_new_order(folder):
   assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
+# Links in a folder with one.png and inside/two.png, and elsewhere/three.png beside it.
+@pytest.mark.parametrize(
+  ("links", "ids"),
+  [
+    ({"loop": "."}, ["inside/two", "one"]),
+    ({"a": ".", "b": "."}, ["inside/two", "one"]),
+    ({"inside/up": ".."}, ["inside/two", "one"]),
+    ({"inside/up": "../.."}, ["inside/two", "one"]),  # above the root: would lead back to it
+    ({"root": "/"}, ["inside/two", "one"]),
+    ({"again": "inside"}, ["inside/two", "one"]),
+    ({"a.png": "one.png", "inside/b.png": "two.png"}, ["inside/two", "one"]),
+    ({"outside": "../elsewhere"}, ["inside/two", "one", "outside/three"]),
+    ({"x": "../elsewhere", "y": "../elsewhere"}, ["inside/two", "one", "x/three"]),
+    ({"x.png": "../elsewhere/three.png"}, ["inside/two", "one", "x"]),
+    ({"../elsewhere/back": "../pictures", "x": "../elsewhere"}, ["inside/two", "one", "x/three"]),
+    ({"self": "self"}, ["inside/two", "one"]),
+  ],
+)
+def test_an_image_that_links_reach_again_is_one_image(tmp_path, links, ids):
+  root = tmp_path / "pictures"
+  for i, name in enumerate(("pictures/one", "pictures/inside/two", "elsewhere/three")):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    Image.fromarray(textured(i)).save(tmp_path / f"{name}.png")
+  for name, target in links.items():
+    (root / name).symlink_to(target)
+  linked = tmp_path / "linked"
+  linked.symlink_to(root)
+  for folder in (root, linked):
+    found = pictures.open_pictures(folder)
+    assert [found.id(i) for i in range(len(found))] == ids
+    assert [one.id for one in found] == ids
+
+
+def test_a_hard_link_is_one_image_and_a_dangling_link_is_an_error_of_one_line(tmp_path):
+  Image.fromarray(textured(0)).save(tmp_path / "one.png")
+  (tmp_path / "two.png").hardlink_to(tmp_path / "one.png")
+  assert len(pictures.open_pictures(tmp_path)) == 1
+  (tmp_path / "three.png").symlink_to("nowhere.png")
+  with pytest.raises(ValueError, match=r"\A.*three\.png: cannot be read .*; remove or mend it\Z"):
+    pictures.open_pictures(tmp_path)
+
+
 @pytest.mark.parametrize("weights", [(1, 1), (2, 1), (0.5, 0.25, 0.2, 0.05), (1, 0, 3)])
 def test_every_prefix_has_the_weighted_shares_within_rounding(weights):
   shares = np.array(weights) / sum(weights)

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,17 +66,27 @@ def scores_of(source):
 def test_reading_returns_the_images_and_scores_of_the_source(source, built):
   given, weights = scores_of(source), [WEIGHTS[name] for name in CRITERIA]
   raw = {name: scores.mean(0) @ weights for name, scores in given.items()}
-  train = [raw[f"{name}_{k}"] for name in list(NAMES)[:12] for k in range(NAMES[name])]
+  chosen = preferences.open_preferences(built, "validation")
+  validation = [preference["id"] for preference in chosen]
+  train = [
+    raw[f"{name}_{k}"]
+    for name in list(NAMES)[:12]
+    if name not in validation
+    for k in range(NAMES[name])
+  ]
   seen = []
-  for split, number in (("train", 12), ("test", 2)):
+  for split, number in (
+    ("train", 12 - len(validation)),
+    ("validation", len(validation)),
+    ("test", 2),
+  ):
     opened = preferences.open_preferences(built, split)
     assert len(opened) == number and opened.num_candidates == 4
     for preference in opened:
       id_ = preference["id"]
-      index = len(seen)
       seen.append(id_)
       names = [f"{id_}_{k}" for k in range(NAMES[id_])]
-      assert preference["kind"] == index % 2
+      assert preference["kind"] == list(NAMES).index(id_) % 2
       hole = pixels(source / f"masks/{id_}_mask.png")[..., None] // 255
       image = pixels(source / f"images/{id_}.png")
       np.testing.assert_array_equal(preference["mask"], hole)
@@ -88,7 +99,7 @@ def test_reading_returns_the_images_and_scores_of_the_source(source, built):
       np.testing.assert_allclose(preference["scores"], normalised, rtol=1e-5, atol=1e-6)
       assert preference["scores"].dtype == np.float32
       assert preference["candidates"].dtype == preference["mask"].dtype == np.uint8
-  assert seen == list(NAMES)
+  assert sorted(seen) == sorted(NAMES) and 0 < len(validation) < 12
   assert opened[-1]["id"] == opened[1]["id"]
   with pytest.raises(IndexError):
     opened[2]
@@ -134,10 +145,11 @@ def test_metadata_describes_the_dataset(built):
   assert metadata["weights"] == WEIGHTS and metadata["annotators"] == 2
   assert set(metadata["alpha"]) == {*CRITERIA, "combined"}
   counts = metadata["counts"]
-  assert counts["train"]["prompts"] == dict.fromkeys(masks.KINDS, 0) | {
-    "outpainting": 6,
-    "warping": 6,
-  }
+  kinds = dict.fromkeys(masks.KINDS, 0) | {"outpainting": 6, "warping": 6}
+  both = (counts[split]["prompts"] for split in ("train", "validation"))
+  assert [sum(numbers) for numbers in zip(*map(dict.values, both), strict=True)] == [
+    *kinds.values()
+  ]
   assert counts["train"]["candidates"] == len(raw) == counts["train"]["ratings"] / 2
   assert metadata["left_out"] == {"candidates": 0, "prompts": 0, "unlisted": 0}
 
@@ -170,7 +182,7 @@ def test_without_lists_crops_of_one_image_share_a_split(source, tmp_path):
   (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
   preference_records.build_preferences(folder, tmp_path, test_share=0.3)
   split_of = {}
-  for split in ("train", "test"):
+  for split in ("train", "validation", "test"):
     for preference in preferences.open_preferences(tmp_path, split):
       assert preference["id"] not in split_of
       split_of[preference["id"]] = split
@@ -181,12 +193,46 @@ def test_without_lists_crops_of_one_image_share_a_split(source, tmp_path):
 
 def test_lists_define_the_splits_and_unlisted_prompts_are_left_out(source, tmp_path):
   read = annotations.read_annotations(source)
-  both = read._replace(lists={"train": frozenset({"p1", "p5"}), "test": frozenset({"p0"})})
-  splits = preference_records.assign_splits(both, 0.5)
-  ids = {split: [prompt.image_id for prompt in chosen] for split, chosen in splits.items()}
-  assert ids == {"train": ["p1", "p5"], "test": ["p0"]}
-  described = preference_records.describe(both, splits, WEIGHTS)
-  assert described["left_out"]["unlisted"] == len(NAMES) - 3
+  lists = {"train": {"p1", "p5"}, "test": {"p0"}, "validation": {"p7"}}
+
+  def ids(**lists):
+    splits = preference_records.assign_splits(read._replace(lists=lists), 0.5)
+    described = preference_records.describe(read, splits, WEIGHTS)
+    found = {split: {prompt.image_id for prompt in chosen} for split, chosen in splits.items()}
+    return found, described["left_out"]["unlisted"]
+
+  assert ids(**lists) == (lists, len(NAMES) - 4)
+  del lists["validation"]
+  found, unlisted = ids(**lists)
+  assert found["train"] | found["validation"] == lists["train"] and unlisted == len(NAMES) - 3
+  assert len(found["train"]) == len(found["validation"]) == 1 and found["test"] == {"p0"}
+
+
+def test_a_dataset_without_validation_split_gives_up_some_training_prompts(built, tmp_path):
+  new = {split: [p["id"] for p in part] for split, part in preferences.open_splits(built).items()}
+  copy = tmp_path / "old"
+  shutil.copytree(built, copy)
+  info = next(copy.rglob("dataset_info.json"))
+  about = json.loads(info.read_text())
+  about["splits"] = [split for split in about["splits"] if split["name"] != "validation"]
+  info.write_text(json.dumps(about))
+  old = {split: [p["id"] for p in part] for split, part in preferences.open_splits(copy).items()}
+  assert list(old) == list(new) == ["train", "validation", "test"]
+  assert old["test"] == new["test"] and not set(old["train"]) & set(old["validation"])
+  assert sorted(old["train"] + old["validation"]) == sorted(new["train"])
+  assert 0 < len(old["validation"]) < len(old["train"])
+
+
+def test_validation_takes_whole_images_and_stays_when_images_are_added():
+  names = [f"image {i // 4}" for i in range(4000)]
+  chosen = examples.in_validation(names)
+  assert abs(np.mean(chosen) - examples.VALIDATION_SHARE) < 0.04  # 4 standard deviations
+  assert all(len(set(chosen[i : i + 4])) == 1 for i in range(0, 4000, 4))
+  assert chosen[:400] == examples.in_validation(names[:400])
+  held_out = [examples.in_test(name, 0.1) for name in names]
+  assert abs(np.corrcoef(chosen, held_out)[0, 1]) < 0.13  # independent of the other hash
+  for number in (2, 3):  # never no image, never all
+    assert 0 < sum(examples.in_validation([str(i) for i in range(number)])) < number
 
 
 def test_size_resizes_and_keeps_the_hole_black(built):
@@ -294,8 +340,8 @@ def test_errors_are_one_line(source, built, tmp_path):
   opened = preferences.open_preferences(built, "train")
   expect("multiple of 2", preferences.preference_loader, opened, 3, 0, process_count=2)
   expect(
-    "12 preferences are fewer than batch_size 13", preferences.preference_loader, opened, 13, 0
+    "11 preferences are fewer than batch_size 13", preferences.preference_loader, opened, 13, 0
   )
-  expect("p1 has 3 candidates, num_candidates is 2", preferences.stack, [opened[0], opened[1]], 2)
+  expect("p2 has 4 candidates, num_candidates is 2", preferences.stack, [opened[0], opened[1]], 2)
   other = preferences.open_preferences(built, "train", size=12)[1]
-  expect("two sizes in one batch: p0 is 8x8, p1 is 12x12", preferences.stack, [opened[0], other], 4)
+  expect("two sizes in one batch: p0 is 8x8, p2 is 12x12", preferences.stack, [opened[0], other], 4)

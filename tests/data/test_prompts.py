@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prefpaint_jax.data import examples, masks, prompts
+from prefpaint_jax import mini
+from prefpaint_jax.data import examples, images, masks, prompts
 from prefpaint_jax.data.drawn_prompts import DrawnPrompts
+from prefpaint_jax.data.pictures import open_pictures
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,10 @@ def photos_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def built(photos_dir, tmp_path_factory):
   folder = tmp_path_factory.mktemp("built")
-  prompts.build_prompts(folder, photos_dir, num_train=12, num_test=6, size=16)
+  others = folder.parent / "others"
+  shutil.copytree(photos_dir, others, dirs_exist_ok=True)
+  options = {"size": 16, "unseen": others, "num_unseen": 4}
+  prompts.build_prompts(folder, photos_dir, num_train=12, num_test=6, **options)
   return folder
 
 
@@ -105,10 +110,35 @@ def test_building_and_reading_import_no_tensorflow(built):
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_final_split_is_the_unseen_one_if_there_is_one(built, released):
+  assert prompts.final_split("mini") == prompts.final_split(built) == "unseen"
+  assert prompts.final_split(released) == prompts.final_split("tfds:kitti") == "test"
+  (released / "unseen.txt").write_text("b\n")
+  assert prompts.final_split(released) == "unseen"
+  assert [prompt["id"] for prompt in prompts.open_prompts(released, "unseen")] == ["b"]
+
+
+def test_unseen_prompts_are_drawn_from_whole_images(built):
+  opened = prompts.open_prompts(built, prompts.UNSEEN)
+  assert [prompt["id"][:12] for prompt in opened] == [f"unseen_{i:05d}" for i in range(4)]
+  columns = np.concatenate([255 * p["image"][..., 0][p["mask"][..., 0] == 0] for p in opened])
+  assert columns.min() < 0.78 * 200 < columns.max()  # red is the column
+
+
+def test_no_unseen_photograph_is_one_of_the_mini_world():
+  photos, unseen = (open_pictures(mini.locate("mini", k)) for k in ("photos", "photos_unseen"))
+  small = [
+    np.stack([images.resize_image(one.image, (8, 8)) for one in source]).reshape(len(source), -1)
+    for source in (photos, unseen)
+  ]
+  assert len(unseen) == 12
+  assert np.corrcoef(small[0], small[1])[: len(photos), len(photos) :].max() < 0.95
+
+
 def test_the_embedded_prompts_are_complete_and_balanced():
-  for split in examples.SPLITS:
+  for split in (*examples.SPLITS, prompts.UNSEEN):
     opened = prompts.open_prompts("mini", split)
-    assert len(opened) >= 512
+    assert len(opened) >= 256
     sample = [opened[index] for index in range(64)]
     assert {prompt["image"].shape for prompt in sample} == {(32, 32, 3)}
     assert sum(prompt["kind"] for prompt in sample) == 32
@@ -132,6 +162,19 @@ def test_a_folder_of_image_files_opens_with_and_without_lists(released):
   assert [p["id"] for p in prompts.open_prompts(f"{released}:mine.txt", "train")] == ["b"]
   elsewhere = prompts.open_prompts(f"{released}:{released / 'train.txt'}", "test")
   assert [p["id"] for p in elsewhere] == ["c", "a"]
+
+
+def test_every_prompt_of_a_list_is_in_one_split_and_once(released):
+  (released / "train.txt").write_text("a\nb\na\n")
+  (released / "test.txt").write_text("c\n")
+  assert [p["id"] for p in prompts.open_prompts(released, "train")] == ["a", "b"]
+  for other in ("test", "unseen"):
+    (released / f"{other}.txt").write_text("c\nb\n")
+    for split in ("train", other):
+      error = rf"\A.*{split}\.txt and \w+\.txt both list b; keep each ID in one list\Z"
+      with pytest.raises(ValueError, match=error):
+        prompts.open_prompts(released, split)
+    (released / f"{other}.txt").unlink()
 
 
 def test_kinds_come_from_prompts_jsonl_if_it_exists(released):
@@ -258,12 +301,22 @@ def test_errors_about_batches_are_one_line(released):
     next(loader)
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_embedded_prompts_equal_prompts_drawn_from_the_embedded_photographs(split):
+@pytest.mark.parametrize(
+  ("split", "photos", "region", "share"),
+  [
+    ("train", "photos", "train", 0.22),
+    ("test", "photos", "test", 0.22),
+    ("unseen", "photos_unseen", "test", 1.0),
+  ],
+)
+def test_embedded_prompts_equal_prompts_drawn_from_the_embedded_photographs(
+  split, photos, region, share
+):
   embedded = prompts.open_prompts("mini", split)
   kinds = {"outpainting": 1.0, "holes": 1.0}
-  drawn = DrawnPrompts("mini", split, 64, 32, fit="random", test_share=0.22, kinds=kinds)
+  folder = mini.locate("mini", photos)
+  drawn = DrawnPrompts(folder, region, 64, 32, fit="random", test_share=share, kinds=kinds)
   for stored, one in zip(embedded, drawn, strict=False):
-    assert (stored["id"], stored["kind"]) == (one["id"], one["kind"])
+    assert (stored["id"], stored["kind"]) == (one["id"].replace(region, split), one["kind"])
     np.testing.assert_array_equal(stored["mask"], one["mask"])
     np.testing.assert_allclose(stored["image"], one["image"], atol=0.5 / 255 + 1e-6)
