@@ -4,8 +4,9 @@
     --config.policy=runs/mini
 
 Policy and baseline draw S samples of every prompt from the same seeds, and every judge scores them.
-Writes eval.json (see `evaluation.winrate` for its keys) and report.html to the workdir. The same
-command resumes an interrupted evaluation.
+Where the true content of the hole is known, samples are also compared with it. Writes eval.json
+(see `evaluation.winrate` and `evaluation.witnesses` for its keys) and report.html to the workdir.
+The same command resumes an interrupted evaluation.
 """
 # Shapes: N prompts, b prompts of a batch, S samples of each, H W pixels, h w of a thumbnail.
 
@@ -26,7 +27,7 @@ from prefpaint_jax.data import masks as mask_io
 from prefpaint_jax.data import prompts as prompt_io
 from prefpaint_jax.data.images import resize_image, to_bytes
 from prefpaint_jax.evaluation import drift as drift_lib
-from prefpaint_jax.evaluation import report, tables, winrate
+from prefpaint_jax.evaluation import report, tables, winrate, witnesses
 from prefpaint_jax.evaluation.winrate import Scores
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.preference import simulation
@@ -48,8 +49,11 @@ def check(config: ConfigDict) -> None:
       raise ValueError(f"config.{field} is empty; give --config.{field}=...")
   if not config.judges and not config.simulated_preference:
     raise ValueError("config.judges is empty; give at least one reward model")
-  if config.samples_per_prompt < 1:
-    raise ValueError(f"samples_per_prompt is {config.samples_per_prompt}; give 1 or more")
+  if config.samples_per_prompt < 2:
+    raise ValueError(
+      f"samples_per_prompt is {config.samples_per_prompt}; expected 2 or more, because WinRate "
+      "compares samples of different seeds; give 2 or more"
+    )
 
 
 def open_judges(names: tuple[str, ...], dtype: str) -> dict[str, RewardModel]:
@@ -105,8 +109,9 @@ def examine(
     key: PRNG key, the same for both sides.
 
   Returns:
-    SIDE/score/JUDGE [b, S], SIDE/measure/NAME [b, S], SIDE/measure/diversity [b], SIDE/picture
-    [b, h, w, 3] (thumbnails of the first samples), id [b], kind [b] and prompt [b, h, w, 3].
+    SIDE/score/JUDGE [b, S], SIDE/measure/NAME [b, S], SIDE/measure/diversity [b],
+    SIDE/witness/NAME [b, S, ...], SIDE/picture [b, h, w, 3] (thumbnails of the first samples),
+    id, kind and complete [b], truth [b, 12] (moments of the images) and prompt [b, h, w, 3].
   """
   S = config.samples_per_prompt
   images, masks = batch["image"], batch["mask"]
@@ -115,6 +120,8 @@ def examine(
   results = {
     "id": batch["id"],
     "kind": batch["kind"],
+    "complete": batch["complete"],
+    "truth": witnesses.measure(images, masks, images)["moments"],
     "prompt": np.stack([thumbnail(image) for image in shown]),
   }
   by_prompt = lambda x: np.asarray(x).reshape(-1, S, *np.shape(x)[1:])
@@ -132,7 +139,9 @@ def examine(
       results[f"{side}/score/{SIMULATED}"] = by_prompt(truth)
     measures = drift_lib.measure(samples, repeated_masks, repeated_images)
     results |= {f"{side}/measure/{name}": by_prompt(values) for name, values in measures.items()}
-    if S > 1 and features is not None:
+    found = witnesses.measure(samples, repeated_masks, repeated_images)
+    results |= {f"{side}/witness/{name}": by_prompt(values) for name, values in found.items()}
+    if features is not None:
       results[f"{side}/measure/diversity"] = drift_lib.diversity(features)
     results[f"{side}/picture"] = np.stack([thumbnail(image) for image in samples[::S]])
   return results
@@ -205,7 +214,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   """Evaluates as `config` says; resumes the evaluation in `workdir` if there is one.
 
   Returns:
-    "judges": the summary of `winrate.summarise`; "drift": the result of `drift.drift`.
+    "judges": the summary of `winrate.summarise`; "witnesses": the result of `witnesses.compare`;
+    "drift": the result of `drift.drift`.
   """
   check(config)
   results, number = run_batches(config, workdir)
@@ -213,11 +223,16 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   scores = {
     label: Scores(sides["policy"][label], sides["baseline"][label]) for label in sides["policy"]
   }
-  summary = winrate.summarise(scores, results["kind"])
-  drift = drift_lib.drift(*(of_side(results, side, "measure") for side in SIDES))
+  evaluation = {
+    "judges": winrate.summarise(scores, results["kind"]),
+    "witnesses": witnesses.compare(
+      *(of_side(results, side, "witness") for side in SIDES), results["truth"], results["complete"]
+    ),
+    "drift": drift_lib.drift(*(of_side(results, side, "measure") for side in SIDES)),
+  }
   if jax.process_index() == 0:
-    write_results(config, workdir, results, number, scores, summary, drift)
-  return {"judges": summary, "drift": drift}
+    write_results(config, workdir, results, number, scores, evaluation)
+  return evaluation
 
 
 def write_results(
@@ -226,8 +241,7 @@ def write_results(
   results: Mapping[str, np.ndarray],
   number: int,
   scores: Mapping[str, Scores],
-  summary: Mapping[str, Any],
-  drift: Mapping[str, Any],
+  evaluation: Mapping[str, Any],
 ) -> None:
   """Writes eval.json and report.html, and prints the tables.
 
@@ -235,8 +249,7 @@ def write_results(
     results: results of `run_batches`, for the gallery.
     number: N.
     scores: scores by judge.
-    summary: result of `winrate.summarise`.
-    drift: result of `drift.drift`.
+    evaluation: result of `evaluate`.
   """
   about = {
     "policy": config.policy,
@@ -247,7 +260,7 @@ def write_results(
     "seed": config.seed,
     "command": " ".join(["python -m prefpaint_jax.evaluate", *sys.argv[1:]]),
   }
-  write_json(workdir / "eval.json", {"about": about, "judges": summary, "drift": drift})
+  write_json(workdir / "eval.json", {"about": about, **evaluation})
   gallery = report.make_gallery(
     results["id"].tolist(),
     results["prompt"],
@@ -257,9 +270,12 @@ def write_results(
     each=config.gallery // 3,
   )
   title = f"{config.policy} against {config.baseline}"
-  report.write_report(workdir / "report.html", title, about, summary, scores, drift, gallery)
+  summary, found, drift = (evaluation[name] for name in ("judges", "witnesses", "drift"))
+  report.write_report(workdir / "report.html", title, about, summary, scores, found, drift, gallery)
   for label, groups in summary.items():
-    print(tables.describe_table(label, groups), end="\n\n")
+    print(tables.describe_table(label, groups))
+    print(f"{label}: {winrate.verdict(groups['all'])}", end="\n\n")
+  print(tables.describe_witnesses(found), end="\n\n")
   print(tables.describe_drift(drift), end="\n\n")
   print(f"wrote {workdir / 'report.html'}, with images, and eval.json, with all numbers")
 
