@@ -32,7 +32,8 @@ for optimizer in adamw sgd; do
   done
   echo "== $optimizer"
   python -m prefpaint_jax.plot "${runs[@]}" --mean --output="$workdir/$optimizer.png" \
-    --only='^(reward/mean|trust/mean|held_out/(reward|true_preference)(_winrate)?)$' \
-    --reach=held_out/reward=0.15 --reach=held_out/true_preference=3.5 \
-    --last=held_out/reward_winrate --last=held_out/true_preference_winrate --last=held_out/reward
+    --only='^(reward/mean|trust/mean|held_out/(reward|true_preference)_(gain_in_sd|winrate))$' \
+    --reach=held_out/reward_gain_in_sd=0.5 --reach=held_out/true_preference_gain_in_sd=0.5 \
+    --last=held_out/reward_gain_in_sd --last=held_out/true_preference_gain_in_sd \
+    --last=held_out/reward_winrate --last=held_out/true_preference_winrate
 done

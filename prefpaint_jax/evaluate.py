@@ -4,16 +4,15 @@
     --config.policy=runs/mini
 
 Policy and baseline draw S samples of every prompt from the same seeds, and every judge scores them.
-Writes eval.json (see `evaluation.winrate` for its keys) and report.html to the workdir. The same
-command resumes an interrupted evaluation.
+Where the true content of the hole is known, samples are also compared with it. Writes eval.json
+(see `evaluation.winrate` and `evaluation.witnesses` for its keys) and report.html to the workdir.
+The same command resumes an interrupted evaluation.
 """
 # Shapes: N prompts, b prompts of a batch, S samples of each, H W pixels, h w of a thumbnail.
 
 import itertools
 import sys
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,9 @@ from prefpaint_jax.data import examples
 from prefpaint_jax.data import masks as mask_io
 from prefpaint_jax.data import prompts as prompt_io
 from prefpaint_jax.data.images import resize_image, resize_prompt, to_bytes
+from prefpaint_jax.evaluation import batches as batch_files
 from prefpaint_jax.evaluation import drift as drift_lib
-from prefpaint_jax.evaluation import report, tables, winrate
+from prefpaint_jax.evaluation import report, tables, winrate, witnesses
 from prefpaint_jax.evaluation.winrate import Scores
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.preference import simulation
@@ -123,8 +123,9 @@ def examine(
     key: PRNG key, the same for both sides.
 
   Returns:
-    SIDE/score/JUDGE [b, S], SIDE/measure/NAME [b, S], SIDE/measure/diversity [b], SIDE/picture
-    [b, h, w, 3] (thumbnails of the first samples), id [b], kind [b] and prompt [b, h, w, 3].
+    SIDE/score/JUDGE [b, S], SIDE/measure/NAME [b, S], SIDE/measure/diversity [b],
+    SIDE/witness/NAME [b, S, ...], SIDE/picture [b, h, w, 3] (thumbnails of the first samples),
+    id, kind and complete [b], truth [b, 12] (moments of the images) and prompt [b, h, w, 3].
   """
   S = config.samples_per_prompt
   images, masks = batch["image"], batch["mask"]
@@ -132,6 +133,8 @@ def examine(
   results = {
     "id": batch["id"],
     "kind": batch["kind"],
+    "complete": batch["complete"],
+    "truth": witnesses.measure(images, masks, images)["moments"],
     "prompt": np.stack([thumbnail(*pair) for pair in zip(images, masks, strict=True)]),
   }
   by_prompt = lambda x: np.asarray(x).reshape(-1, S, *np.shape(x)[1:])
@@ -149,35 +152,12 @@ def examine(
       results[f"{side}/score/{SIMULATED}"] = by_prompt(truth)
     measures = drift_lib.measure(samples, repeated_masks, repeated_images)
     results |= {f"{side}/measure/{name}": by_prompt(values) for name, values in measures.items()}
-    if S > 1 and features is not None:
+    found = witnesses.measure(samples, repeated_masks, repeated_images)
+    results |= {f"{side}/witness/{name}": by_prompt(values) for name, values in found.items()}
+    if features is not None:
       results[f"{side}/measure/diversity"] = drift_lib.diversity(features)
     results[f"{side}/picture"] = np.stack([thumbnail(image) for image in samples[::S]])
   return results
-
-
-def batches(chosen: list[int], size: int) -> Iterator[tuple[int, list[int], int]]:
-  """Yields (number, indices, new) for each batch of `size` prompts.
-
-  The last batch repeats its last prompt up to `size`; `new` is the number of different prompts.
-  """
-  for number, first in enumerate(range(0, len(chosen), size)):
-    part = chosen[first : first + size]
-    yield number, part + [part[-1]] * (size - len(part)), len(part)
-
-
-def read_batch(file: Path) -> dict[str, np.ndarray] | None:
-  """Reads the results of one batch; None if the file is missing or damaged."""
-  try:
-    with np.load(file) as arrays:
-      return {name: arrays[name] for name in arrays.files}
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
-    return None
-
-
-def of_side(results: Mapping[str, np.ndarray], side: str, part: str) -> dict[str, np.ndarray]:
-  """Returns the results named SIDE/PART/NAME, by NAME."""
-  prefix = f"{side}/{part}/"
-  return {n.removeprefix(prefix): x for n, x in results.items() if n.startswith(prefix)}
 
 
 def run_batches(config: ConfigDict, workdir: Path) -> tuple[dict[str, np.ndarray], int] | None:
@@ -203,9 +183,11 @@ def run_batches(config: ConfigDict, workdir: Path) -> tuple[dict[str, np.ndarray
   }
 
   folder.mkdir(parents=True, exist_ok=True)
-  work = list(batches(chosen, config.batch_size))
+  work = list(batch_files.batches(chosen, config.batch_size))
   file_of = lambda number: folder / f"{number:05d}.npz"
-  damaged = [n for n, _, _ in work if file_of(n).is_file() and read_batch(file_of(n)) is None]
+  damaged = [
+    n for n, _, _ in work if file_of(n).is_file() and batch_files.read_batch(file_of(n)) is None
+  ]
   if damaged and process == 0:
     print(f"{folder}: computes {len(damaged)} damaged batches again, the first is {damaged[0]}")
   missing = [x for x in work[process::processes] if x[0] in damaged or not file_of(x[0]).is_file()]
@@ -223,15 +205,17 @@ def run_batches(config: ConfigDict, workdir: Path) -> tuple[dict[str, np.ndarray
     stopped = np.any(multihost_utils.process_allgather(np.array(bool(received))))
   if stopped:
     return None
-  return examples.concatenate([read_batch(file_of(number)) for number, _, _ in work]), len(chosen)
+  return examples.concatenate(
+    [batch_files.read_batch(file_of(number)) for number, _, _ in work]
+  ), len(chosen)
 
 
 def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   """Evaluates as `config` says; resumes the evaluation in `workdir` if there is one.
 
   Returns:
-    "judges": the summary of `winrate.summarise`; "drift": the result of `drift.drift`. Empty if the
-    command was asked to stop.
+    "judges": the summary of `winrate.summarise`; "witnesses": the result of `witnesses.compare`;
+    "drift": the result of `drift.drift`. Empty if the command was asked to stop.
   """
   check(config)
   if not config.split:
@@ -257,15 +241,22 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       print("stopped; finished batches are saved, and the same command goes on")
     return {}
   results, number = done
-  sides = {side: of_side(results, side, "score") for side in SIDES}
+  sides = {side: batch_files.of_side(results, side, "score") for side in SIDES}
   scores = {
     label: Scores(sides["policy"][label], sides["baseline"][label]) for label in sides["policy"]
   }
-  summary = winrate.summarise(scores, results["kind"])
-  drift = drift_lib.drift(*(of_side(results, side, "measure") for side in SIDES))
+  evaluation = {
+    "judges": winrate.summarise(scores, results["kind"]),
+    "witnesses": witnesses.compare(
+      *(batch_files.of_side(results, side, "witness") for side in SIDES),
+      results["truth"],
+      results["complete"],
+    ),
+    "drift": drift_lib.drift(*(batch_files.of_side(results, side, "measure") for side in SIDES)),
+  }
   if jax.process_index() == 0:
-    write_results(config, workdir, results, number, scores, summary, drift)
-  return {"judges": summary, "drift": drift}
+    write_results(config, workdir, results, number, scores, evaluation)
+  return evaluation
 
 
 def write_results(
@@ -274,8 +265,7 @@ def write_results(
   results: Mapping[str, np.ndarray],
   number: int,
   scores: Mapping[str, Scores],
-  summary: Mapping[str, Any],
-  drift: Mapping[str, Any],
+  evaluation: Mapping[str, Any],
 ) -> None:
   """Writes eval.json and report.html, and prints the tables.
 
@@ -283,8 +273,7 @@ def write_results(
     results: results of `run_batches`, for the gallery.
     number: N.
     scores: scores by judge.
-    summary: result of `winrate.summarise`.
-    drift: result of `drift.drift`.
+    evaluation: result of `evaluate`.
   """
   about = {
     "policy": config.policy,
@@ -295,7 +284,7 @@ def write_results(
     "seed": config.seed,
     "command": " ".join(["python -m prefpaint_jax.evaluate", *sys.argv[1:]]),
   }
-  write_json(workdir / "eval.json", {"about": about, "judges": summary, "drift": drift})
+  write_json(workdir / "eval.json", {"about": about, **evaluation})
   gallery = report.make_gallery(
     results["id"].tolist(),
     results["prompt"],
@@ -305,9 +294,12 @@ def write_results(
     each=config.gallery // 3,
   )
   title = f"{config.policy} against {config.baseline}"
-  report.write_report(workdir / "report.html", title, about, summary, scores, drift, gallery)
+  summary, found, drift = (evaluation[name] for name in ("judges", "witnesses", "drift"))
+  report.write_report(workdir / "report.html", title, about, summary, scores, found, drift, gallery)
   for label, groups in summary.items():
-    print(tables.describe_table(label, groups), end="\n\n")
+    print(tables.describe_table(label, groups))
+    print(f"{label}: {winrate.verdict(groups['all'])}", end="\n\n")
+  print(tables.describe_witnesses(found), end="\n\n")
   print(tables.describe_drift(drift), end="\n\n")
   print(f"wrote {workdir / 'report.html'}, with images, and eval.json, with all numbers")
 

@@ -18,7 +18,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from prefpaint_jax.align.held_out import HeldOut
+from prefpaint_jax.align.held_out import SAMPLES, HeldOut
 from prefpaint_jax.align.run import Run, image_shapes, make_run
 from prefpaint_jax.align.settings import (
   check_config,
@@ -36,6 +36,7 @@ from prefpaint_jax.align.state import (
 )
 from prefpaint_jax.data.images import save_png
 from prefpaint_jax.data.prompts import final_split, open_prompts, prompt_loader
+from prefpaint_jax.evaluation import winrate
 from prefpaint_jax.evaluation.tables import describe
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.preference.bound import check_condition
@@ -132,7 +133,7 @@ def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session
   )
   start = int(state.iteration)
   writer = MetricsWriter(workdir, process == 0)
-  writer.truncate(start)
+  writer.truncate(start or -1)  # a run without a checkpoint writes the line of iteration 0 again
   images_per_iteration = config.batch_size * settings.samples_per_prompt
   log = IterationLog(writer, config.num_iterations, start, images_per_iteration)
   session = Session(config, workdir, mesh, run, loader, held_out, final, checkpoints, writer, log)
@@ -156,6 +157,8 @@ def iterate(
     compile_iteration(stages, state, frozen, *image_shapes(config, mesh))
   if start == 0 and config.sample_every:
     write_sample(session, state)
+  if start == 0 and config.eval_every and config.eval_prompts:
+    session.writer.write(0, held_out.metrics(current_params(state), config.eval_prompts))
   log.restart_clock()
   for iteration in range(start, config.num_iterations):
     rollout_key, timestep_key = jax.random.split(jax.random.fold_in(loop_key, iteration))
@@ -266,10 +269,11 @@ def _train(config: ConfigDict, workdir: Path, mesh: Mesh) -> TrainState:
   if compared is not None and is_writer:
     policy, base = compared
     split = final_split(config.prompts)
-    print(f"{count} held-out prompts ({split}), policy against base, same noise:")
+    print(f"{count} held-out prompts ({split}), policy against base, {SAMPLES} samples of each:")
     titles = {"reward": "learned reward", "true_preference": "true preference"}
     for name in (name for name in titles if name in policy):
-      print(describe(titles[name], policy[name], base[name]))
+      group = winrate.estimate(winrate.Scores(policy[name], base[name]))
+      print(describe(titles[name], group))
   return state
 
 

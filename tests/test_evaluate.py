@@ -62,7 +62,7 @@ def test_scores_equal_those_of_samples_from_the_public_interface(world, whole):
     Inpainter.from_pretrained(world["aligned"]),
     RewardModel.from_pretrained(world["reward"]),
   )
-  learned, truth = [], []
+  learned, truth, errors = [], [], []
   for number in range(3):  # batches of 8; the last batch repeats its last prompt
     indices = [min(i, 19) for i in range(8 * number, 8 * number + 8)]
     batch = stack([prompts[i] for i in indices])
@@ -77,6 +77,8 @@ def test_scores_equal_those_of_samples_from_the_public_interface(world, whole):
     masked = batch["image"] * (1 - batch["mask"])
     learned.append(judge.score(samples, masked)[0].reshape(8, 3))
     masks = np.repeat(batch["mask"], 3, axis=0)
+    differences = np.abs(samples - np.repeat(batch["image"], 3, axis=0)) * masks
+    errors.append(differences.sum((1, 2, 3)) / (3 * masks.sum((1, 2, 3))))
     truth.append(simulation.true_preference(samples, masks)["combined"].reshape(8, 3))
   label = next(iter(found["judges"]))
   for name, scores in ((label, learned), (evaluate.SIMULATED, truth)):
@@ -84,7 +86,9 @@ def test_scores_equal_those_of_samples_from_the_public_interface(world, whole):
     np.testing.assert_allclose(
       found["judges"][name]["all"]["reward/mean"]["value"], mean, rtol=1e-3
     )
-  assert found["judges"][label]["all"]["prompts"] == 20
+  assert found["judges"][label]["all"]["prompts"] == found["witnesses"]["prompts"] == 20
+  error = np.concatenate(errors)[: 20 * 3].mean()
+  assert found["witnesses"]["measures"]["error"]["policy"] == pytest.approx(error, rel=1e-3)
   assert (workdir / "report.html").stat().st_size > 10_000
 
 
@@ -92,10 +96,11 @@ def test_a_policy_against_itself_wins_exactly_half(world, tmp_path):
   result = evaluate.evaluate(config_of(world, policy=world["policy"], num_prompts=8), tmp_path)
   for groups in result["judges"].values():
     for group in groups.values():
-      for best_of in (1, 3):
-        name = f"winrate{'_paired' if best_of > 1 else ''}/s{best_of}"
-        assert group[name] == {"value": 0.5, "low": 0.5, "high": 0.5}
-      assert group["reward/gain"]["value"] == 0.0
+      for statistic in ("winrate/s1", "winrate_paired/s1"):
+        assert group[statistic] == {"value": 0.5, "low": 0.5, "high": 0.5}
+      assert group["gain"]["value"] == group["gain_in_sd"]["value"] == 0.0
+  for found in result["witnesses"]["measures"].values():
+    assert found["change"] == {"value": 0.0, "low": 0.0, "high": 0.0}
   assert not any(row["flagged"] for row in result["drift"]["measures"].values())
 
 
@@ -157,6 +162,7 @@ def test_a_signal_keeps_finished_batches_and_damaged_ones_are_computed_again(
     ({"kind": "brush"}, "none of the 20 prompts of 'test' is of kind brush"),
     ({"kind": "hole"}, "kind is 'hole'; expected one of outpainting"),
     ({"samples_per_prompt": 0}, "samples_per_prompt is 0"),
+    ({"samples_per_prompt": 1}, "samples_per_prompt is 1; expected an integer from 2"),
     ({"batch_size": 3}, "batch_size 3 does not divide over 8 devices"),
     ({"split": "val"}, r"val\.txt: no such list"),
   ],

@@ -255,6 +255,19 @@ def test_incomplete_last_line_is_ignored_and_lines_of_one_iteration_are_joined(t
   assert run.config["trust.norm"] == "none"
 
 
+def test_iteration_0_is_drawn_where_it_has_values_beside_the_level_of_the_base(tmp_path):
+  write_run(tmp_path / "run", [{"reward/mean": 1.0, "held_out/reward_gain": 0.5}])
+  with (tmp_path / "run" / "metrics.jsonl").open("a") as stream:
+    stream.write('{"iteration": 0, "held_out/reward_gain": 0.0}\n')
+  figure = draw(single_runs([load_run(tmp_path / "run")]))
+  panels = {axes.get_title(loc="left"): axes.lines for axes in figure.axes}
+  drawn, level = sorted(panels["held-out reward gain"], key=lambda line: line.get_label()[0] == "_")
+  np.testing.assert_array_equal(drawn.get_xydata(), [[0, 0], [1, 0.5]])
+  np.testing.assert_array_equal(level.get_ydata(), [0, 0])
+  (reward,) = panels["reward"]
+  assert np.nanmax(reward.get_ydata()) == 1.0 and np.isnan(reward.get_ydata()[0])
+
+
 def test_axis_of_kl_is_logarithmic_unless_a_value_is_zero(tmp_path):
   lines = write_run(tmp_path / "positive")
   lines[3]["ppo/approx_kl"] = 0.0

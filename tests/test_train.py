@@ -79,9 +79,13 @@ class Run:
     names = re.findall(r"Finished XLA compilation of jit\((\w+)\)", "\n".join(compiled))
     self.compiled = {name: names.count(name) for name in names}
 
-  def lines(self) -> list[dict]:
+  def all_lines(self) -> list[dict]:
     text = (self.workdir / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
+
+  def lines(self) -> list[dict]:
+    """Returns the lines of trained iterations, without that of iteration 0."""
+    return [line for line in self.all_lines() if line["iteration"]]
 
 
 def numbers(lines: list[dict]) -> list[dict]:
@@ -101,7 +105,7 @@ def finished(world, tmp_path_factory) -> Run:
 def assert_same_run(workdir: Path, state, expected: Run) -> None:
   # Compare the lines first, because they show the first iteration that differs.
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  for ours, theirs in zip(numbers(lines), numbers(expected.lines()), strict=True):
+  for ours, theirs in zip(numbers(lines), numbers(expected.all_lines()), strict=True):
     assert ours == theirs
   leaves, tree = jax.tree.flatten(jax.device_get(state))
   expected_leaves, expected_tree = jax.tree.flatten(jax.device_get(expected.state))
@@ -133,7 +137,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
 # ------------------------------------------------------------------------------------ a whole run
 def test_run_writes_metrics_samples_checkpoints_and_config(finished):
   workdir, lines = finished.workdir, finished.lines()
-  assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5]
+  assert [line["iteration"] for line in finished.all_lines()] == [0, 1, 2, 3, 4, 5]
   expected = {
     "reward/mean",
     "reward/std",
@@ -157,6 +161,33 @@ def test_run_writes_metrics_samples_checkpoints_and_config(finished):
   assert Checkpoints(workdir / "checkpoints").latest() == 5
   assert list((workdir / "tensorboard").iterdir())
   assert json.loads((workdir / "config.json").read_text())["ema_decay"] == 0.5
+
+
+def test_iteration_0_is_the_base_against_itself(finished):
+  first, second = finished.all_lines()[0], finished.all_lines()[2]
+  assert first["held_out/reward_winrate"] == 0.5
+  assert first["held_out/reward_gain"] == first["held_out/reward_gain_in_sd"] == 0.0
+  assert {key for key in second if key.startswith("held_out/")} == first.keys() - {"iteration"}
+  assert second["held_out/reward_gain"] == pytest.approx(
+    second["held_out/reward"] - first["held_out/reward"], abs=1e-6
+  )
+
+
+@pytest.mark.slow
+def test_run_that_ended_before_its_first_checkpoint_writes_iteration_0_once(
+  world, finished, tmp_path, monkeypatch
+):
+  def power_cut(*_):
+    raise RuntimeError("power cut")
+
+  config = make_config(world, **RHYTHMS | {"num_iterations": 1, "final_prompts": 0})
+  with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+    patch.setattr(metrics.IterationLog, "scored", power_cut)
+    train(config, tmp_path)
+  lines = lambda: [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+  assert [line["iteration"] for line in lines()] == [0]
+  train(config, tmp_path)
+  assert numbers(lines()) == numbers(finished.all_lines()[:2])
 
 
 def test_ratio_is_one_until_the_first_optimiser_step(finished):
@@ -238,7 +269,7 @@ def signalled_at(monkeypatch, module, name: str, call: int, *signals: signal.Sig
   ("module", "name", "call", "number", "stopped_after"),
   [
     (rollout, "rollout", 1, signal.SIGTERM, 1),  # while the first iteration is compiled
-    (drift, "measure", 4, signal.SIGINT, 5),  # in the first chunk of the final comparison
+    (drift, "measure", 9, signal.SIGINT, 5),  # in the first chunk of the final comparison
   ],
 )
 def test_run_without_checkpoints_is_saved_on_a_signal(
@@ -281,8 +312,8 @@ def test_run_with_split_parameters_resumes_on_another_mesh(world, finished, tmp_
     [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for folder in (tmp_path, finished.workdir)
   )
-  assert [line["iteration"] for line in ours] == [1, 2, 3, 4, 5]
-  rewards = lambda lines: [line["reward/mean"] for line in lines]
+  assert [line["iteration"] for line in ours] == [0, 1, 2, 3, 4, 5]
+  rewards = lambda lines: [line["reward/mean"] for line in lines[1:]]
   np.testing.assert_allclose(rewards(ours), rewards(theirs), atol=1e-4)
 
 

@@ -1,5 +1,5 @@
-"""Held-out evaluation during a run: base and policy sample the same prompts with the same noise."""
-# Shapes: N prompts of a chunk, H W pixels.
+"""Held-out evaluation during a run: base and policy sample the same prompts from the same seeds."""
+# Shapes: N prompts of a chunk, S samples of each, H W pixels.
 
 import functools
 from collections.abc import Callable, Sequence
@@ -20,6 +20,14 @@ from prefpaint_jax.runtime import sharding
 from prefpaint_jax.weights.names import Params
 
 SCORES = ("reward", "true_preference")
+# Suffixes of the metrics of a score, and their statistics (see `winrate`).
+STATISTICS = {
+  "": "reward/mean",
+  "_winrate": "winrate/s1",
+  "_gain": "gain",
+  "_gain_in_sd": "gain_in_sd",
+}
+SAMPLES = 2  # S; WinRate compares the samples of different seeds
 
 
 @functools.partial(jax.jit, static_argnames="network")
@@ -81,13 +89,16 @@ class HeldOut:
     return multihost_utils.process_allgather((samples, rewards), tiled=True)
 
   def _scores(self, params: Params, chunk: int) -> dict[str, np.ndarray]:
-    """Returns scores and drift measures [N] of a chunk."""
-    batch = self._batch(chunk)
-    samples, rewards = self._inpaint(params, batch, jax.random.fold_in(self._comparison_key, chunk))
-    scores = {"reward": rewards}
-    if self._simulated:
-      scores["true_preference"] = simulation.true_preference(samples, batch["mask"])["combined"]
-    return scores | drift.measure(samples, batch["mask"], batch["image"])
+    """Returns scores and drift measures [N, S] of a chunk."""
+    batch, key = self._batch(chunk), jax.random.fold_in(self._comparison_key, chunk)
+    found = []
+    for s in range(SAMPLES):
+      samples, rewards = self._inpaint(params, batch, jax.random.fold_in(key, s))
+      scores = {"reward": rewards}
+      if self._simulated:
+        scores["true_preference"] = simulation.true_preference(samples, batch["mask"])["combined"]
+      found.append(scores | drift.measure(samples, batch["mask"], batch["image"]))
+    return {name: np.stack([one[name] for one in found], axis=1) for name in found[0]}
 
   def sample(self, params: Params) -> np.ndarray:
     """Draws a grid, uint8: the first chunk's prompts, the base's samples, those of `params`."""
@@ -106,7 +117,7 @@ class HeldOut:
   def compare(
     self, params: Params, count: int, gives_up: Callable[[], object] = bool
   ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]] | None:
-    """Returns scores and measures [count] of the policy `params` and of the base.
+    """Returns scores and measures [count, S] of the policy `params` and of the base.
 
     Args:
       count: prompts, a multiple of N.
@@ -121,13 +132,14 @@ class HeldOut:
     return concatenate(policy), concatenate(base)
 
   def metrics(self, params: Params, count: int) -> dict[str, float]:
-    """Returns `held_out/*`: mean scores, WinRates against the base, and changes of the measures."""
+    """Returns `held_out/*`: scores, WinRates and gains against the base, changes of measures."""
     policy, base = self.compare(params, count)
     line = {}
     for name, values in policy.items():
       if name in SCORES:
-        line[f"held_out/{name}"] = float(np.mean(values))
-        line[f"held_out/{name}_winrate"] = float(np.mean(winrate.wins(values, base[name])))
+        group = winrate.estimate(winrate.Scores(values, base[name]))
+        for suffix, statistic in STATISTICS.items():
+          line[f"held_out/{name}{suffix}"] = group.get(statistic, {"value": np.nan})["value"]
       else:
         line[f"held_out/drift/{name}"] = float(np.mean(values) - np.mean(base[name]))
     return line

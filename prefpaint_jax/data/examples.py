@@ -31,7 +31,7 @@ class Prompt(TypedDict):
 
 
 def stack(prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-  """Stacks prompts of one size: id [b], kind int32 [b], image [b, H, W, 3], mask [b, H, W, 1].
+  """Stacks prompts of one size: id, kind, complete [b], image [b, H, W, 3], mask [b, H, W, 1].
 
   Raises:
     ValueError: two prompts differ in size. The message names them.
@@ -44,6 +44,7 @@ def stack(prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
   return {
     "id": np.array([prompt["id"] for prompt in prompts]),
     "kind": np.array([prompt["kind"] for prompt in prompts], np.int32),
+    "complete": np.array([prompt.get("complete", False) for prompt in prompts]),
     "image": np.stack([prompt["image"] for prompt in prompts]),
     "mask": np.stack([prompt["mask"] for prompt in prompts]),
   }

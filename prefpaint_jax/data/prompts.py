@@ -2,8 +2,8 @@
 
 A prompt is a dict {id: str, kind: int (index into masks.KINDS), image: float32 [H, W, 3] in [0, 1],
 mask: float32 [H, W, 1], 1 = missing}. The missing pixels of the image hold the true content if it
-is known, else black. Code that conditions on a prompt must multiply the image by (1 - mask).
-`drawn_prompts.DrawnPrompts` adds fields for the origin of a prompt.
+is known, else black; `complete` says which. Code that conditions on a prompt must multiply the
+image by (1 - mask). `drawn_prompts.DrawnPrompts` adds fields for the origin of a prompt.
 """
 # Shapes: H W pixels, b prompts of a batch on one process.
 
@@ -162,12 +162,16 @@ def _prompt(
   size: tuple[int, int] | None,
   kind: int | None = None,
 ) -> Prompt:
-  """Makes a prompt and resizes it to `size`; derives the kind from the mask if it is None."""
+  """Makes a prompt and resizes it to `size`; derives the kind from the mask if it is None.
+
+  The true content is taken as known if the missing pixels are not all black.
+  """
+  complete = bool((image * mask).any())
   kind = masks.mask_kind(mask) if kind is None else kind
   if size is not None and size != image.shape[:2]:
     image, mask = images.resize_prompt(image, mask, size)
     images.check_mask(mask, size, f"prompt {id_} at {size[0]}x{size[1]}")
-  return Prompt(id=id_, kind=kind, image=image, mask=mask)
+  return Prompt(id=id_, kind=kind, image=image, mask=mask, complete=complete)
 
 
 def _read_ids(folder: Path, split: str, listing: str | None) -> list[str]:

@@ -389,8 +389,9 @@ def _finish_axes(axes: Axes, key: str, curves: Sequence[Curve]) -> None:
     axes.set_yscale("log")
   if key in FROM_ZERO:
     axes.set_ylim(bottom=0)
-  if key.startswith(HELD_OUT) and "winrate" in key:
-    axes.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":", zorder=0)  # as good as the base
+  for name, as_good_as_the_base in (("winrate", 0.5), ("gain", 0.0)):
+    if key.startswith(HELD_OUT) and name in key:
+      axes.axhline(as_good_as_the_base, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
   axes.margins(x=0.02)
   axes.grid(color="#e4e6ea", linewidth=0.6)
   axes.set_axisbelow(True)

@@ -1,6 +1,6 @@
 """The report of an evaluation: one HTML file with style, drawings and images, without scripts.
 
-The numbers come from `winrate` and `drift`; this module computes only the histograms.
+The numbers come from `winrate`, `witnesses` and `drift`; this module computes only the histograms.
 """
 # Shapes: N prompts, S samples of each, H W pixels.
 
@@ -19,7 +19,8 @@ from prefpaint_jax.data.images import resize_image, to_bytes
 from prefpaint_jax.evaluation.drift import MEASURES
 from prefpaint_jax.evaluation.histogram import histograms
 from prefpaint_jax.evaluation.tables import LABELS, show_typeset, typeset
-from prefpaint_jax.evaluation.winrate import Scores
+from prefpaint_jax.evaluation.winrate import VISIBLE_GAIN, Scores, verdict
+from prefpaint_jax.evaluation.witnesses import MEASURES as MEANINGS
 from prefpaint_jax.runtime.files import write_text
 
 # Pixels of an image's longer side: images up to SMALL are shown enlarged, without smoothing; images
@@ -27,9 +28,10 @@ from prefpaint_jax.runtime.files import write_text
 SMALL = 96
 LARGEST = 320
 _READING = (
-  "Brackets are 95 % bootstrap intervals over prompts. The best of S samples against one wins more "
-  "often, because it has more tries: a policy equal to the baseline gets the baseline's rate, and "
-  "an equally good policy with independent samples gets S / (S + 1)."
+  "Brackets are 95 % bootstrap intervals over prompts. WinRate compares samples of different "
+  "seeds; an equally good policy has 0.5, and its best of N against one has N / (N + 1). Standard "
+  "deviations are the baseline's within a prompt. A side is called preferred if the interval of "
+  f"WinRate excludes 0.5 and the gain is at least {VISIBLE_GAIN:g} standard deviations."
 )
 
 _STYLE = Path(__file__).with_name("report.css")
@@ -116,6 +118,7 @@ def write_report(
   about: Mapping[str, Any],
   summary: Mapping[str, Mapping[str, Mapping[str, Any]]],
   scores: Mapping[str, Scores],
+  witnesses: Mapping[str, Any] | None = None,
   drift: Mapping[str, Any] | None = None,
   gallery: Mapping[str, Sequence[Example]] | None = None,
 ) -> None:
@@ -127,6 +130,7 @@ def write_report(
     about: facts for the top of the page, in order; "command" is formatted as code.
     summary: result of `winrate.summarise`.
     scores: scores by judge, for the histograms.
+    witnesses: result of `witnesses.compare`.
     drift: result of `drift.drift`.
     gallery: examples by section (see `make_gallery`); each adds at most 0.3 MB to the file.
   """
@@ -134,6 +138,7 @@ def write_report(
     _header(title, about),
     f'<section class="cards">{"".join(_card(*judge) for judge in summary.items())}</section>',
     *(_judge(name, groups, scores[name]) for name, groups in summary.items()),
+    _witnesses(witnesses) if witnesses else "",
     _drift(drift) if drift else "",
     _gallery(gallery) if gallery else "",
   ]
@@ -169,21 +174,20 @@ def _header(title: str, about: Mapping[str, Any]) -> str:
 
 def _card(judge: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
   """Renders the headline of a judge: WinRate over all prompts, as a number and on a scale."""
-  found, prompts = groups["all"]["winrate/s1"], groups["all"]["prompts"]
+  group = groups["all"]
+  found = group["winrate/s1"]
   value, low, high = (show_typeset("winrate/s1", found[key]) for key in ("value", "low", "high"))
-  if found["low"] > 0.5:
-    verdict = "The policy is preferred."
-  elif found["high"] < 0.5:
-    verdict = "The baseline is preferred."
-  else:
-    verdict = "No preference is significant."
+  gain = show_typeset("gain", group["gain"]["value"])
+  if "gain_in_sd" in group:
+    in_sd = show_typeset("gain_in_sd", group["gain_in_sd"]["value"])
+    gain += f", {in_sd} standard deviations within a prompt"
   left, width = 100 * found["low"], 100 * (found["high"] - found["low"])
   return (
     f'<article class="card"><h2>{escape(judge)}</h2><p class="rate">{value}</p>'
     f'<div class="scale"><i style="left:{left:.2f}%;width:{width:.2f}%"></i>'
     f'<b style="left:{100 * found["value"]:.2f}%"></b></div>'
-    f"<p>WinRate over {prompts} prompts, one sample each; 95 % interval {low} to {high}. "
-    f"<strong>{verdict}</strong></p></article>"
+    f"<p>WinRate over {group['prompts']} prompts, one sample each, of different seeds; 95 % "
+    f"interval {low} to {high}. Gain {gain}. <strong>{verdict(group)}</strong></p></article>"
   )
 
 
@@ -221,6 +225,26 @@ def _interval(statistic: str, group: Mapping[str, Any]) -> str:
   return f"{value}<small>[{low}, {high}]</small>"
 
 
+def _witnesses(table: Mapping[str, Any]) -> str:
+  """Renders the distances from the true content, or why there are none."""
+  rows = ""
+  for name, found in table["measures"].items():
+    value, low, high = (typeset(f"{found['change'][key]:+.4f}") for key in ("value", "low", "high"))
+    label = f"{escape(name.replace('_', ' '))}<small>{escape(MEANINGS[name])}</small>"
+    sides = "".join(f"<td>{found[side]:.4f}</td>" for side in ("baseline", "policy"))
+    rows += (
+      f'<tr><th scope="row">{label}</th>{sides}<td>{value}<small>[{low}, {high}]</small></td></tr>'
+    )
+  columns = "".join(f'<th scope="col">{name}</th>' for name in ("baseline", "policy", "change"))
+  drawn = (
+    f'<div class="scroll"><table><thead><tr><td></td>{columns}</tr></thead>'
+    f"<tbody>{rows}</tbody></table></div>"
+    if rows
+    else ""
+  )
+  return f'<section><h2>Witnesses</h2>{drawn}<p class="note">{escape(table["rule"])}</p></section>'
+
+
 def _drift(table: Mapping[str, Any]) -> str:
   """Renders the table of drift measures with their flags."""
   measures = table["measures"]
@@ -255,7 +279,7 @@ def _gallery(gallery: Mapping[str, Sequence[Example]]) -> str:
     f'<h3>{escape(title)}</h3><div class="gallery">{"".join(map(_example, examples))}</div>'
     for title, examples in gallery.items()
   )
-  return f"<section><h2>Prompt, baseline, policy</h2>{sections}</section>"
+  return f"<section><h2>Prompt, baseline, policy (same seed)</h2>{sections}</section>"
 
 
 def _example(example: Example) -> str:

@@ -1,24 +1,20 @@
 """The numbers of an evaluation as text."""
-# Shapes: N prompts.
 
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from prefpaint_jax.evaluation.winrate import bootstrap_interval, wins
 from prefpaint_jax.runtime.text import align_columns
 
 # Every statistic and its label, in the order of the tables.
 LABELS = {
   "winrate/s1": "WinRate, one sample each",
   "winrate/s3": "WinRate, best of 3 against one",
-  "baseline/winrate/s3": "baseline, best of 3 against one",
-  "winrate_paired/s3": "WinRate, best of 3 each",
+  "winrate_each/s3": "WinRate, best of 3 each",
   "winrate/s10": "WinRate, best of 10 against one",
-  "baseline/winrate/s10": "baseline, best of 10 against one",
-  "winrate_paired/s10": "WinRate, best of 10 each",
-  "reward/gain": "gain in reward",
+  "winrate_each/s10": "WinRate, best of 10 each",
+  "winrate_paired/s1": "share of seeds with a higher reward",
+  "gain": "gain in reward",
+  "gain_in_sd": "gain in standard deviations",
   "reward/mean": "reward",
   "baseline/reward/mean": "baseline's reward",
   "reward/var": "variance within a prompt",
@@ -26,19 +22,26 @@ LABELS = {
 }
 
 
-def describe(name: str, scores: np.ndarray, baseline: np.ndarray) -> str:
-  """Returns one line: WinRate with its 95 % interval, and the means of scores [N] and baseline."""
-  won = wins(scores, baseline)
-  low, high = bootstrap_interval(won)
+def describe(name: str, group: Mapping[str, Any]) -> str:
+  """Returns one line with WinRate, gain and means of a group (see `winrate.estimate`)."""
+  if not group["prompts"]:
+    return f"{name:<18} WinRate –: none of {group['left_out']} prompts has finite scores"
+  value = lambda statistic: show(statistic, group[statistic]["value"])
+  low, high = (show("winrate/s1", group["winrate/s1"][key]) for key in ("low", "high"))
+  in_sd = f" ({value('gain_in_sd')} SD)" if "gain_in_sd" in group else ""
+  left_out = f"   {group['left_out']} left out" if group["left_out"] else ""
   return (
-    f"{name:<18} WinRate {won.mean():.3f} [{low:.3f}, {high:.3f}]   "
-    f"mean {np.mean(scores):+.3f}, base {np.mean(baseline):+.3f}"
+    f"{name:<18} WinRate {value('winrate/s1')} [{low}, {high}]   gain {value('gain')}{in_sd}   "
+    f"mean {group['reward/mean']['value']:+.3f}, base {group['baseline/reward/mean']['value']:+.3f}"
+    f"{left_out}"
   )
 
 
 def show(statistic: str, number: float) -> str:
   """Formats a number of a statistic; a gain always has its sign."""
-  if statistic == "reward/gain":
+  if statistic == "gain_in_sd":
+    return f"{number:+.2f}"
+  if statistic == "gain":
     return f"{number:+.3f}"
   return f"{number:#.3g}" if statistic.endswith("/var") else f"{number:.3f}"
 
@@ -70,6 +73,16 @@ def describe_drift(table: Mapping[str, Any]) -> str:
     numbers.append(f"{found['change']:+.4f}")
     numbers += [f"{found[key]:.4f}" for key in ("seed_variation", "spread")]
     rows.append([name, *numbers, "flagged" if found["flagged"] else ""])
+  return "\n".join(align_columns(rows)) + "\n" + table["rule"]
+
+
+def describe_witnesses(table: Mapping[str, Any]) -> str:
+  """Formats the result of `witnesses.compare` as lines."""
+  rows = [["witness", "baseline", "policy", "change"]]
+  for name, found in table["measures"].items():
+    value, low, high = (f"{found['change'][key]:+.4f}" for key in _INTERVAL)
+    sides = [f"{found[side]:.4f}" for side in ("baseline", "policy")]
+    rows.append([name, *sides, f"{value} [{low}, {high}]"])
   return "\n".join(align_columns(rows)) + "\n" + table["rule"]
 
 

@@ -224,7 +224,7 @@ EVAL: dict[str, Range] = {
   "kind": Choice((*KINDS, "")),
   "num_prompts": Integer(0, 10**7),
   "size": SIZE,
-  "samples_per_prompt": Integer(1, 10**4),
+  "samples_per_prompt": Integer(2, 10**4),  # WinRate compares different seeds
   "num_steps": NUM_STEPS,
   "eta": ETA,
   "batch_size": COUNT,

@@ -27,9 +27,8 @@ class Number:
   def contains(self, value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, self.kind):
       return False
-    if (
-      not -math.inf < value < math.inf
-    ):  # also False for NaN; `isfinite` overflows for long integers
+    # Also False for NaN. `math.isfinite` overflows for long integers.
+    if not -math.inf < value < math.inf:
       return False
     inside = self.low <= value <= self.high and value not in self.excluded
     return inside or value in self.also

@@ -155,7 +155,7 @@ def test_a_folder_of_image_files_opens_with_and_without_lists(released):
   for prompt in everything:
     hole = prompt["mask"][..., 0] == 1
     assert (prompt["image"][~hole] > 0).all()
-    assert (prompt["image"][hole] > 0).all() == (prompt["id"] == "c")
+    assert (prompt["image"][hole] > 0).all() == (prompt["id"] == "c") == prompt["complete"]
   (released / "train.txt").write_text("c\n\na\n")
   (released / "mine.txt").write_text("b\n")
   assert [p["id"] for p in prompts.open_prompts(released, "train")] == ["c", "a"]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from prefpaint_jax.data.masks import OUTPAINTING, WARPING
-from prefpaint_jax.evaluation import drift, histogram, report, tables, winrate
+from prefpaint_jax.evaluation import drift, histogram, report, tables, winrate, witnesses
 from prefpaint_jax.evaluation.winrate import Scores
 
 VOID = {"meta", "img"}
@@ -52,12 +52,13 @@ def example(size=(8, 8), seed=0, name="prompt 7, warping"):
 
 @pytest.fixture(scope="module")
 def evaluation():
-  """Returns arguments of `write_report` for two judges and two kinds of prompts."""
+  """Returns arguments of `write_report` for three judges and two kinds of prompts."""
   rng = np.random.default_rng(0)
-  baseline = rng.standard_normal((30, 10))
+  baseline = rng.standard_normal((30, 11))
   scores = {
-    "learned": Scores(baseline + 0.3 + 0.5 * rng.standard_normal((30, 10)), baseline),
-    "true <b>preference</b>": Scores(baseline - 0.1, baseline),
+    "learned": Scores(baseline + 0.8 + 0.5 * rng.standard_normal((30, 11)), baseline),
+    "true <b>preference</b>": Scores(baseline - 0.9, baseline),
+    "same": Scores(baseline + 1e-3, baseline),
   }
   measures = {
     name: {"brightness": draw + 0.5, "seam": draw}
@@ -69,6 +70,17 @@ def evaluation():
     "about": {"policy": "<script>alert('x')</script>", "command": 'run --a="<b>"', "prompts": "30"},
     "summary": winrate.summarise(scores, np.repeat([OUTPAINTING, WARPING], [10, 20])),
     "scores": scores,
+    "witnesses": {
+      "rule": witnesses.RULE,
+      "prompts": 30,
+      "measures": {
+        "error": {
+          "baseline": 0.31,
+          "policy": 0.29,
+          "change": {"value": -0.02, "low": -0.03, "high": 0.01},
+        }
+      },
+    },
     "drift": drift.drift(measures["policy"], measures["baseline"], {"seam": np.full(30, 0.125)}),
     "gallery": {"Largest <gains>": [example()], "Near the median": [example(seed=1)] * 2},
   }
@@ -110,13 +122,15 @@ def test_page_has_every_value_of_the_tables(page, evaluation):
     for key in ("baseline", "policy", "seed_variation", "spread"):
       assert f"{found[key]:.4f}".replace("-", "−") in texts
     assert f"{found['change']:+.4f}".replace("-", "−") in texts
+  assert {"0.3100", "0.2900", "−0.0200", "[−0.0300, +0.0100]", witnesses.RULE} <= texts
   assert "0.1250" in texts and evaluation["drift"]["rule"] in texts
   assert page.texts.count("flagged") == 1  # contrast
 
 
 def test_headline_names_the_preferred_side(page):
   text = "".join(page.texts)
-  assert text.index("The policy is preferred.") < text.index("The baseline is preferred.")
+  first = text.index("The policy is preferred.")
+  assert first < text.index("The baseline is preferred.") < text.index("No preference is")
   assert "WinRate over 30 prompts" in text
 
 
@@ -161,10 +175,12 @@ def test_large_images_are_reduced_and_the_page_stays_small(evaluation, tmp_path)
     assert pixels(image).shape == (213, 320, 3) and "class" not in image
 
 
-@pytest.mark.parametrize("case", ["one prompt", "one sample", "constant", "not finite", "negative"])
+@pytest.mark.parametrize(
+  "case", ["one prompt", "two samples", "constant", "not finite", "negative"]
+)
 def test_smallest_and_degenerate_evaluations_have_a_page(case, tmp_path):
   rng = np.random.default_rng(0)
-  number, samples = (1 if case == "one prompt" else 5), (1 if case == "one sample" else 3)
+  number, samples = (1 if case == "one prompt" else 5), (2 if case == "two samples" else 3)
   policy, baseline = rng.standard_normal((2, number, samples))
   if case == "constant":
     policy, baseline = np.full((2, 5, 3), 0.25)
@@ -174,8 +190,10 @@ def test_smallest_and_degenerate_evaluations_have_a_page(case, tmp_path):
     policy, baseline = policy - 100, baseline - 100
   scores = {"judge": Scores(policy, baseline)}
   summary = winrate.summarise(scores, np.zeros(number, int))
-  report.write_report(tmp_path / "report.html", "title", {}, summary, scores)
+  nothing = {"rule": witnesses.UNKNOWN, "prompts": 0, "measures": {}}
+  report.write_report(tmp_path / "report.html", "title", {}, summary, scores, nothing)
   page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+  assert witnesses.UNKNOWN in page.texts
   drawings = [d for a in page.having("path") for d in re.findall(r"-?\d+\.?\d*|nan|inf", a["d"])]
   assert drawings and all(0 <= float(number) <= 480 for number in drawings)
   assert ("2 left out" in page.texts) == (case == "not finite")

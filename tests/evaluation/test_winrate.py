@@ -1,5 +1,6 @@
 """Tests of the statistics against loops and SciPy, and of drift on synthetic images."""
 
+import itertools
 import json
 import time
 
@@ -22,78 +23,136 @@ def draw_scores(number=40, samples=10, shift=0.4, seed=0):
   return Scores((draw() + shift).astype(np.float32), draw().astype(np.float32))
 
 
-def brute_force_win_rate(scores, baseline, best_of, paired):
-  rates = []
+def brute_force_win_rate(scores, baseline, best_of, rivals=1):
+  """Returns the rate of each prompt over all choices of different seeds."""
+  seeds, rates = range(scores.shape[1]), []
   for own, other in zip(scores.tolist(), baseline.tolist(), strict=True):
     won = []
-    for start in range(0, len(own) - best_of + 1, best_of):
-      best = max(own[start : start + best_of])
-      rival = max(other[start : start + best_of]) if paired else other[start]
-      won.append(1.0 if best > rival else 0.5 if best == rival else 0.0)
+    for chosen in itertools.combinations(seeds, best_of):
+      for against in itertools.combinations(set(seeds) - set(chosen), rivals):
+        best, rival = max(own[i] for i in chosen), max(other[j] for j in against)
+        won.append(1.0 if best > rival else 0.5 if best == rival else 0.0)
     rates.append(sum(won) / len(won))
   return rates
 
 
-@pytest.mark.parametrize("samples", [1, 2, 3, 7, 10, 11])
+@pytest.mark.parametrize("samples", [2, 3, 4, 6, 11])
 def test_every_statistic_equals_a_loop_over_prompts(samples):
-  scores = draw_scores(samples=samples)
+  scores = draw_scores(number=12, samples=samples)
   found = winrate.per_prompt(scores)
   policy, baseline = (side.astype(np.float64) for side in scores)
-  expected = {
-    "reward/gain": [np.mean(p) - np.mean(b) for p, b in zip(policy, baseline, strict=True)]
-  }
-  for best_of in (n for n in (1, 3, 10) if n <= samples):
-    rate = lambda side, paired, n=best_of: brute_force_win_rate(side, baseline, n, paired)
-    expected[f"winrate/s{best_of}"] = rate(policy, False)
-    if best_of > 1:
-      expected[f"winrate_paired/s{best_of}"] = rate(policy, True)
-      expected[f"baseline/winrate/s{best_of}"] = rate(baseline, False)
+  expected = {"gain": [np.mean(p) - np.mean(b) for p, b in zip(policy, baseline, strict=True)]}
+  same_seed = [list(zip(p, b, strict=True)) for p, b in zip(policy, baseline, strict=True)]
+  expected["winrate_paired/s1"] = [
+    sum((p > b) + 0.5 * (p == b) for p, b in pairs) / samples for pairs in same_seed
+  ]
+  for n in (n for n in (1, 3, 10) if n < samples):
+    expected[f"winrate/s{n}"] = brute_force_win_rate(policy, baseline, n)
+    if n > 1 and 2 * n <= samples:
+      expected[f"winrate_each/s{n}"] = brute_force_win_rate(policy, baseline, n, n)
   for prefix, side in (("", policy), ("baseline/", baseline)):
     expected[f"{prefix}reward/mean"] = [sum(row) / samples for row in side]
-    if samples > 1:
-      expected[f"{prefix}reward/var"] = np.diag(np.cov(side))
+    expected[f"{prefix}reward/var"] = np.diag(np.cov(side))
   assert set(found) == set(expected) and set(found) <= set(tables.LABELS)
   for name, values in expected.items():
-    np.testing.assert_allclose(found[name], values, rtol=1e-12, atol=1e-15, err_msg=name)
+    np.testing.assert_allclose(found[name], values, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
-def test_policy_against_itself_wins_exactly_half_of_equal_comparisons():
-  policy, _ = draw_scores()
-  found = winrate.summarise({"judge": Scores(policy, policy)}, np.zeros(len(policy), int))
-  half = {"value": 0.5, "low": 0.5, "high": 0.5}
-  zero = {"value": 0.0, "low": 0.0, "high": 0.0}
+def test_policy_against_itself_has_the_rates_of_an_equal_policy_exactly():
+  policy = np.random.default_rng(0).standard_normal((40, 20))  # no ties
+  found = winrate.summarise({"judge": Scores(policy, policy)}, np.zeros(40, int))
   for group in found["judge"].values():
-    for statistic in ("winrate/s1", "winrate_paired/s3", "winrate_paired/s10"):
-      assert group[statistic] == half, statistic
-    assert group["reward/gain"] == zero
-    for best_of in (3, 10):
-      assert group[f"winrate/s{best_of}"] == group[f"baseline/winrate/s{best_of}"]
+    for statistic, rate in {
+      "winrate/s1": 1 / 2,
+      "winrate_paired/s1": 1 / 2,
+      "winrate/s3": 3 / 4,
+      "winrate/s10": 10 / 11,
+      "winrate_each/s3": 1 / 2,
+      "winrate_each/s10": 1 / 2,
+      "gain": 0,
+      "gain_in_sd": 0,
+    }.items():
+      np.testing.assert_allclose([*group[statistic].values()], rate, atol=1e-12, err_msg=statistic)
 
 
-def test_best_of_several_against_one_of_them_has_the_documented_rate():
-  scores = np.random.default_rng(0).standard_normal(
-    (20_000, 10)
-  )  # no ties between different samples
-  for best_of in (1, 3, 10):
-    rate = winrate.best_of_wins(scores, scores, best_of).mean()
-    assert rate == pytest.approx(1 - 1 / (2 * best_of), abs=0.01)
+def test_tiny_shift_of_every_sample_leaves_the_win_rate_at_one_half():
+  scores = np.random.default_rng(0).standard_normal((300, 11))
+  group = winrate.estimate(Scores(scores + 1e-3, scores))
+  assert group["winrate_paired/s1"]["value"] == 1.0
+  assert group["winrate/s1"]["value"] == pytest.approx(0.5, abs=2e-3)
+  assert "preferred" not in winrate.verdict(group)
 
 
-def test_best_of_several_against_an_independent_sample_is_unbiased():
-  # The best of S samples beats one more sample with probability S / (S + 1).
+@pytest.mark.parametrize(("best_of", "rivals"), [(1, 1), (3, 1), (3, 3)])
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
+def test_win_rate_is_that_of_independent_normal_samples(best_of, rivals, correlation):
+  # Samples of one seed are correlated; the rate is that of independent ones.
   rng = np.random.default_rng(1)
-  policy, baseline = rng.standard_normal((2, 20_000, 10))
-  for best_of in (1, 3, 10):
-    rate = winrate.best_of_wins(policy, baseline, best_of).mean()
-    assert rate == pytest.approx(best_of / (best_of + 1), abs=0.01)
+  shared, own, other = rng.standard_normal((3, 20_000, 6))
+  mix = lambda noise: np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * noise
+  rate = winrate.win_rate(mix(own) + 0.8, mix(other), best_of, rivals).mean()
+  x = np.linspace(-7, 9, 4001)
+  # P(max of n > max of m) is the integral of P(max of m < x) over the density of the maximum of n.
+  density = best_of * stats.norm.pdf(x - 0.8) * stats.norm.cdf(x - 0.8) ** (best_of - 1)
+  expected = np.trapezoid(density * stats.norm.cdf(x) ** rivals, x)
+  assert rate == pytest.approx(expected, abs=0.005)
 
 
 def test_ties_count_half():
   np.testing.assert_array_equal(winrate.wins([1, 2, 3], [2, 2, 2]), [0, 0.5, 1])
-  policy, baseline = np.array([[1.0, 5, 2]]), np.array([[5.0, 0, 5]])
-  assert winrate.best_of_wins(policy, baseline, 3) == 0.5
-  assert winrate.best_of_wins(policy, baseline, 3, paired=True) == 0.5
-  np.testing.assert_allclose(winrate.best_of_wins(policy, baseline, 1), 1 / 3)
+  policy, baseline = np.array([[1.0, 5, 2, 5]]), np.array([[5.0, 0, 5, 5]])
+  # Pairs (i, j ≠ i): 1 beats 0; both 5 beat 0 and tie with two 5 of three; 2 beats 0.
+  np.testing.assert_allclose(winrate.win_rate(policy, baseline), (1 + 1 + 1 + 1 + 1.5) / 12)
+  constant = np.ones((1, 6))
+  for best_of, rivals in ((1, 1), (3, 1), (3, 3)):
+    np.testing.assert_allclose(winrate.win_rate(constant, constant, best_of, rivals), 0.5)
+
+
+def test_gain_in_sd_divides_by_the_pooled_deviation_within_prompts():
+  scores = draw_scores(number=30, samples=4)
+  policy, baseline = (side.astype(np.float64) for side in scores)
+  found = winrate.estimate(scores)["gain_in_sd"]
+  ratio = lambda rows: (
+    (policy[rows] - baseline[rows]).mean() / np.sqrt(baseline[rows].var(1, ddof=1).mean())
+  )
+  assert found["value"] == pytest.approx(ratio(np.arange(30)), rel=1e-9)
+  rng = np.random.default_rng(3)
+  low, high = np.quantile([ratio(rng.integers(30, size=30)) for _ in range(2000)], [0.025, 0.975])
+  tolerance = 0.05 * (high - low)
+  assert found["low"] == pytest.approx(low, abs=tolerance)
+  assert found["high"] == pytest.approx(high, abs=tolerance)
+
+
+def test_gain_in_sd_is_left_out_where_the_baseline_does_not_vary():
+  policy = np.random.default_rng(0).standard_normal((10, 3))
+  group = winrate.estimate(Scores(policy + 9, np.zeros((10, 3))))
+  assert "gain_in_sd" not in group
+  assert winrate.verdict(group) == "The policy is preferred."
+  assert "gain +" in tables.describe("judge", group)
+  json.dumps(group, allow_nan=False)
+  # A resample of prompts that do not vary has no ratio.
+  baseline = np.zeros((3, 2))
+  baseline[0] = -1, 1
+  found = winrate.estimate(Scores(baseline + 1, baseline))["gain_in_sd"]
+  assert (
+    found["value"] == pytest.approx(1 / np.sqrt(2 / 3)) and np.isfinite([*found.values()]).all()
+  )
+
+
+@pytest.mark.parametrize(
+  ("shift", "number", "expected"),
+  [
+    (0.0, 400, "No preference is significant."),
+    (0.2, 2000, "The policy wins more often, but its gain is too small to be seen."),
+    (-0.2, 2000, "The baseline wins more often, but its gain is too small to be seen."),
+    (0.7, 400, "The policy is preferred."),
+    (-0.7, 400, "The baseline is preferred."),
+    (0.7, 4, "No preference is significant."),
+  ],
+)
+def test_verdict_needs_the_interval_and_a_visible_gain(shift, number, expected):
+  policy, baseline = np.random.default_rng(0).standard_normal((2, number, 3))
+  assert winrate.verdict(winrate.estimate(Scores(policy + shift, baseline))) == expected
 
 
 def test_summary_of_a_kind_equals_that_of_its_prompts_alone():
@@ -117,15 +176,15 @@ def test_summary_has_the_intervals_of_its_statistics_and_can_be_written_as_json(
   for statistic, values in winrate.per_prompt(scores).items():
     found = summary["judge"]["all"][statistic]
     np.testing.assert_allclose(found["value"], values.mean(), rtol=1e-12)
-    expected = winrate.bootstrap_interval(values)
+    expected = np.quantile(winrate.bootstrap_means(values), [0.025, 0.975])
     np.testing.assert_allclose([found["low"], found["high"]], expected, rtol=1e-9, atol=1e-12)
   assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
 @pytest.mark.parametrize("level", [0.95, 0.8])
-def test_bootstrap_interval_agrees_with_scipy(level):
+def test_quantiles_of_bootstrap_means_agree_with_scipy(level):
   values = np.random.default_rng(0).gamma(2.0, size=60)
-  found = winrate.bootstrap_interval(values, level)
+  found = np.quantile(winrate.bootstrap_means(values), [(1 - level) / 2, (1 + level) / 2])
   oracle = stats.bootstrap(
     (values,), np.mean, confidence_level=level, method="percentile", n_resamples=10_000, rng=1
   ).confidence_interval
@@ -172,6 +231,7 @@ def test_prompts_without_finite_scores_are_left_out_and_counted():
     (np.ones((4, 2)), np.ones((4, 3)), r"reward: the policy's scores are \(4, 2\) .* \(4, 3\)"),
     (np.ones(4), np.ones(4), "give \\[N, S\\] for both"),
     (np.ones((5, 2)), np.ones((5, 2)), "for 4 prompts"),
+    (np.ones((4, 1)), np.ones((4, 1)), "give .* S ≥ 2"),
     (np.full((4, 2), np.nan), np.ones((4, 2)), "none of 4 prompts has finite scores"),
   ],
 )
@@ -182,13 +242,27 @@ def test_errors_name_the_judge_and_the_shapes(policy, baseline, message):
 
 
 def test_text_table_has_every_statistic():
-  summary = winrate.summarise({"judge": draw_scores()}, np.repeat([OUTPAINTING, WARPING], 20))
+  scores = draw_scores(samples=20)
+  summary = winrate.summarise({"judge": scores}, np.repeat([OUTPAINTING, WARPING], 20))
   lines = tables.describe_table("judge", summary["judge"]).splitlines()
   assert len(lines) == 2 + len(tables.LABELS) and max(map(len, lines)) <= 120
   for statistic, line in zip(tables.LABELS, lines[2:], strict=True):
     assert line.startswith(tables.LABELS[statistic])
     for group in summary["judge"].values():
       assert tables.show(statistic, group[statistic]["high"]) in line
+
+
+def test_line_of_a_judge_begins_with_its_name_and_win_rate():
+  scores = draw_scores()
+  group = winrate.estimate(scores)
+  line = tables.describe("learned reward", group)
+  assert line.startswith(f"learned reward     WinRate {group['winrate/s1']['value']:.3f} [")
+  assert f"gain {group['gain']['value']:+.3f} ({group['gain_in_sd']['value']:+.2f} SD)" in line
+  assert line.endswith(f"mean {scores.policy.mean():+.3f}, base {scores.baseline.mean():+.3f}")
+  scores.policy[2] = np.nan
+  assert tables.describe("judge", winrate.estimate(scores)).endswith("1 left out")
+  nothing = winrate.estimate(Scores(np.full((4, 2), np.nan), np.ones((4, 2))))
+  assert "none of 4 prompts has finite scores" in tables.describe("judge", nothing)
 
 
 @pytest.fixture(scope="module")

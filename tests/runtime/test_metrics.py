@@ -98,6 +98,17 @@ def test_truncate_of_a_new_run_changes_nothing(tmp_path):
   assert read_lines(tmp_path) == [{"iteration": 1, "a": 1}]
 
 
+def test_truncate_before_iteration_0_deletes_every_line(tmp_path):
+  for value in (1, 2):  # the second run starts before the first one had a checkpoint
+    writer = MetricsWriter(tmp_path)
+    writer.truncate(-1)
+    writer.write(0, {"a": value})
+    writer.close()
+  assert read_lines(tmp_path) == [{"iteration": 0, "a": 2}]
+  starts = [e.step for e in read_events(tmp_path) if e.HasField("session_log")]
+  assert starts[-1] == 0
+
+
 def test_other_processes_write_nothing(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"iteration": 9}\n')
   writer = MetricsWriter(tmp_path, is_writer=False)

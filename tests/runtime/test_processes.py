@@ -127,7 +127,7 @@ def lines(workdir: Path) -> list[dict]:
 
 def assert_same_run(ours: Path, theirs: Path, step: int, rtol: float, atol: float) -> None:
   """Compares the lines up to `step`, and the parameters and their moving average at `step`."""
-  for line, expected in zip(lines(ours)[:step], lines(theirs)[:step], strict=True):
+  for line, expected in zip(lines(ours)[: step + 1], lines(theirs)[: step + 1], strict=True):
     timed = lambda name: name.startswith("time/") or name == "images_per_s"
     names = [name for name in expected if not timed(name)]
     assert names == [name for name in line if not timed(name)]
@@ -172,7 +172,8 @@ def test_evaluation_by_two_processes_equals_that_by_one(world, cache, tmp_path):
     with started([*command, f"--workdir={workdir}"], processes, 1, cache, log) as running:
       finish(running, log)
     results.append(json.loads((workdir / "eval.json").read_text()))
-  alone, together = ([result["judges"], result["drift"]] for result in results)
+  names = ("judges", "witnesses", "drift")
+  alone, together = ([result[name] for name in names] for result in results)
   assert together == alone
 
 
@@ -180,7 +181,7 @@ def test_evaluation_by_two_processes_equals_that_by_one(world, cache, tmp_path):
 def test_only_process_0_writes(together):
   log = together.with_suffix(".log")
   assert "iteration 4/4" in log_of(log, 0) and "iteration" not in log_of(log, 1)
-  assert [line["iteration"] for line in lines(together)] == [1, 2, 3, 4]
+  assert [line["iteration"] for line in lines(together)] == [0, 1, 2, 3, 4]
   assert len(list((together / "tensorboard").iterdir())) == 1
 
 
