@@ -134,6 +134,7 @@ def test_killed_and_resumed_equals_uninterrupted(world, whole, tmp_path, monkeyp
     evaluate.evaluate(config_of(world, eta=0.5), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_signal_keeps_finished_batches_and_damaged_ones_are_computed_again(
   world, whole, tmp_path, monkeypatch, capsys
 ):

@@ -53,7 +53,9 @@ def test_a_reward_config_says_whether_early_fusion_sees_differences(differences,
   shapes = reward.network_shapes(RewardConfig.from_dict(config))
   kernel = shapes["clip"]["vision_model"]["embeddings"]["patch_embedding"]["kernel"]
   assert kernel.shape[2] == channels
-  with pytest.raises(ValueError, match=r"\Areward config: differences='no'; give true or false\Z"):
+  with pytest.raises(
+    ValueError, match="reward config: differences is 'no'; expected true or false"
+  ):
     RewardConfig.from_dict({"differences": "no"})
 
 

@@ -84,6 +84,7 @@ def test_invalid_sample_of_nan_changes_neither_loss_nor_gradient():
   assert_trees_close(gradients, expected_gradients, 1e-6)
 
 
+@pytest.mark.slow
 def test_invalid_sample_is_left_out_of_every_statistic():
   settings = make_settings(Trust("mahalanobis", k=0.3))
   _, _, network, frozen = world()
@@ -161,6 +162,7 @@ def test_scores_and_samples_do_not_depend_on_the_chunk():
   np.testing.assert_array_equal(np.asarray(samples)[known], np.asarray(prompts.masked_image)[known])
 
 
+@pytest.mark.slow
 # ----------------------------------------------------------------------------- posterior of the VAE
 def test_prompts_have_the_mean_or_a_sample_of_the_posterior_in_any_chunks():
   modules, _, _, frozen = world()

@@ -54,6 +54,7 @@ def test_learning_rate_rises_linearly_in_the_warm_up():
   np.testing.assert_allclose(params["bias"], 1 - walked, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_gives_a_neighbour_and_is_unbiased():
   x = jnp.array([1.001, -3.14159, 2e-20, 0.0, 5.0, jnp.inf], jnp.float32)
   draw = jax.vmap(lambda key: stochastic_round(x, key).astype(jnp.float32))
@@ -68,6 +69,7 @@ def test_stochastic_rounding_gives_a_neighbour_and_is_unbiased():
   assert (drawn[:, 3] == 0).all() and (drawn[:, 4] == 5).all() and np.isinf(drawn[:, 5]).all()
 
 
+@pytest.mark.slow
 def test_moments_in_bfloat16_follow_moments_in_float32():
   """With rounding to nearest, the second moment would stop: it changes by 0.1 % an update."""
   whole, whole_state = follow(make_optimizer("adamw", 1e-3), noisy, 1500)

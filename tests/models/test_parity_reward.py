@@ -178,16 +178,17 @@ def test_file_with_clip_in_half_precision_scores_as_its_float32_value(small, tmp
 
 
 def test_model_saved_in_our_format_scores_the_same(small, tmp_path):
-  RewardModel.from_pretrained(write(small.released_tensors(), tmp_path)).save_pretrained(tmp_path)
-  (tmp_path / FILE).unlink()
-  assert_scores_equal(RewardModel.from_pretrained(tmp_path), small)
+  ours = RewardModel.from_pretrained(write(small.released_tensors(), tmp_path))
+  ours.save_pretrained(tmp_path / "ours")
+  assert_scores_equal(RewardModel.from_pretrained(tmp_path / "ours"), small)
 
 
 def test_shift_and_scale_of_the_config_change_only_the_reward(small, tmp_path):
-  RewardModel.from_pretrained(write(small.released_tensors(), tmp_path)).save_pretrained(tmp_path)
-  config = json.loads((tmp_path / "config.json").read_text())
-  (tmp_path / "config.json").write_text(json.dumps(config | {"shift": 0.4064, "scale": 2.3021}))
-  assert_scores_equal(RewardModel.from_pretrained(tmp_path), small, 0.4064, 2.3021)
+  file, folder = write(small.released_tensors(), tmp_path), tmp_path / "ours"
+  RewardModel.from_pretrained(file, shift=0.4064, scale=2.3021).save_pretrained(folder)
+  config = json.loads((folder / "config.json").read_text())
+  assert (config["shift"], config["scale"]) == (0.4064, 2.3021)
+  assert_scores_equal(RewardModel.from_pretrained(folder), small, 0.4064, 2.3021)
 
 
 @pytest.mark.slow
