@@ -94,8 +94,8 @@ def _check(
   stored, now = _read(file), flatten(config.to_dict())
   owner, before = stored.pop(COMMAND, None), flatten(stored)
   before = {name: value for name, value in EARLIER.items() if name in now} | before
-  # A config.json of earlier versions names no command; most fields of the same command are equal.
-  if owner is None and 2 * len(before.keys() & now.keys()) < len(now):
+  # A config.json of earlier versions names no command, but has most of the same command's fields.
+  if owner is None and 2 * len(before.keys() & now.keys()) < len(before.keys() | now.keys()):
     owner = "another program"
   if owner not in (None, command):
     raise ValueError(f"{workdir} is the workdir of {owner}; give another --workdir to {command}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
+from preference_world import load_config
 
 from prefpaint_jax.runtime.workdir import LOCK, exclusive, open_workdir, read_workdir
 
@@ -48,6 +49,33 @@ def test_config_of_a_model_is_not_replaced(tmp_path):
   ):
     pass
   assert contents(tmp_path) == before
+
+
+COMMANDS = {
+  "train": "rl",
+  "evaluate": "eval",
+  "collect": "collect",
+  "pretrain": "pretrain",
+  "train_reward": "reward",
+  "data.preferences": "preferences",
+}
+
+
+@pytest.mark.parametrize("owner", COMMANDS)
+def test_run_of_an_earlier_version_is_opened_by_its_own_command_alone(tmp_path, owner):
+  configs = {command: load_config(name) for command, name in COMMANDS.items()}
+  file = tmp_path / "config.json"
+  for command, config in configs.items():
+    file.write_text(json.dumps(configs[owner].to_dict()))  # names no command
+    before = file.read_bytes()
+    if command == owner:
+      with open_workdir(config, tmp_path, command, ()):
+        pass
+    else:
+      message = "is the workdir of another program"
+      with pytest.raises(ValueError, match=message), open_workdir(config, tmp_path, command, ()):
+        pass
+      assert file.read_bytes() == before
 
 
 def test_run_of_an_earlier_version_is_resumed(tmp_path):
