@@ -393,7 +393,7 @@ def test_trust_norm_without_a_bound_is_an_error(world, tmp_path):
 @pytest.mark.slow
 def test_rewards_that_are_not_finite_stop_the_run_and_save_it(world, tmp_path):
   reward_model = testing.tiny_reward()
-  reward_model.params["mlp"]["last_layer"]["kernel"][0] = np.nan
+  reward_model.params["mlp"]["last_layer"]["kernel"][:] = 3e38  # the sum overflows
   reward_model.save_pretrained(tmp_path / "reward")
   changes = BARE | {"checkpoint_every": 2, "weight_decay": 0.0}
   config = make_config(world, reward=str(tmp_path / "reward"), **changes)
