@@ -52,6 +52,7 @@ def whole(world, tmp_path_factory):
   return workdir, evaluate.evaluate(config_of(world), workdir)
 
 
+@pytest.mark.slow
 def test_scores_equal_those_of_samples_from_the_public_interface(world, whole):
   workdir, result = whole
   found = json.loads((workdir / "eval.json").read_text())

@@ -192,6 +192,7 @@ def test_pixels_under_the_mask_do_not_change_the_samples(inpainter, prompt):
   np.testing.assert_array_equal(inpaint(image), inpaint(other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(16, 16), (13, 22)])
 def test_pixels_under_the_mask_do_not_change_the_samples_of_a_resized_image(inpainter, size):
   rng = np.random.default_rng(0)
