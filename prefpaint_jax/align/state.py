@@ -47,7 +47,7 @@ class TrainState(NamedTuple):
 
 
 class Scores(NamedTuple):
-  """What the reward model says of a batch of samples."""
+  """Rewards, trust weights and advantages of a batch of samples."""
 
   reward: Float[Array, " B"]
   valid: Bool[Array, " B"]  # reward and features are finite, the reward is `usable`

@@ -1,4 +1,4 @@
-"""Checks that losses and states are finite, so that a run stops before it saves what is not."""
+"""Checks that losses and states are finite, so that no run saves NaN or infinity."""
 
 import math
 from collections.abc import Iterable, Mapping

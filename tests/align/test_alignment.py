@@ -53,9 +53,9 @@ def perturbed(params, scale: float = 0.003):
 
 # --------------------------------------------------------------- importance ratio at equal policies
 # In bfloat16, a float32 sum in another order can change the last bit of an activation. With these
-# few latents, one such change moves a ratio by 1e-4.
+# few latents, one such change moves a ratio by up to 1.5e-4.
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-5), ("bfloat16", 1e-3)])
+@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-5), ("bfloat16", 3e-4)])
 def test_first_update_has_ratio_one_and_no_clipping(dtype, rounding):
   settings = make_settings(clip_range=rounding)
   modules, params, _, frozen = world(dtype)
