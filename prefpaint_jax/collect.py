@@ -30,9 +30,10 @@ from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import cli, sharding
 from prefpaint_jax.runtime.config_check import check_fields
-from prefpaint_jax.runtime.files import write_text
+from prefpaint_jax.runtime.files import parse_json, write_text
 from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.metrics import progress
+from prefpaint_jax.runtime.ranges import Text, check
 from prefpaint_jax.runtime.runs import pin_steps
 from prefpaint_jax.runtime.signals import stop_requests
 from prefpaint_jax.runtime.workdir import open_workdir
@@ -52,18 +53,26 @@ def recover(folder: Path, per_prompt: int) -> set[str]:
 
   Returns:
     The IDs of the finished prompts.
+
+  Raises:
+    ValueError: a complete line is damaged; the message names it, and no file has changed.
   """
   files = {name: folder / f"{name}.jsonl" for name in ("candidates", "prompts")}
   lines = {}
   for name, file in files.items():
     # The text after the last newline is an incomplete line.
-    complete = file.read_text().split("\n")[:-1] if file.is_file() else []
-    lines[name] = [(json.loads(line)["image_id"], line) for line in complete]
+    complete = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
+    ids = []
+    for number, line in enumerate(complete, 1):
+      place = f"{file}, line {number}"
+      ids.append(parse_json(line, place).get("image_id"))
+      check(f"{place}: image_id", ids[-1], Text(empty=False))
+    lines[name] = list(zip(ids, complete, strict=True))
   counts = Counter(image_id for image_id, _ in lines["candidates"])
   finished = {image_id for image_id, count in counts.items() if count == per_prompt}
   for name, file in files.items():
-    kept = "".join(f"{line}\n" for image_id, line in lines[name] if image_id in finished)
-    write_text(file, kept)
+    kept = [line.decode() + "\n" for image_id, line in lines[name] if image_id in finished]
+    write_text(file, "".join(kept))
   return finished
 
 

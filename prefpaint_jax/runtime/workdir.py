@@ -13,7 +13,8 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
-from prefpaint_jax.runtime.files import write_json
+from prefpaint_jax.runtime.config_check import check_stored
+from prefpaint_jax.runtime.files import read_json, write_json
 
 CONFIG = "config.json"
 LOCK = ".lock"
@@ -91,7 +92,7 @@ def _check(
         "another --workdir"
       )
     return
-  stored, now = _read(file), flatten(config.to_dict())
+  stored, now = read_json(file), flatten(config.to_dict())
   owner, before = stored.pop(COMMAND, None), flatten(stored)
   before = {name: value for name, value in EARLIER.items() if name in now} | before
   # A config.json of earlier versions names no command, but has most of the same command's fields.
@@ -157,31 +158,21 @@ def read_workdir(workdir: Path, command: str | None = None) -> ConfigDict:
     command: the command that must have made it; None: any.
 
   Raises:
-    ValueError: the folder has no config.json, or is that of another command.
+    ValueError: the folder has no config.json, is that of another command, or a field has a value
+      that it cannot have.
   """
   file = workdir / CONFIG
   if not file.is_file():
     raise ValueError(f"{workdir}: no config.json; give the --workdir of a run")
-  stored = _read(file)
+  stored = read_json(file)
   owner = stored.pop(COMMAND, command)
   if command is not None and owner != command:
     raise ValueError(f"{workdir} is the workdir of {owner}; give one of {command}")
-  return ConfigDict(stored)
-
-
-def _read(file: Path) -> dict[str, Any]:
-  """Reads a config.json.
-
-  Raises:
-    ValueError: the file is damaged.
-  """
+  check_stored(stored, owner, file)
   try:
-    content = json.loads(file.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{file} is not JSON ({error}); restore it, or give another folder") from error
-  if not isinstance(content, dict):
-    raise ValueError(f"{file} is a {type(content).__name__}; expected an object of fields")
-  return content
+    return ConfigDict(stored)
+  except ValueError as error:  # a name with a dot
+    raise ValueError(f"{file}: {error}; restore the file, or give another run") from error
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -122,8 +122,8 @@ def test_readers_name_the_command_of_a_workdir(tmp_path):
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("", r"config\.json is not JSON \(Expecting value: line 1 column 1"),
-    ("[1]", r"config\.json is a list; expected an object of fields"),
+    ("", r"config\.json is not JSON \(empty\)"),
+    ("[1]", r"config\.json holds a JSON value of type list; expected an object"),
     ('{"seed": ', r"config\.json is not JSON"),
   ],
 )
