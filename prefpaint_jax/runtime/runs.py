@@ -26,9 +26,7 @@ def open_run(name: str) -> tuple[ConfigDict, Checkpoints] | None:
   config = read_workdir(workdir, "train")
   for field in ("policy", "ema_decay"):
     if field not in config:
-      raise ValueError(
-        f"{workdir / CONFIG} has no field {field!r}; restore it, or give another run"
-      )
+      raise ValueError(f"{workdir / CONFIG}: no field {field!r}; restore it, or give another run")
   return config, Checkpoints(workdir / "checkpoints", best=config.get("keep_best", ""))
 
 

@@ -62,7 +62,7 @@ DAMAGED = [  # content of a config.json, and the start of the error after its na
   ({"keep_best": None}, ": keep_best is None; expected one of"),
   ({"mask_latents": "all"}, ": mask_latents is 'all'; expected one of"),
   ({"policy": None, "seed": math.nan}, ": seed is nan; expected an integer"),
-  ({"seed": 0}, " has no field 'policy'"),
+  ({"seed": 0}, ": no field 'policy'"),
   ({"a.b": 1}, ": "),
 ]
 
