@@ -14,7 +14,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from prefpaint_jax.runtime.config_check import check_stored
-from prefpaint_jax.runtime.files import read_json, write_json
+from prefpaint_jax.runtime.files import check_folder, read_json, write_json
 
 CONFIG = "config.json"
 LOCK = ".lock"
@@ -62,6 +62,12 @@ def open_workdir(
   is_new = not workdir.exists()
   with exclusive(workdir):
     check()  # another process may have written since
+    others = sorted(path.name for path in workdir.iterdir() if not path.name.startswith("."))
+    if others and CONFIG not in others:
+      logging.warning(
+        "%s holds %d files of something else, such as %s; %s writes its own beside them",
+        *(workdir, len(others), others[0], command),
+      )
     write_json(workdir / CONFIG, {COMMAND: command} | config.to_dict(), sort_keys=True)
     try:
       yield
@@ -123,8 +129,9 @@ def exclusive(folder: Path) -> Iterator[None]:
   a warning is logged instead.
 
   Raises:
-    ValueError: another process holds the lock; the message names it.
+    ValueError: another process holds the lock, or the folder takes no files; the message says so.
   """
+  check_folder(folder)
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / LOCK
   with contextlib.ExitStack() as stack:

@@ -95,10 +95,15 @@ def test_folder_that_no_command_made_is_refused(tmp_path, present):
   assert contents(tmp_path) == {present: b"mine"}
 
 
-def test_folder_with_other_files_is_accepted(tmp_path):
+def test_folder_with_other_files_is_accepted_and_said_once(tmp_path, monkeypatch):
+  said = []
+  monkeypatch.setattr("absl.logging.warning", lambda text, *values: said.append(text % values))
   (tmp_path / "log.txt").write_text("mine")
-  with open_as("train", tmp_path):
-    pass
+  for _ in range(2):
+    with open_as("train", tmp_path):
+      pass
+  (line,) = said
+  assert line.startswith(f"{tmp_path} holds 1 files of something else, such as log.txt; train")
   assert read_workdir(tmp_path).to_dict() == {"seed": 0, "size": 8}
 
 
