@@ -13,7 +13,7 @@ command resumes an interrupted run. With a larger number of prompts it adds prom
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -160,8 +160,9 @@ def collect(config: ConfigDict, workdir: Path) -> None:
   sharding.check_batch(config.batch_size, sharding.make_mesh(devices=jax.local_devices()))
   drawn = _draw_prompts(config)
   free = "num_prompts", "num_test_prompts"
-  with open_workdir(config, workdir, "collect", WRITES, free, progress="candidates.jsonl"):
-    is_complete = _collect(config, workdir, drawn)
+  progress_file = "candidates.jsonl"
+  with open_workdir(config, workdir, "collect", WRITES, free, progress_file) as write_config:
+    is_complete = _collect(config, workdir, drawn, write_config)
   if not is_complete:
     print("stopped; finished prompts are saved, and the same command goes on")
     return
@@ -172,7 +173,12 @@ def collect(config: ConfigDict, workdir: Path) -> None:
   )
 
 
-def _collect(config: ConfigDict, workdir: Path, drawn: Mapping[str, DrawnPrompts]) -> bool:
+def _collect(
+  config: ConfigDict,
+  workdir: Path,
+  drawn: Mapping[str, DrawnPrompts],
+  write_config: Callable[[], None],
+) -> bool:
   """Samples in a workdir that this process holds; returns False if it was asked to stop."""
   finished = recover(workdir, config.samples_per_prompt + config.perturbed)
   if not finished:
@@ -183,6 +189,7 @@ def _collect(config: ConfigDict, workdir: Path, drawn: Mapping[str, DrawnPrompts
     (name, inpainter.open_policy(name, config.dtype, steps[name]).place(mesh))
     for name in config.policies
   ]
+  write_config()
 
   B, key = config.batch_size, jax.random.key(config.seed)
   bar = progress(sum(len(prompts) for prompts in drawn.values()), len(finished))

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,12 @@ def open_workdir(
   free: Collection[str] = (),
   progress: str = "checkpoints/*",
   is_writer: bool = True,
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
   """Holds the workdir of a command: checks its config.json, locks the folder, writes the file.
+
+  Gives a function that writes the file. A run that has saved something calls it when it has
+  restored its state, so that a refused start leaves the file unchanged; in other folders the file
+  is written at once, and in all of them at the end of a command that succeeds.
 
   If the command raises an error before it has saved anything in a new folder, the folder is
   removed, so that a failed start leaves nothing.
@@ -57,7 +61,7 @@ def open_workdir(
   check = functools.partial(_check, config, workdir, command, writes, free, progress)
   check()
   if not is_writer:
-    yield
+    yield lambda: None
     return
   is_new = not workdir.exists()
   with exclusive(workdir):
@@ -68,9 +72,13 @@ def open_workdir(
         "%s holds %d files of something else, such as %s; %s writes its own beside them",
         *(workdir, len(others), others[0], command),
       )
-    write_json(workdir / CONFIG, {COMMAND: command} | config.to_dict(), sort_keys=True)
+    content = {COMMAND: command} | config.to_dict()
+    write = functools.partial(write_json, workdir / CONFIG, content, sort_keys=True)
+    if not any(workdir.glob(progress)):
+      write()
     try:
-      yield
+      yield write
+      write()
     except BaseException:
       if is_new and {path.name for path in workdir.iterdir()} <= {CONFIG, LOCK}:
         for name in (CONFIG, LOCK):

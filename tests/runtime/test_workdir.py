@@ -117,6 +117,23 @@ def test_failed_start_leaves_no_folder(tmp_path):
   assert (tmp_path / "new" / "config.json").is_file()
 
 
+def test_refused_start_leaves_the_config_of_a_run_that_has_saved(tmp_path):
+  save_every = lambda: read_workdir(tmp_path).save_every
+  with open_as("train", tmp_path, save_every=1):
+    pass
+  (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+  with pytest.raises(KeyError), open_as("train", tmp_path, save_every=2):
+    raise KeyError  # the checkpoint does not match
+  assert save_every() == 1
+  with pytest.raises(KeyError), open_as("train", tmp_path, save_every=3) as write_config:
+    write_config()
+    raise KeyError  # later
+  assert save_every() == 3
+  with open_as("train", tmp_path, save_every=4):
+    assert save_every() == 3
+  assert save_every() == 4
+
+
 def test_readers_name_the_command_of_a_workdir(tmp_path):
   with open_as("evaluate", tmp_path):
     pass
