@@ -28,7 +28,7 @@ from prefpaint_jax.data.examples import SPLITS, Prompt, stack
 from prefpaint_jax.data.images import save_png, to_bytes
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.preference import simulation
-from prefpaint_jax.runtime import cli, sharding
+from prefpaint_jax.runtime import cli, interrupts, sharding
 from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.files import parse_json, write_text
 from prefpaint_jax.runtime.memory import check_memory
@@ -208,6 +208,7 @@ def _collect(
         if not missing:
           continue
         if received:
+          interrupts.end_early()
           bar.close()
           return False
         stacked = stack(batch)

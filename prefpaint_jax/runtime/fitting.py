@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prefpaint_jax.runtime import sharding
+from prefpaint_jax.runtime import interrupts, sharding
 from prefpaint_jax.runtime.checkpoint import Checkpoints
 from prefpaint_jax.runtime.finite import check_metrics, check_state
 from prefpaint_jax.runtime.metrics import MetricsWriter, progress
@@ -120,6 +120,7 @@ def fit(
   checkpoints.close()
   writer.close()
   if done < iterations:
+    interrupts.end_early()
     if is_writer:
       print(f"{workdir}: stopped after iteration {done} and saved; the same command goes on")
     return None

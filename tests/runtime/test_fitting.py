@@ -88,7 +88,7 @@ def test_restored_is_called_once_and_never_for_a_checkpoint_that_does_not_match(
   restored = lambda: calls.append(1)
   fit(tmp_path, (), None, checkpoint_every=4, restored=restored)
   assert calls == [1]
-  with pytest.raises(ValueError, match="1 of .* arrays differ"):
+  with pytest.raises(ValueError, match=r"1 of .* arrays differ"):
     fit(tmp_path, (), None, params={"w": jnp.zeros(2)}, restored=restored)
   assert calls == [1]
 
