@@ -12,6 +12,7 @@ from prefpaint_jax import testing
 from prefpaint_jax.annotate import annotate
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.data.annotations import read_annotations
+from prefpaint_jax.runtime import interrupts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -105,6 +106,7 @@ def test_a_signal_keeps_finished_prompts_and_the_same_command_goes_on(world, mon
     patch.setattr(command, "stack", stack_and_signal)
     command.collect(config, folder / "stopped")
   assert "stopped; finished prompts are saved" in capsys.readouterr().out
+  assert interrupts.status == 128 + signal.SIGINT
   assert 0 < len(lines(folder / "stopped" / "prompts.jsonl")) < 26
   command.collect(config, folder / "stopped")
   assert files(folder / "stopped") == files(folder / "whole")
@@ -215,3 +217,22 @@ def test_wrong_candidates_are_an_error_of_one_line(scored):
   (scored / "candidates.jsonl").write_text('{"image_id": "b", "candidate": "b_0", "policy": "x"}\n')
   with pytest.raises(ValueError, match=r"\A.*candidates\.jsonl:1: unknown image id 'b'; .*\Z"):
     annotate(scored, annotators=1, noise=0.5, seed=0)
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ("nonsense", "is not JSON"),
+    ("[1]", "type list"),
+    ('{"id": 1}', "image_id is None; expected"),
+    ('{"image_id": ["a"]}', r"image_id is \['a'\]; expected"),
+    ("\udcff", "is not text in UTF-8"),
+  ],
+)
+def test_damaged_line_of_an_interrupted_run_is_named_and_kept(tmp_path, line, message):
+  file = tmp_path / "prompts.jsonl"
+  content = f'{{"image_id": "a"}}\n{line}\n'.encode(errors="surrogateescape")
+  file.write_bytes(content)
+  with pytest.raises(ValueError, match=rf"prompts\.jsonl, line 2.*{message}"):
+    command.recover(tmp_path, 1)
+  assert file.read_bytes() == content

@@ -1,6 +1,5 @@
 """Configs of known and tiny models, and random parameters for them, without downloads."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,7 +31,7 @@ def read_architecture(policy: str) -> tuple[dict[str, dict], str]:
   Raises:
     ValueError: the policy is neither a folder nor a known hub name.
   """
-  path = Path(mini.locate(policy, "policy")).expanduser()
+  path = weights.local_path(mini.locate(policy, "policy"), "config.policy")
   if (path / "model_index.json").is_file():
     configs = {part: weights.read_config(path / part) for part in NETWORKS}
     configs["scheduler"] = weights.read_config(path / "scheduler", "scheduler_config.json")
@@ -56,7 +55,7 @@ def read_architecture(policy: str) -> tuple[dict[str, dict], str]:
 
 def read_reward(reward: str) -> RewardConfig:
   """Reads the config of a reward model's folder; for other names, the released config."""
-  path = Path(mini.locate(reward, "reward")).expanduser()
+  path = weights.local_path(mini.locate(reward, "reward"), "config.reward")
   return RewardConfig.from_dict(weights.read_config(path) if path.is_dir() else {})
 
 
