@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from prefpaint_jax.runtime.checksum import checksums
 from prefpaint_jax.runtime.text import first_line
 
 DataState = Mapping[str, Any] | bytes | str | None
@@ -54,6 +55,23 @@ def check_same(saved: dict[str, Any], wanted: dict[str, Any], folder: epath.Path
     raise ValueError(
       f"checkpoint {folder}: {len(differing)} of {len(paths)} arrays differ ({listed}); it belongs "
       "to another model or optimiser: restore it with the config that wrote it"
+    )
+
+
+def check_undamaged(arrays: dict[str, Any], run: dict[str, Any], folder: epath.Path) -> None:
+  """Raises ValueError unless arrays have the checksums of the checkpoint.
+
+  Args:
+    arrays: restored arrays by path.
+    run: the checkpoint's JSON; checkpoints of earlier versions have no checksums.
+    folder: the checkpoint.
+  """
+  saved = run.get("checksums", {})
+  found = checksums({path: array for path, array in arrays.items() if path in saved})
+  if damaged := [path for path in found if found[path] != saved[path]]:
+    raise ValueError(
+      f"checkpoint {folder}: {damaged[0]} is damaged ({len(damaged)} of {len(found)} arrays differ "
+      "from their checksums); remove it to resume from an earlier one"
     )
 
 
