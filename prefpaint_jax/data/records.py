@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ with epy.lazy_imports():
 
 ENDLESS = 2**31  # epochs; the endless repetition of grain overflows for batches of one
 
+_INCOMPLETE = "incomplete.*"  # folders that tfds is writing, or that a killed process left
+
 
 def find_records(folder: str | Path) -> list[Path]:
   """Finds the tfds datasets in a folder: NAME/VERSION, VERSION, or the folder itself."""
@@ -30,6 +33,7 @@ def find_records(folder: str | Path) -> list[Path]:
     info.parent
     for depth in ("", "*/", "*/*/")
     for info in Path(folder).glob(depth + "dataset_info.json")
+    if not info.parent.match(_INCOMPLETE)
   ]
 
 
@@ -42,6 +46,8 @@ def write_records(
   metadata: Mapping[str, Any] | None = None,
 ) -> Path:
   """Writes examples, in their order, as a tfds dataset in the format array_record.
+
+  Removes what a killed call left; one call at a time may write to a folder.
 
   Args:
     output_dir: the folder in which the dataset's folder is made.
@@ -83,6 +89,8 @@ def write_records(
   folder = Path(builder.data_dir)
   if folder.exists():
     raise ValueError(f"{folder}: already contains {kind}; give another folder or delete this one")
+  for left in folder.parent.glob(f"{_INCOMPLETE}_{folder.name}"):
+    shutil.rmtree(left)
   with (
     tempfile.TemporaryDirectory() as downloads,  # remains empty
     contextlib.redirect_stdout(io.StringIO()),  # hides the message of tfds about a download

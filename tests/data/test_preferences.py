@@ -124,6 +124,17 @@ def test_tfds_reads_every_feature(source, built):
     assert list(candidates["annotators"]) == [2] * len(names)
 
 
+def test_folder_that_a_killed_process_left_is_no_dataset_and_is_removed(source, built, tmp_path):
+  left = tmp_path / "preferences" / "incomplete.4UEM6Y_1.0.0"  # the name that tfds chooses
+  shutil.copytree(built / "preferences" / "1.0.0", left)
+  for folder in (tmp_path, left.parent, left):
+    with pytest.raises(ValueError, match="contains 0 datasets"):
+      preferences.open_preferences(folder, "train")
+  preference_records.build_preferences(source, tmp_path)
+  assert not left.exists()
+  assert len(preferences.open_preferences(tmp_path, "train")) > 0
+
+
 def test_ranks_equal_scipy_and_ignore_rounding():
   rng = np.random.default_rng(0)
   for _ in range(50):
