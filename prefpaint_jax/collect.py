@@ -60,7 +60,8 @@ def recover(folder: Path, per_prompt: int) -> set[str]:
     complete = file.read_text().split("\n")[:-1] if file.is_file() else []
     lines[name] = [(json.loads(line)["image_id"], line) for line in complete]
   counts = Counter(image_id for image_id, _ in lines["candidates"])
-  finished = {image_id for image_id, count in counts.items() if count == per_prompt}
+  # Of a killed process, either file may lack lines: a full buffer is written before the others.
+  finished = {name for name, _ in lines["prompts"] if counts[name] == per_prompt}
   for name, file in files.items():
     kept = "".join(f"{line}\n" for image_id, line in lines[name] if image_id in finished)
     write_text(file, kept)
