@@ -60,7 +60,7 @@ def atomic_folder(path: str | os.PathLike[str], replaces: Collection[str] = ()) 
       if file.is_file():
         with file.open("rb") as opened:
           os.fsync(opened.fileno())
-    if path.exists():
+    if path.exists() and any(path.iterdir()):  # the rename below replaces an empty folder
       path.rename(before)
     try:
       temporary.rename(path)
