@@ -223,7 +223,7 @@ class Checkpoints:
 
   def _metrics(self, step: int) -> dict[str, float]:
     folder = self.folder / str(step)
-    if not (folder / "metrics").exists():
+    if not (folder / "metrics" / "metrics").exists():  # never written, or deleted when killed
       return {}
     with readable(folder):
       return ocp.JsonCheckpointHandler(filename="metrics").restore(folder / "metrics")

@@ -181,6 +181,17 @@ def test_best_checkpoint_is_kept_in_addition_to_the_latest(tmp_path, reopened):
     Checkpoints(tmp_path).load("params", "best")
 
 
+def test_best_is_found_beside_a_checkpoint_whose_deletion_was_killed(tmp_path):
+  checkpoints = Checkpoints(tmp_path, best="reward")
+  for step, reward in ((1, 0.1), (2, 0.3), (3, 0.2)):
+    checkpoints.save(step, {"params": {"bias": jnp.full(4, step)}}, None, {}, {"reward": reward})
+  checkpoints.close()
+  (tmp_path / "1" / "metrics" / "metrics").unlink()
+  reader = Checkpoints(tmp_path, best="reward")
+  assert (reader.best(), reader.latest()) == (2, 3)
+  np.testing.assert_array_equal(reader.load("params", "best")["bias"], np.full(4, 2))
+
+
 def test_killed_while_saving_resumes_from_the_previous_checkpoint(tmp_path):
   state = {"params": jnp.arange(4.0)}
   checkpoints = Checkpoints(tmp_path)
