@@ -58,6 +58,7 @@ def run(main: Callable[[], None], several_processes: bool = False) -> None:
         from prefpaint_jax.runtime import checkpoint, compilation
 
         enable_compilation_cache()
+        compilation.replace_damaged_cache_entries()
         compilation.keep_memory()
         checkpoint.silence_orbax()
       if several_processes:
