@@ -16,6 +16,7 @@ from etils import epy
 from PIL import Image
 
 from prefpaint_jax.data.images import to_bytes
+from prefpaint_jax.runtime.text import first_line
 
 with epy.lazy_imports():
   import grain
@@ -61,6 +62,7 @@ def write_records(
 
   Raises:
     ValueError: that folder exists.
+    OSError: it cannot be written, on a full disk for example.
   """
 
   class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -96,7 +98,10 @@ def write_records(
     contextlib.redirect_stdout(io.StringIO()),  # hides the message of tfds about a download
   ):
     tfds.disable_progress_bar()
-    builder.download_and_prepare(download_dir=downloads)
+    try:
+      builder.download_and_prepare(download_dir=downloads)
+    except RuntimeError as error:  # array_record wraps the errors of the file system
+      raise OSError(f"{folder}: cannot be written ({first_line(error)}); make room") from error
   return folder
 
 
