@@ -18,6 +18,7 @@ from prefpaint_jax.runtime.ranges import Range, Text
 from prefpaint_jax.runtime.workdir import flatten
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a full disk
+_STDOUT = "standard output"
 
 
 class within(flags.ArgumentParser):
@@ -108,7 +109,7 @@ class _Output:
     except OSError as error:
       # The interpreter flushes it again at exit, and would print a second error.
       os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-      error.filename = "standard output"
+      error.filename = _STDOUT
       raise
 
 
@@ -227,18 +228,15 @@ def run_with_config(
 
 @contextlib.contextmanager
 def _disk_errors_name(workdir: Path) -> Iterator[None]:
-  """Adds the workdir to an error of a full disk.
-
-  An error of `write` has no file name, unlike an error of `open`.
-  """
+  """Says in an error of a full disk how to resume, and adds the workdir if it names no file."""
   try:
     yield
   except OSError as error:
-    if error.errno not in _FULL or error.filename:
+    if error.errno not in _FULL or error.filename == _STDOUT:
       raise
     raise OSError(
-      f"{workdir}: {error.strerror}; make room and run the same command to resume from the latest "
-      "checkpoint"
+      f"{error.filename or workdir}: {error.strerror}; make room and run the same command to "
+      "resume from the latest checkpoint"
     ) from error
 
 

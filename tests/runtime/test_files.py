@@ -7,7 +7,13 @@ import textwrap
 
 import pytest
 
-from prefpaint_jax.runtime.files import read_json, read_json_lines, write_json
+from prefpaint_jax.runtime.files import (
+  atomic_folder,
+  atomic_path,
+  read_json,
+  read_json_lines,
+  write_json,
+)
 
 
 def test_json_is_read_as_it_was_written(tmp_path):
@@ -110,3 +116,21 @@ def test_folder_of_a_process_killed_at_any_step_is_whole_after_the_next_call(tmp
   )
   assert ended.returncode == 0, ended.stderr
   assert 3 < int(ended.stdout) < 99
+
+
+@pytest.mark.parametrize("writer", [atomic_path, atomic_folder])
+def test_error_of_a_full_disk_names_the_output_and_leaves_the_earlier_one(tmp_path, writer):
+  path = tmp_path / "new"
+  with writer(path) as partial:
+    (partial if writer is atomic_path else partial / "file").write_text("earlier")
+  options = {"replaces": ["file"]} if writer is atomic_folder else {}
+  with (
+    pytest.raises(OSError, match="No space left on device") as error,
+    writer(path, **options),
+    open("/dev/full", "w", buffering=1) as full,
+  ):
+    full.write("\n")
+  assert error.value.filename == str(path)
+  file = path if writer is atomic_path else path / "file"
+  assert file.read_text() == "earlier"
+  assert [other.name for other in tmp_path.iterdir()] == ["new"]
