@@ -58,10 +58,10 @@ def atomic_folder(path: str | os.PathLike[str], replaces: Collection[str] = ()) 
     temporary.mkdir()
     with _errors_name(path):
       yield temporary
-    for file in temporary.rglob("*"):
-      if file.is_file():
-        with file.open("rb") as opened:
-          os.fsync(opened.fileno())
+      for file in temporary.rglob("*"):
+        if file.is_file():
+          with file.open("rb") as opened:
+            os.fsync(opened.fileno())
     if path.exists() and any(path.iterdir()):  # the rename below replaces an empty folder
       path.rename(before)
     try:

@@ -259,7 +259,7 @@ def test_flipped_bit_of_an_array_is_never_restored(tmp_path, monkeypatch):
   file = max((tmp_path / "7" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
   whole = file.read_bytes()
   messages = []
-  for position in range(0, len(whole), len(whole) // 20):
+  for position in range(0, len(whole), len(whole) // 10):
     file.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
     for read in (
       lambda: checkpoints.restore(abstract(state))[0]["params"],
