@@ -71,7 +71,7 @@ def check_undamaged(arrays: dict[str, Any], run: dict[str, Any], folder: epath.P
   if damaged := [path for path in found if found[path] != saved[path]]:
     raise ValueError(
       f"checkpoint {folder}: {damaged[0]} is damaged ({len(damaged)} of {len(found)} arrays differ "
-      "from their checksums); remove it to resume from an earlier one"
+      "from their checksums); remove this folder to resume from an earlier one"
     )
 
 

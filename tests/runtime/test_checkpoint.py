@@ -272,7 +272,7 @@ def test_flipped_bit_of_an_array_is_never_restored(tmp_path, monkeypatch):
   gc.collect()
   damaged = (
     f"checkpoint {tmp_path}/7: params/kernel is damaged (1 of 1 arrays differ from their "
-    "checksums); remove it to resume from an earlier one"
+    "checksums); remove this folder to resume from an earlier one"
   )
   assert damaged in messages
   assert all(str(tmp_path / "7") in message and "\n" not in message for message in messages)
