@@ -58,6 +58,7 @@ FIELDS = [
   ("rl", "checkpoint_every", -1),
   ("rl", "max_nan_fraction", NAN),
   ("rl", "decode_batch", -1),
+  ("rl", "samples_per_pass", -1),
   ("rl", "updates_per_iteration", 0),
   ("rl", "train_timesteps", 0),
   ("rl", "eval_prompts", -16),
@@ -157,6 +158,18 @@ def test_more_prompts_than_there_are_name_a_number_that_works(field, number, adv
   config = config_of("rl", num_samples=8, eval_every=1, **{field: 16})
   with pytest.raises(ValueError, match=f"{field} is 16, .* has {number} prompts .*; {advice}"):
     check_prompts(config, {field: number})
+
+
+@pytest.mark.parametrize(("batch", "size"), [(24, 4), (16, 3)])
+def test_passes_that_cut_the_samples_of_a_device_unevenly_are_refused(batch, size, tmp_path):
+  config = config_of("rl", batch_size=batch, samples_per_prompt=2, samples_per_pass=size)
+  message = (
+    rf"\Asamples_per_pass is {size}; expected 0 or a divisor of {batch // 4}, the samples .*"
+  )
+  with pytest.raises(ValueError, match=message) as error:
+    train.train(config, tmp_path / "run")
+  one_line(error)
+  assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
