@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from prefpaint_jax.align.run import Run
 from prefpaint_jax.data.examples import Prompt, concatenate, stack
-from prefpaint_jax.data.images import image_grid
+from prefpaint_jax.data.grids import image_grid
 from prefpaint_jax.evaluation import drift, winrate
 from prefpaint_jax.models import reward
 from prefpaint_jax.models.reward import RewardNetwork
