@@ -37,7 +37,7 @@ def numbers(seed, iterations=ITERATIONS):
         "reward/max": 3.0,
         "ppo/approx_kl": 1e-6 * (1 + rng.random()),
         "ppo/clip_fraction": rng.random(),
-        "images_per_s": 50 * rng.random(),
+        "time/images_per_s": 50 * rng.random(),
       }
     )
     if iteration % 4 == 0:
@@ -87,7 +87,7 @@ def test_curves_equal_the_numbers_in_the_file(tmp_path):
     ("reward", "reward/mean", every),
     ("approximate KL of the updates", "ppo/approx_kl", every),
     ("clip fraction", "ppo/clip_fraction", every),
-    ("images per second", "images_per_s", every),
+    ("images per second", "time/images_per_s", every),
     ("held-out winrate", "held_out/winrate", [4, 8, 12]),
     ("held-out box reward", "held_out/box/reward", [4, 8, 12]),
   ):
@@ -253,6 +253,12 @@ def test_incomplete_last_line_is_ignored_and_lines_of_one_iteration_are_joined(t
     run.columns["held_out/late"][-1] == 0.5 and np.isnan(run.columns["held_out/late"][:-1]).all()
   )
   assert run.config["trust.norm"] == "none"
+
+
+def test_metrics_with_the_name_of_an_earlier_version_are_drawn(tmp_path):
+  write_run(tmp_path / "run", [{"images_per_s": 2.0}, {"time/images_per_s": 3.0}])
+  ((_, values),) = curves(panels(draw_single(tmp_path / "run"))["images per second"]).values()
+  np.testing.assert_array_equal(values, [2.0, 3.0])
 
 
 def test_iteration_0_is_drawn_where_it_has_values_beside_the_level_of_the_base(tmp_path):

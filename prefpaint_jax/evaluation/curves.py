@@ -25,11 +25,12 @@ PANELS = {
   "ppo/approx_kl": "approximate KL of the updates",
   "ppo/clip_fraction": "clip fraction",
   "trust/mean": "trust weight γ",
-  "images_per_s": "images per second",
+  "time/images_per_s": "images per second",
   "train/loss": "training loss",
 }
 HELD_OUT = "held_out/"  # not written in every iteration, so drawn as joined points
-FROM_ZERO = ("ppo/clip_fraction", "images_per_s")
+FROM_ZERO = ("ppo/clip_fraction", "time/images_per_s")
+RENAMED = {"images_per_s": "time/images_per_s"}  # names of earlier versions
 LOGARITHMIC = ("ppo/approx_kl",)  # if all values are positive
 
 # The colours of Okabe and Ito without yellow, which is too pale for a line.
@@ -88,7 +89,9 @@ def load_run(workdir: str | Path) -> Run:
     try:
       scalars = json.loads(line)
       iteration = int(scalars.pop("iteration"))
-      numbers = {key: np.nan if x is None else float(x) for key, x in scalars.items()}
+      numbers = {
+        RENAMED.get(key, key): np.nan if x is None else float(x) for key, x in scalars.items()
+      }
     except (ValueError, TypeError, KeyError, AttributeError):
       if number == len(lines):  # it has no line break, so a killed run wrote a part of it
         break

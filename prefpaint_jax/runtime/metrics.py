@@ -165,7 +165,7 @@ class IterationLog:
       writer: takes the lines.
       total: number of iterations of the run.
       start: number of iterations that an earlier start has done.
-      images_per_iteration: number of samples per iteration, for `images_per_s`.
+      images_per_iteration: number of samples per iteration, for `time/images_per_s`.
     """
     self._writer, self._images = writer, images_per_iteration
     self._bar = progress(total, start, visible=writer.is_writer)
@@ -218,13 +218,13 @@ class IterationLog:
     line |= {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
     line["time/update_s"] = self._updated_at - scored_at
     line["time/iteration_s"] = line["time/rollout_s"] + line["time/update_s"]
-    line["images_per_s"] = self._images / line["time/iteration_s"]
+    line["time/images_per_s"] = self._images / line["time/iteration_s"]
     if all(math.isfinite(line.get(name, 0.0)) for name in FINITE):
       line |= more()
     self._writer.write(iteration, line)
     check_metrics(iteration, line, FINITE)
     self._bar.set_postfix_str(
-      f"reward {line['reward/mean']:+.3f}, {line['images_per_s']:.1f} images/s", refresh=False
+      f"reward {line['reward/mean']:+.3f}, {line['time/images_per_s']:.1f} images/s", refresh=False
     )
     self._bar.update()
     return line

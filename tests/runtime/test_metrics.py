@@ -43,16 +43,16 @@ def scalars(events):
 
 def test_write_appends_one_line_at_once_that_begins_with_the_iteration(tmp_path):
   writer = MetricsWriter(tmp_path / "run")
-  writer.write(1, {"reward/mean": jnp.float32(0.5), "count": 3, "images_per_s": np.float64(2)})
+  writer.write(1, {"reward/mean": jnp.float32(0.5), "count": 3, "time/images_per_s": np.float64(2)})
   text = (tmp_path / "run" / "metrics.jsonl").read_text()
-  assert text == '{"iteration": 1, "reward/mean": 0.5, "count": 3, "images_per_s": 2.0}\n'
+  assert text == '{"iteration": 1, "reward/mean": 0.5, "count": 3, "time/images_per_s": 2.0}\n'
   writer.write(2, {"reward/mean": 0.25})
   writer.close()
   assert [line["iteration"] for line in read_lines(tmp_path / "run")] == [1, 2]
   assert scalars(read_events(tmp_path / "run")) == [
     (1, "reward/mean", 0.5),
     (1, "count", 3.0),
-    (1, "images_per_s", 2.0),
+    (1, "time/images_per_s", 2.0),
     (2, "reward/mean", 0.25),
   ]
 
