@@ -19,13 +19,24 @@ from prefpaint_jax.runtime.files import parse_json, write_text
 from prefpaint_jax.runtime.finite import check_metrics
 from prefpaint_jax.runtime.ranges import check
 from prefpaint_jax.runtime.tensorboard import EventFile
+from prefpaint_jax.runtime.workdir import CONFIG, flatten, read_workdir
 
 # Metrics of an update that are finite as long as the run is.
 FINITE = ("ppo/policy_loss", "ppo/kl_to_base", "ppo/grad_norm")
+# Metrics that TensorBoard shows beside the hyperparameters, for those runs that write them.
+RESULTS = (
+  "reward/mean",
+  "held_out/reward",
+  "held_out/reward_winrate",
+  "held_out/reward_gain_in_sd",
+  "validation/pair_accuracy",
+)
 
 
 class MetricsWriter:
   """Writes `workdir/metrics.jsonl`, one object per iteration, and `workdir/tensorboard`.
+
+  The events begin with the fields of `workdir/config.json`, if there is one, as hyperparameters.
 
   Each method passes its data to the operating system before it returns, so a killed process loses
   none. On a full disk the method raises OSError.
@@ -92,6 +103,8 @@ class MetricsWriter:
       self._workdir.mkdir(parents=True, exist_ok=True)
       self._lines = (self._workdir / "metrics.jsonl").open("a")
       self._events = EventFile(self._workdir / "tensorboard", self._purge_step)
+      if (self._workdir / CONFIG).is_file():
+        self._events.hyperparameters(flatten(read_workdir(self._workdir).to_dict()), RESULTS)
 
 
 class LogLines:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from prefpaint_jax.data.images import save_png
 from prefpaint_jax.runtime.metrics import MetricsWriter, progress
@@ -55,6 +56,26 @@ def test_write_appends_one_line_at_once_that_begins_with_the_iteration(tmp_path)
     (1, "time/images_per_s", 2.0),
     (2, "reward/mean", 0.25),
   ]
+
+
+def test_tensorboard_has_the_fields_of_the_config_as_hyperparameters(tmp_path):
+  fields = {"lr": 1e-3, "lora": {"rank": 4}, "on": True, "steps": [0, 2], "name": "a", "none": None}
+  (tmp_path / "config.json").write_text(json.dumps({"command": "train"} | fields))
+  writer = MetricsWriter(tmp_path)
+  writer.write(1, {"reward/mean": 0.5})
+  writer.close()
+  found = {}
+  for event in read_events(tmp_path):
+    for value in event.summary.value:
+      if value.metadata.plugin_data.plugin_name == "hparams":
+        data = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        found |= {
+          name: getattr(x, x.WhichOneof("kind"))
+          for name, x in data.session_start_info.hparams.items()
+        }
+  assert found == {
+    "lr": 1e-3, "lora.rank": 4, "on": True, "steps": "[0, 2]", "name": "a", "none": "null",
+  }  # fmt: skip
 
 
 def test_nan_and_infinities_are_null(tmp_path):
