@@ -27,9 +27,14 @@ PANELS = {
   "trust/mean": "trust weight γ",
   "time/images_per_s": "images per second",
   "train/loss": "training loss",
+  "ppo/learning_rate": "learning rate",
 }
 HELD_OUT = "held_out/"  # not written in every iteration, so drawn as joined points
-FROM_ZERO = ("ppo/clip_fraction", "time/images_per_s")
+# Parts of a metric, which are drawn in its panel: spread, ends of its interval, level of the base.
+PARTS = ("/std", "/low", "/high", "/base")
+# Parts of the names of held-out metrics, and the words for them in titles.
+WORDS = {"drift/": "change of ", "winrate": "WinRate", "gain_in_sd": "gain in SD"}
+FROM_ZERO = ("ppo/clip_fraction", "time/images_per_s", "ppo/learning_rate")
 RENAMED = {"images_per_s": "time/images_per_s"}  # names of earlier versions
 LOGARITHMIC = ("ppo/approx_kl",)  # if all values are positive
 
@@ -37,6 +42,7 @@ LOGARITHMIC = ("ppo/approx_kl",)  # if all values are positive
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 DASHES = ("-", "--", ":", "-.")  # curves with the same colour differ in their dashes
 GREY = "#8a8f98"
+BASE = {"color": "#4a4f57", "linewidth": 1.1, "linestyle": (0, (1, 1.6))}
 SHADE = 0.18  # opacity
 SHADED_RUNS = 3  # the largest number of runs with shades; more would overlap unreadably
 STEPS = (1, 2, 2.5, 5, 10)  # distances between ticks, times a power of 10
@@ -153,13 +159,14 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def curve(group: Group, key: str, smooth: int = 1) -> Curve:
-  """Computes the curve of a metric: one run with ± std, or the mean of several with their range.
+  """Computes the curve of a metric: one run with its interval or ± std, or a mean with the range.
 
   A mean is NaN where one of its runs has no value.
 
   Args:
     group: one run, or several to average.
-    key: the metric. The standard deviation of "x/mean" is "x/std".
+    key: the metric. The interval of "x" is "x/low" to "x/high", the standard deviation of "x/mean"
+      is "x/std".
     smooth: odd number of iterations of each run's centred moving average; 1: no average.
   """
   iterations = functools.reduce(np.intersect1d, [run.iterations for run in group.runs])
@@ -173,6 +180,8 @@ def curve(group: Group, key: str, smooth: int = 1) -> Curve:
   spread = key.removesuffix("/mean") + "/std"
   if len(group.runs) > 1:
     low, high = values.min(axis=0), values.max(axis=0)
+  elif f"{key}/low" in group.runs[0].columns:
+    low, high = (values_of(group.runs[0], f"{key}/{end}") for end in ("low", "high"))
   elif spread in group.runs[0].columns:
     std = values_of(group.runs[0], spread)
     low, high = mean - std, mean + std
@@ -181,11 +190,66 @@ def curve(group: Group, key: str, smooth: int = 1) -> Curve:
   return Curve(iterations, mean, low, high)
 
 
+def base_levels(group: Group, key: str) -> list[float]:
+  """Returns the level of the base policy for each run of a group that tells it.
+
+  A base has WinRate ½, and its gains and changes are 0. Its score is a metric of its own; earlier
+  versions wrote it at iteration 0 only, at which the policy is the base.
+  """
+  if not key.startswith(HELD_OUT):
+    return []
+  name = key.removeprefix(HELD_OUT)
+  if "winrate" in name:
+    return [0.5]
+  if "gain" in name or name.startswith("drift/"):
+    return [0.0]
+  levels = []
+  for run in group.runs:
+    written = run.columns.get(f"{key}/base", run.columns.get(key, np.empty(0))[run.iterations == 0])
+    levels += written[np.isfinite(written)][:1].tolist()
+  return levels
+
+
+def choose_panels(
+  groups: Sequence[Group], smooth: int = 1, only: str = ""
+) -> dict[str, tuple[str, list[Curve]]]:
+  """Chooses the metrics to draw; a metric that is constant is left out if there is another one.
+
+  Returns:
+    {metric: (title, one curve per group)}; see `draw` for the arguments.
+
+  Raises:
+    ValueError: there is no value to draw.
+  """
+  titles = dict(PANELS)
+  for key in (key for group in groups for run in group.runs for key in run.columns):
+    if key.startswith(HELD_OUT) and not key.endswith(PARTS):
+      title = key.removeprefix(HELD_OUT).removesuffix("/mean")
+      for part, word in WORDS.items():
+        title = title.replace(part, word)
+      titles[key] = "held-out " + title.replace("/", " ").replace("_", " ")
+  panels, constant = {}, {}
+  for key in (key for key in titles if re.search(only, key)):
+    window = 1 if key.startswith(HELD_OUT) else smooth
+    curves = [curve(group, key, window) for group in groups]
+    values = np.concatenate([one.values for one in curves])
+    values = values[np.isfinite(values)]
+    if len(values):
+      chosen = constant if len(values) > 1 and np.ptp(values) == 0 else panels
+      chosen[key] = titles[key], curves
+  if not (panels or constant):
+    names = ", ".join(str(run.workdir) for group in groups for run in group.runs)
+    raise ValueError(
+      f"{names}: nothing to draw; expected values of {', '.join(PANELS)} or {HELD_OUT}*"
+    )
+  return panels or constant
+
+
 def draw(groups: Sequence[Group], smooth: int = 1, only: str = "") -> Figure:
   """Draws one panel per metric, with one curve per group that has the metric.
 
   If a group has several runs, shades are ranges over seeds, and single runs have no shade. More
-  than three single runs have no shade either.
+  than three single runs have no shade either. Held-out metrics have the level of the base.
 
   Args:
     smooth: odd number of iterations of a centred moving average; held-out metrics are not averaged.
@@ -196,38 +260,26 @@ def draw(groups: Sequence[Group], smooth: int = 1, only: str = "") -> Figure:
   """
   if smooth < 1 or smooth % 2 == 0:
     raise ValueError(f"smooth is {smooth}; give an odd number, for a centred average")
-  titles = dict(PANELS)
-  for key in (key for group in groups for run in group.runs for key in run.columns):
-    if key.startswith(HELD_OUT) and not key.endswith("/std"):
-      title = key.removeprefix(HELD_OUT).removesuffix("/mean")
-      titles[key] = "held-out " + title.replace("/", " ").replace("_", " ")
-  panels = {}
-  for key in (key for key in titles if re.search(only, key)):
-    window = 1 if key.startswith(HELD_OUT) else smooth
-    curves = [curve(group, key, window) for group in groups]
-    if any(np.isfinite(one.values).any() for one in curves):
-      panels[key] = curves
-  if not panels:
-    names = ", ".join(str(run.workdir) for group in groups for run in group.runs)
-    raise ValueError(
-      f"{names}: nothing to draw; expected values of {', '.join(PANELS)} or {HELD_OUT}*"
-    )
-
+  panels = choose_panels(groups, smooth, only)
   averaged = any(len(group.runs) > 1 for group in groups)
   columns = len(panels) if len(panels) < 3 else 2 if len(panels) == 4 else 3
   rows = -(-len(panels) // columns)
   figure = Figure(figsize=(WIDTH, 2.6 * rows + 0.6), dpi=200, layout="constrained")
   figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
-  shaded, first = False, None
-  for place, (key, curves) in enumerate(panels.items(), start=1):
+  shades, based, first = {}, False, None  # shades: their meanings, in order
+  for place, (key, (title, curves)) in enumerate(panels.items(), start=1):
     axes = first = figure.add_subplot(rows, columns, place, sharex=first)
     for index, (group, one) in enumerate(zip(groups, curves, strict=True)):
       if len(group.runs) == 1 and (averaged or len(groups) > SHADED_RUNS):
         one = one._replace(low=None, high=None)
       _draw_curve(axes, one, group.label, index, key.startswith(HELD_OUT))
-      shaded |= one.low is not None
+      if one.low is not None:
+        shades[_meaning(key, averaged)] = None
+    for level in {round(x, 9) for group in groups for x in base_levels(group, key)}:
+      axes.axhline(level, zorder=1, **BASE)
+      based = True
     _finish_axes(axes, key, curves)
-    axes.set_title(titles[key], fontsize=10, loc="left")
+    axes.set_title(title, fontsize=9.5, loc="left")
     if place + columns > len(panels):  # no panel below
       axes.set_xlabel("iteration", fontsize=9)
     if smooth > 1 and not key.startswith(HELD_OUT):
@@ -235,14 +287,16 @@ def draw(groups: Sequence[Group], smooth: int = 1, only: str = "") -> Figure:
 
   labels = [textwrap.fill(group.label, 110) for group in groups]
   handles = [Line2D([], [], label=label, **_style(i)) for i, label in enumerate(labels)]
-  if shaded:
-    meaning = "lowest to highest seed" if averaged else "± standard deviation"
-    handles.append(Patch(facecolor=GREY, alpha=2 * SHADE, label=meaning))
-  widest = max(len(handle.get_label()) for handle in handles)
+  if based:
+    handles.append(Line2D([], [], label="base policy", **BASE))
+  if shades:
+    handles.append(Patch(facecolor=GREY, alpha=2 * SHADE, label=", ".join(shades)))
+  widths = [len(handle.get_label()) + 8 for handle in handles]
+  row = len(handles) if sum(widths) <= 130 else int(np.clip(120 // max(widths), 1, len(handles)))
   figure.legend(
     handles=handles,
     loc="outside lower center",
-    ncols=int(np.clip(120 // (widest + 8), 1, len(handles))),
+    ncols=row,
     fontsize=9,
     frameon=False,
   )
@@ -357,6 +411,13 @@ def _style(index: int) -> dict[str, Any]:
   return {"color": COLOURS[index % len(COLOURS)], "linestyle": dash, "linewidth": 1.4}
 
 
+def _meaning(key: str, averaged: bool) -> str:
+  """Returns what the shade of a metric means."""
+  if averaged:
+    return "lowest to highest seed"
+  return "95 % interval (held-out)" if key.startswith(HELD_OUT) else "± standard deviation"
+
+
 def _draw_curve(axes: Axes, curve: Curve, label: str, index: int, sparse: bool) -> None:
   """Draws a curve and its shade. A `sparse` curve has a marker at each value and no gaps."""
   finite = np.isfinite(curve.values)
@@ -390,11 +451,10 @@ def _finish_axes(axes: Axes, key: str, curves: Sequence[Curve]) -> None:
   drawn = np.concatenate([one.values for one in curves])
   if key in LOGARITHMIC and (drawn[np.isfinite(drawn)] > 0).all():
     axes.set_yscale("log")
+  elif key == "ppo/learning_rate":
+    axes.yaxis.set_major_formatter("{x:g}")
   if key in FROM_ZERO:
     axes.set_ylim(bottom=0)
-  for name, as_good_as_the_base in (("winrate", 0.5), ("gain", 0.0)):
-    if key.startswith(HELD_OUT) and name in key:
-      axes.axhline(as_good_as_the_base, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
   axes.margins(x=0.02)
   axes.grid(color="#e4e6ea", linewidth=0.6)
   axes.set_axisbelow(True)
