@@ -8,6 +8,7 @@ well, and results then differ in their last bits, because sums run in a differen
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from prefpaint_jax.align.held_out import SAMPLES, HeldOut
+from prefpaint_jax.align.optimizer import rate_of_iteration
 from prefpaint_jax.align.run import Run, image_shapes, make_run
 from prefpaint_jax.align.settings import (
   check_config,
@@ -135,7 +137,8 @@ def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session
   writer = MetricsWriter(workdir, process == 0)
   writer.truncate(start or -1)  # a run without a checkpoint writes the line of iteration 0 again
   images_per_iteration = config.batch_size * settings.samples_per_prompt
-  log = IterationLog(writer, config.num_iterations, start, images_per_iteration)
+  rate = functools.partial(rate_of_iteration, config)
+  log = IterationLog(writer, config.num_iterations, start, images_per_iteration, rate)
   session = Session(config, workdir, mesh, run, loader, held_out, final, checkpoints, writer, log)
   return session, state
 

@@ -145,6 +145,7 @@ def test_run_writes_metrics_samples_checkpoints_and_config(finished):
     "ppo/approx_kl",
     "ppo/ratio_mean",
     "ppo/grad_norm",
+    "ppo/learning_rate",
     "time/rollout_s",
     "time/update_s",
     "time/iteration_s",
@@ -168,6 +169,15 @@ def test_iteration_0_is_the_base_against_itself(finished):
   assert second["held_out/reward_gain"] == pytest.approx(
     second["held_out/reward"] - first["held_out/reward"], abs=1e-6
   )
+
+
+def test_held_out_metrics_have_the_level_of_the_base_and_intervals(finished):
+  first, _, second = finished.all_lines()[:3]
+  for score in ("reward", "true_preference"):
+    assert second[f"held_out/{score}/base"] == pytest.approx(first[f"held_out/{score}"], abs=1e-6)
+    for suffix in ("", "_winrate", "_gain", "_gain_in_sd"):
+      name = f"held_out/{score}{suffix}"
+      assert second[f"{name}/low"] < second[name] < second[f"{name}/high"]
 
 
 @pytest.mark.slow

@@ -132,14 +132,23 @@ class HeldOut:
     return concatenate(policy), concatenate(base)
 
   def metrics(self, params: Params, count: int) -> dict[str, float]:
-    """Returns `held_out/*`: scores, WinRates and gains against the base, changes of measures."""
+    """Returns `held_out/*`: scores, WinRates and gains against the base, changes of measures.
+
+    NAME/low and NAME/high are the ends of the 95 % interval of a score, a WinRate or a gain, and
+    SCORE/base is the base's score. The base has WinRate ½, and its gains and changes are 0.
+    """
     policy, base = self.compare(params, count)
     line = {}
     for name, values in policy.items():
       if name in SCORES:
         group = winrate.estimate(winrate.Scores(values, base[name]))
+        missing = dict.fromkeys(("value", "low", "high"), np.nan)
         for suffix, statistic in STATISTICS.items():
-          line[f"held_out/{name}{suffix}"] = group.get(statistic, {"value": np.nan})["value"]
+          found = group.get(statistic, missing)
+          line[f"held_out/{name}{suffix}"] = found["value"]
+          line |= {f"held_out/{name}{suffix}/{end}": found[end] for end in ("low", "high")}
+        base_score = group.get("baseline/reward/mean", missing)
+        line[f"held_out/{name}/base"] = base_score["value"]
       else:
         line[f"held_out/drift/{name}"] = float(np.mean(values) - np.mean(base[name]))
     return line

@@ -171,7 +171,14 @@ class IterationLog:
   runs programs synchronously; `synchronous` is then true, and the caller may flush at once.
   """
 
-  def __init__(self, writer: MetricsWriter, total: int, start: int, images_per_iteration: int):
+  def __init__(
+    self,
+    writer: MetricsWriter,
+    total: int,
+    start: int,
+    images_per_iteration: int,
+    learning_rate: Callable[[int], float],
+  ):
     """Starts the clock and the progress bar.
 
     Args:
@@ -179,8 +186,9 @@ class IterationLog:
       total: number of iterations of the run.
       start: number of iterations that an earlier start has done.
       images_per_iteration: number of samples per iteration, for `time/images_per_s`.
+      learning_rate: computes the rate of an iteration, for `ppo/learning_rate`.
     """
-    self._writer, self._images = writer, images_per_iteration
+    self._writer, self._images, self._learning_rate = writer, images_per_iteration, learning_rate
     self._bar = progress(total, start, visible=writer.is_writer)
     self._pending: tuple[int, dict[str, float], list[Any], float] | None = None
     self.restart_clock()
@@ -229,6 +237,7 @@ class IterationLog:
     updates = jax.device_get(update_metrics)
     self._updated_at = time.perf_counter()
     line |= {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
+    line["ppo/learning_rate"] = self._learning_rate(iteration)
     line["time/update_s"] = self._updated_at - scored_at
     line["time/iteration_s"] = line["time/rollout_s"] + line["time/update_s"]
     line["time/images_per_s"] = self._images / line["time/iteration_s"]
