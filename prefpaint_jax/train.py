@@ -225,11 +225,12 @@ def warn_of_equal_weights(trust: ConfigDict, line: Mapping[str, float]) -> None:
 
 def write_sample(session: Session, state: TrainState) -> None:
   """Writes samples of held-out prompts as a PNG and a TensorBoard event."""
-  grid, iteration = session.held_out.sample(current_params(state)), int(state.iteration)
+  iteration = int(state.iteration)
+  grid = session.held_out.sample(current_params(state), iteration)
   if session.writer.is_writer:
-    text = {"rows": "prompt, base, now", "iteration": str(iteration)}
+    text = {"rows": "incomplete, base policy, policy", "iteration": str(iteration)}
     save_png(session.workdir / "samples" / f"{iteration:06d}.png", grid, text)
-    session.writer.image(iteration, "samples", grid)
+    session.writer.image(iteration, "held_out/samples", grid)
 
 
 def train(config: ConfigDict, workdir: Path) -> TrainState:

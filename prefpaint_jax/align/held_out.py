@@ -100,18 +100,22 @@ class HeldOut:
       found.append(scores | drift.measure(samples, batch["mask"], batch["image"]))
     return {name: np.stack([one[name] for one in found], axis=1) for name in found[0]}
 
-  def sample(self, params: Params) -> np.ndarray:
+  def sample(self, params: Params, iteration: int) -> np.ndarray:
     """Draws a grid, uint8: the first chunk's prompts, the base's samples, those of `params`."""
     samples, rewards = self._inpaint(params, self._shown, self._sample_key)
     base_samples, base_rewards = self._base_sample
     # Grey tells the hole from black pixels.
     prompts = np.where(self._shown["mask"] > 0, 0.5, self._shown["image"])
-    labels = [""] * len(prompts) + [f"{r:.2f}" for r in (*base_rewards, *rewards)]
+    none = np.zeros(len(prompts), bool)
     return image_grid(
       np.concatenate([prompts, base_samples, samples]),
       columns=len(prompts),
-      scale=max(1, 64 // prompts.shape[1]),
-      labels=labels,
+      scale=max(1, 128 // prompts.shape[1]),
+      padding=4,
+      labels=[""] * len(prompts) + [f"{r:.2f}" for r in (*base_rewards, *rewards)],
+      marked=np.concatenate([none, base_rewards > rewards, rewards > base_rewards]),
+      rows=("incomplete", "base policy", f"policy after iteration {iteration}"),
+      caption="Numbers are rewards; the higher one of each pair is framed.",
     )
 
   def compare(
