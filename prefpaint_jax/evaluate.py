@@ -28,6 +28,7 @@ from prefpaint_jax.data import prompts as prompt_io
 from prefpaint_jax.data.images import resize_image, resize_prompt, to_bytes
 from prefpaint_jax.evaluation import batches as batch_files
 from prefpaint_jax.evaluation import drift as drift_lib
+from prefpaint_jax.evaluation import gallery as gallery_lib
 from prefpaint_jax.evaluation import report, tables, winrate, witnesses
 from prefpaint_jax.evaluation.winrate import Scores
 from prefpaint_jax.inpainter import Inpainter
@@ -285,7 +286,7 @@ def write_results(
     "command": " ".join(["python -m prefpaint_jax.evaluate", *sys.argv[1:]]),
   }
   write_json(workdir / "eval.json", {"about": about, **evaluation})
-  gallery = report.make_gallery(
+  gallery = gallery_lib.make_gallery(
     results["id"].tolist(),
     results["prompt"],
     results["baseline/picture"],

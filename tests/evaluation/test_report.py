@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from prefpaint_jax.data.masks import OUTPAINTING, WARPING
-from prefpaint_jax.evaluation import drift, histogram, report, tables, winrate, witnesses
+from prefpaint_jax.evaluation import drift, gallery, histogram, report, tables, winrate, witnesses
 from prefpaint_jax.evaluation.winrate import Scores
 
 VOID = {"meta", "img"}
@@ -47,7 +47,7 @@ class Page(HTMLParser):
 
 def example(size=(8, 8), seed=0, name="prompt 7, warping"):
   images = np.random.default_rng(seed).random((3, *size, 3)).astype(np.float32)
-  return report.Example(name, *images, {"learned": (1.25, -0.5)})
+  return gallery.Example(name, *images, {"learned": (1.25, -0.5)})
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +222,9 @@ def test_histogram_draws_the_share_of_each_bin():
 def test_chosen_prompts_are_the_largest_median_and_smallest_gains_each_once(number):
   gains = np.random.default_rng(number).standard_normal(number + 2)
   gains[[0, -1]] = np.nan, -np.inf
-  sections = report.choose(gains, each=6)
+  sections = gallery.choose(gains, each=6)
   chosen = np.concatenate([*sections.values(), np.zeros(0, int)]).astype(int)
-  assert report.choose(gains, each=0) == {}
+  assert gallery.choose(gains, each=0) == {}
   assert len(set(chosen)) == len(chosen) == min(number, 3 * min(6, max(1, number // 3)))
   assert np.isfinite(gains[chosen]).all() and (np.diff(gains[chosen]) <= 0).all()
   if number >= 3:
@@ -240,7 +240,7 @@ def test_gallery_is_sorted_by_the_first_judge_and_matches_images_with_scores():
   scores = {name: Scores(*rng.standard_normal((2, 40, 3))) for name in ("learned", "true")}
   prompts, baseline, policy = rng.integers(0, 256, (3, 40, 4, 4, 3), dtype=np.uint8)
   names = [f"prompt {i}" for i in range(40)]
-  sections = report.make_gallery(names, prompts, baseline, policy, scores, each=2)
+  sections = gallery.make_gallery(names, prompts, baseline, policy, scores, each=2)
   gains = scores["learned"].policy[:, 0] - scores["learned"].baseline[:, 0]
   order = np.argsort(-gains)
   shown = [example for examples in sections.values() for example in examples]
@@ -254,5 +254,5 @@ def test_gallery_is_sorted_by_the_first_judge_and_matches_images_with_scores():
 
 def test_integer_and_float_images_give_the_same_tag():
   levels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-  attributes = [re.findall('src="(.*)"', report._image_tag(x, "")) for x in (levels, levels / 255)]
+  attributes = [re.findall('src="(.*)"', gallery._image_tag(x, "")) for x in (levels, levels / 255)]
   assert attributes[0] == attributes[1]
