@@ -15,6 +15,8 @@ LABELS = {
   "winrate_paired/s1": "share of seeds with a higher reward",
   "gain": "gain in reward",
   "gain_in_sd": "gain in standard deviations",
+  "gain_best/s3": "gain in reward, best of 3 each",
+  "gain_best/s10": "gain in reward, best of 10 each",
   "reward/mean": "reward",
   "baseline/reward/mean": "baseline's reward",
   "reward/var": "variance within a prompt",
@@ -41,7 +43,7 @@ def show(statistic: str, number: float) -> str:
   """Formats a number of a statistic; a gain always has its sign."""
   if statistic == "gain_in_sd":
     return f"{number:+.2f}"
-  if statistic == "gain":
+  if statistic.startswith("gain"):
     return f"{number:+.3f}"
   return f"{number:#.3g}" if statistic.endswith("/var") else f"{number:.3f}"
 
