@@ -25,11 +25,9 @@ from prefpaint_jax import inpainter
 from prefpaint_jax.data import examples
 from prefpaint_jax.data import masks as mask_io
 from prefpaint_jax.data import prompts as prompt_io
-from prefpaint_jax.data.images import resize_image, resize_prompt, to_bytes
 from prefpaint_jax.evaluation import batches as batch_files
 from prefpaint_jax.evaluation import drift as drift_lib
-from prefpaint_jax.evaluation import gallery as gallery_lib
-from prefpaint_jax.evaluation import report, tables, winrate, witnesses
+from prefpaint_jax.evaluation import gallery, report, tables, winrate, witnesses
 from prefpaint_jax.evaluation.winrate import Scores
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.preference import simulation
@@ -45,7 +43,6 @@ from prefpaint_jax.runtime.workdir import open_workdir
 
 SIDES = ("policy", "baseline")
 SIMULATED = "true preference"
-THUMBNAIL = 256  # largest side of the images in the report, in pixels
 
 
 def check(config: ConfigDict) -> None:
@@ -94,20 +91,6 @@ def choose_prompts(config: ConfigDict) -> tuple[Sequence[examples.Prompt], list[
   return prompts, chosen
 
 
-def thumbnail(image: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-  """Reduces an image [H, W, 3] in [0, 1] to uint8 with no side longer than THUMBNAIL.
-
-  Args:
-    mask: [H, W, 1]; its hole is shown in grey, which differs from black pixels.
-  """
-  scale = min(1.0, THUMBNAIL / max(image.shape[:2]))
-  size = tuple(max(1, round(scale * side)) for side in image.shape[:2])
-  if mask is None:
-    return to_bytes(resize_image(image, size))
-  image, mask = resize_prompt(image, mask, size)
-  return to_bytes(np.where(mask > 0, 0.5, image))
-
-
 def examine(
   policies: Mapping[str, Inpainter],
   judges: Mapping[str, RewardModel],
@@ -136,7 +119,7 @@ def examine(
     "kind": batch["kind"],
     "complete": batch["complete"],
     "truth": witnesses.measure(images, masks, images)["moments"],
-    "prompt": np.stack([thumbnail(*pair) for pair in zip(images, masks, strict=True)]),
+    "prompt": np.stack([gallery.thumbnail(*pair) for pair in zip(images, masks, strict=True)]),
   }
   by_prompt = lambda x: np.asarray(x).reshape(-1, S, *np.shape(x)[1:])
   for side, policy in policies.items():
@@ -157,7 +140,7 @@ def examine(
     results |= {f"{side}/witness/{name}": by_prompt(values) for name, values in found.items()}
     if features is not None:
       results[f"{side}/measure/diversity"] = drift_lib.diversity(features)
-    results[f"{side}/picture"] = np.stack([thumbnail(image) for image in samples[::S]])
+    results[f"{side}/picture"] = np.stack([gallery.thumbnail(image) for image in samples[::S]])
   return results
 
 
@@ -286,7 +269,7 @@ def write_results(
     "command": " ".join(["python -m prefpaint_jax.evaluate", *sys.argv[1:]]),
   }
   write_json(workdir / "eval.json", {"about": about, **evaluation})
-  gallery = gallery_lib.make_gallery(
+  shown = gallery.make_gallery(
     results["id"].tolist(),
     results["prompt"],
     results["baseline/picture"],
@@ -296,7 +279,7 @@ def write_results(
   )
   title = f"{config.policy} against {config.baseline}"
   summary, found, drift = (evaluation[name] for name in ("judges", "witnesses", "drift"))
-  report.write_report(workdir / "report.html", title, about, summary, scores, found, drift, gallery)
+  report.write_report(workdir / "report.html", title, about, summary, scores, found, drift, shown)
   for label, groups in summary.items():
     print(tables.describe_table(label, groups))
     print(f"{label}: {winrate.verdict(groups['all'])}", end="\n\n")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from prefpaint_jax.data.images import resize_image, to_bytes
+from prefpaint_jax.data.images import resize_image, resize_prompt, to_bytes
 from prefpaint_jax.evaluation.tables import show_typeset
 from prefpaint_jax.evaluation.winrate import Scores
 
@@ -18,6 +18,7 @@ from prefpaint_jax.evaluation.winrate import Scores
 # above LARGEST are reduced to it.
 SMALL = 96
 LARGEST = 320
+THUMBNAIL = 256  # largest side of the images that an evaluation keeps, in pixels
 
 
 class Example(NamedTuple):
@@ -31,6 +32,20 @@ class Example(NamedTuple):
   baseline: np.ndarray
   policy: np.ndarray
   scores: Mapping[str, tuple[float, float]]  # by judge: (policy's score, baseline's score)
+
+
+def thumbnail(image: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+  """Reduces an image [H, W, 3] in [0, 1] to uint8 with no side longer than THUMBNAIL.
+
+  Args:
+    mask: [H, W, 1]; its hole is shown in grey, which differs from black pixels.
+  """
+  scale = min(1.0, THUMBNAIL / max(image.shape[:2]))
+  size = tuple(max(1, round(scale * side)) for side in image.shape[:2])
+  if mask is None:
+    return to_bytes(resize_image(image, size))
+  image, mask = resize_prompt(image, mask, size)
+  return to_bytes(np.where(mask > 0, 0.5, image))
 
 
 def choose(gains: np.ndarray, each: int = 6) -> dict[str, np.ndarray]:
