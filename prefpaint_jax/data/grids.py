@@ -53,6 +53,8 @@ def image_grid(
     tiles += [np.full_like(tiles[0], 255)] * (columns - len(own))
     strip = np.concatenate(tiles, axis=1)
     if rows is not None:
+      if strips:
+        strips.append(np.full((size // 2, strip.shape[1], 3), 255, np.uint8))
       strips.append(_text([rows[row]], strip.shape[1], size + max(2, size // 5), padding, _INK))
     strips.append(strip)
   if caption:

@@ -1,4 +1,4 @@
-"""The gallery of a report: prompts with the samples of both sides."""
+"""Examples of an evaluation, prompts with the samples of both sides: as a gallery or a grid."""
 # Shapes: N prompts, S samples of each, H W pixels.
 
 import base64
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from prefpaint_jax.data.grids import image_grid
 from prefpaint_jax.data.images import resize_image, resize_prompt, to_bytes
 from prefpaint_jax.evaluation.tables import show_typeset
 from prefpaint_jax.evaluation.winrate import Scores
@@ -32,6 +33,7 @@ class Example(NamedTuple):
   baseline: np.ndarray
   policy: np.ndarray
   scores: Mapping[str, tuple[float, float]]  # by judge: (policy's score, baseline's score)
+  original: np.ndarray | None = None  # the true image, if it is known
 
 
 def thumbnail(image: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -72,15 +74,15 @@ def choose(gains: np.ndarray, each: int = 6) -> dict[str, np.ndarray]:
   return {title: indices for title, indices in sections.items() if len(indices)}
 
 
-def make_gallery(
+def make_examples(
   names: Sequence[str],
   prompts: Sequence[np.ndarray],
   baseline: Sequence[np.ndarray],
   policy: Sequence[np.ndarray],
   scores: Mapping[str, Scores],
-  each: int = 6,
-) -> dict[str, list[Example]]:
-  """Makes the gallery: the sections of `choose` for the first samples' scores by the first judge.
+  originals: Sequence[np.ndarray | None],
+) -> list[Example]:
+  """Makes an example of each prompt, with the scores of its first samples.
 
   Args:
     names: N names of prompts.
@@ -88,26 +90,74 @@ def make_gallery(
     baseline: the baseline's first sample of each prompt.
     policy: the policy's first sample of each prompt.
     scores: by judge.
-    each: number of prompts in a section.
-
-  Returns:
-    {section: examples}.
+    originals: N true images; None where the true content of the hole is unknown.
   """
-  first = {judge: [side[:, 0] for side in sides] for judge, sides in scores.items()}
-  policy_scores, baseline_scores = next(iter(first.values()))
-  return {
-    title: [
-      Example(
-        names[i],
-        prompts[i],
-        baseline[i],
-        policy[i],
-        {judge: tuple(float(side[i]) for side in sides) for judge, sides in first.items()},
-      )
-      for i in indices
-    ]
-    for title, indices in choose(policy_scores - baseline_scores, each).items()
+  first = {
+    judge: [np.asarray(side)[:, 0].tolist() for side in sides] for judge, sides in scores.items()
   }
+  judged = ({judge: (p[i], b[i]) for judge, (p, b) in first.items()} for i in range(len(names)))
+  columns = names, prompts, baseline, policy, judged, originals
+  return [Example(*row) for row in zip(*columns, strict=True)]
+
+
+def _gains(examples: Sequence[Example]) -> np.ndarray:
+  """Returns the gains [N] by the first judge."""
+  scores = np.array([next(iter(example.scores.values())) for example in examples])
+  return scores[:, 0] - scores[:, 1]
+
+
+def make_gallery(examples: Sequence[Example], each: int = 6) -> dict[str, list[Example]]:
+  """Returns `each` examples for each section of `choose`, by the gains of the first judge."""
+  chosen = choose(_gains(examples), each)
+  return {title: [examples[i] for i in indices] for title, indices in chosen.items()}
+
+
+def draw_examples(
+  examples: Sequence[Example], policy: str, baseline: str, number: int = 6
+) -> np.ndarray:
+  """Draws a grid, uint8 [H, W, 3]: a column for each of `number` examples, a row for each part.
+
+  The examples are at evenly spaced ranks of the first judge's gain, the largest gain first, so that
+  the grid shows as many losses as there are.
+
+  Args:
+    policy, baseline: names of the policies.
+  """
+  gains = _gains(examples)
+  order = np.argsort(-gains, kind="stable")
+  order = order[np.isfinite(gains[order])]
+  if not len(order):
+    raise ValueError("draw_examples: no example has finite scores; check the samples")
+  number = min(number, len(order))
+  shown = [examples[i] for i in order[(2 * np.arange(number) + 1) * len(order) // (2 * number)]]
+  judges = list(shown[0].scores)
+  parts = ["prompt", "baseline", "policy"]
+  rows = ["incomplete", f"baseline: {baseline}", f"policy: {policy}"]
+  if all(example.original is not None for example in shown):
+    parts.append("original")
+    rows.append("true image")
+  labels, marked = [], []
+  for part in parts:
+    for example in shown:
+      own = {"policy": 0, "baseline": 1}.get(part)
+      pair = example.scores[judges[0]]
+      labels.append("" if own is None else _label(example, own))
+      marked.append(own is not None and pair[own] > pair[1 - own])
+  images = np.stack([getattr(example, part) for part in parts for example in shown])
+  return image_grid(
+    images / 255 if images.dtype == np.uint8 else images,
+    columns=number,
+    scale=max(1, 256 // max(images.shape[1:3])),
+    padding=9,
+    labels=labels,
+    marked=marked,
+    rows=rows,
+    caption=f"Framed: the higher score by {judges[0]}. Columns: evenly spaced ranks of its gain.",
+  )
+
+
+def _label(example: Example, side: int) -> str:
+  return "\n".join(f"{judge} {pair[side]:.2f}" for judge, pair in example.scores.items())
 
 
 def render(gallery: Mapping[str, Sequence[Example]]) -> str:
@@ -116,22 +166,32 @@ def render(gallery: Mapping[str, Sequence[Example]]) -> str:
     f'<h3>{escape(title)}</h3><div class="gallery">{"".join(map(_example, examples))}</div>'
     for title, examples in gallery.items()
   )
-  return f"<section><h2>Prompt, baseline, policy (same seed)</h2>{sections}</section>"
+  return (
+    "<section><h2>Samples</h2>"
+    '<p class="note">Samples of policy and baseline with the same seed, sorted by the gain of the '
+    "first judge. The higher score of each judge is bold. The true image is shown where the true "
+    f"content of the hole is known.</p>{sections}</section>"
+  )
 
 
 def _example(example: Example) -> str:
-  """Renders three images side by side, and the judges' scores of the two samples."""
-  images = "".join(
-    _image_tag(getattr(example, part), f"{example.name}: {part}")
-    for part in ("prompt", "baseline", "policy")
-  )
+  """Renders the images side by side, and the judges' scores of the two samples."""
+  parts = {"prompt": example.prompt, "baseline": example.baseline, "policy": example.policy}
+  if example.original is not None:
+    parts["true image"] = example.original
+  heads = "".join(f"<span>{part}</span>" for part in parts)
+  images = "".join(_image_tag(image, f"{example.name}: {part}") for part, image in parts.items())
   rows = ""
   for judge, (policy, baseline) in example.scores.items():
     rows += f"<span>{escape(judge)}</span>"
     for score, other in ((baseline, policy), (policy, baseline)):
       tag = "b" if score > other else "span"
       rows += f"<{tag}>{show_typeset('reward', score)}</{tag}>"
-  return f"<figure>{images}{rows}<figcaption>{escape(example.name)}</figcaption></figure>"
+    rows += "<span></span>" * (len(parts) - 3)
+  return (
+    f'<figure style="--columns:{len(parts)}"><figcaption>{escape(example.name)}</figcaption>'
+    f"{heads}{images}{rows}</figure>"
+  )
 
 
 def _image_tag(image: np.ndarray, description: str) -> str:

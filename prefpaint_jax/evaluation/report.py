@@ -14,7 +14,7 @@ from prefpaint_jax.evaluation.drift import MEASURES
 from prefpaint_jax.evaluation.gallery import Example, render
 from prefpaint_jax.evaluation.histogram import histograms
 from prefpaint_jax.evaluation.tables import LABELS, show_typeset, typeset
-from prefpaint_jax.evaluation.winrate import VISIBLE_GAIN, Scores, verdict
+from prefpaint_jax.evaluation.winrate import VISIBLE_GAIN, Scores, best_of_warning, verdict
 from prefpaint_jax.evaluation.witnesses import MEASURES as MEANINGS
 from prefpaint_jax.runtime.files import write_text
 
@@ -52,7 +52,8 @@ def write_report(
   """
   body = [
     _header(title, about),
-    f'<section class="cards">{"".join(_card(*judge) for judge in summary.items())}</section>',
+    f'<section class="cards">{"".join(_card(*judge) for judge in summary.items())}</section>'
+    f'<p class="note">{_READING}</p>',
     *(_judge(name, groups, scores[name]) for name, groups in summary.items()),
     _witnesses(witnesses) if witnesses else "",
     _drift(drift) if drift else "",
@@ -97,13 +98,18 @@ def _card(judge: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
   if "gain_in_sd" in group:
     in_sd = show_typeset("gain_in_sd", group["gain_in_sd"]["value"])
     gain += f", {in_sd} standard deviations within a prompt"
+  warning = best_of_warning(groups)
+  warning = f'<p class="warning">{escape(typeset(warning))}</p>' if warning else ""
   left, width = 100 * found["low"], 100 * (found["high"] - found["low"])
   return (
-    f'<article class="card"><h2>{escape(judge)}</h2><p class="rate">{value}</p>'
+    f'<article class="card"><h2>Judge: {escape(judge)}</h2><p class="rate">{value}</p>'
     f'<div class="scale"><i style="left:{left:.2f}%;width:{width:.2f}%"></i>'
     f'<b style="left:{100 * found["value"]:.2f}%"></b></div>'
+    '<p class="ticks"><span>0<small>baseline always wins</small></span><span>½</span>'
+    "<span>1<small>policy always wins</small></span></p>"
     f"<p>WinRate over {group['prompts']} prompts, one sample each, of different seeds; 95 % "
-    f"interval {low} to {high}. Gain {gain}. <strong>{verdict(group)}</strong></p></article>"
+    f"interval {low} to {high}. Gain {gain}. <strong>{verdict(group)}</strong></p>{warning}"
+    "</article>"
   )
 
 
@@ -117,10 +123,9 @@ def _judge(judge: str, groups: Mapping[str, Mapping[str, Any]], scores: Scores) 
     row = ' class="reference"' if statistic.startswith("baseline/") else ""
     rows.append(f'<tr{row}><th scope="row">{LABELS[statistic]}</th>{cells}</tr>')
   return (
-    f"<section><h2>{escape(judge)}</h2>"
-    f'<div class="scroll"><table><thead><tr><td></td>{columns}</tr></thead>'
+    f"<section><h2>Judge: {escape(judge)}</h2>"
+    f'<div class="scroll" tabindex="0"><table><thead><tr><td></td>{columns}</tr></thead>'
     f"<tbody>{''.join(rows)}</tbody></table></div>"
-    f'<p class="note">{_READING}</p>'
     f'<div class="figures">{histograms(scores)}</div></section>'
   )
 
@@ -153,7 +158,7 @@ def _witnesses(table: Mapping[str, Any]) -> str:
     )
   columns = "".join(f'<th scope="col">{name}</th>' for name in ("baseline", "policy", "change"))
   drawn = (
-    f'<div class="scroll"><table><thead><tr><td></td>{columns}</tr></thead>'
+    f'<div class="scroll" tabindex="0"><table><thead><tr><td></td>{columns}</tr></thead>'
     f"<tbody>{rows}</tbody></table></div>"
     if rows
     else ""
@@ -175,7 +180,7 @@ def _drift(table: Mapping[str, Any]) -> str:
     label = f"{escape(name.replace('_', ' '))}{flag}<small>{escape(MEASURES.get(name, ''))}</small>"
     rows.append(f'<tr><th scope="row">{label}</th>{cells}</tr>')
   return (
-    '<section><h2>Drift</h2><div class="scroll"><table>'
+    '<section><h2>Drift</h2><div class="scroll" tabindex="0"><table>'
     f"<thead><tr><td></td>{columns}</tr></thead>"
     f'<tbody>{"".join(rows)}</tbody></table></div><p class="note">{escape(table["rule"])}</p>'
     "</section>"

@@ -5,6 +5,8 @@ from typing import Any
 
 from prefpaint_jax.runtime.text import align_columns
 
+SIMULATED = "true preference"  # the label of the simulated annotators as a judge
+
 # Every statistic and its label, in the order of the tables.
 LABELS = {
   "winrate/s1": "WinRate, one sample each",
@@ -22,6 +24,18 @@ LABELS = {
   "reward/var": "variance within a prompt",
   "baseline/reward/var": "baseline's variance within a prompt",
 }
+
+
+def judge_title(label: str) -> str:
+  """Returns the name of a judge for readers, which differs from the names of policies."""
+  return SIMULATED if label == SIMULATED else f"reward model {label}"
+
+
+def full_name(name: str, iteration: int | None) -> str:
+  """Returns the name of a policy for readers."""
+  if iteration is not None:
+    return f"{name} (iteration {iteration})"
+  return "mini (embedded)" if name == "mini" else name
 
 
 def describe(name: str, group: Mapping[str, Any]) -> str:
