@@ -188,12 +188,12 @@ def pixels(attributes):
 
 
 def test_large_images_are_reduced_and_the_page_stays_small(evaluation, tmp_path):
-  examples = [example((512, 768), seed) for seed in range(18)]  # noise compresses worst
+  examples = [example((512, 768), seed) for seed in range(6)]  # noise compresses worst
   arguments = evaluation | {"gallery": {"all": examples}}
   report.write_report(tmp_path / "report.html", **arguments)
-  assert (tmp_path / "report.html").stat().st_size < 10_000_000
+  assert (tmp_path / "report.html").stat().st_size < 10_000_000 / 3  # a report has 18 examples
   images = Page((tmp_path / "report.html").read_text(encoding="utf-8")).having("img")
-  assert len(images) == 72
+  assert len(images) == 24
   for image in images[:3]:
     assert pixels(image).shape == (213, 320, 3) and "class" not in image
 
@@ -297,7 +297,8 @@ def test_drawn_examples_are_at_evenly_spaced_ranks_of_the_gain(examples, known):
     for column, tile in enumerate(row):
       left = column * 274 + 9
       strip = grid[:, left : left + 256]
-      tops.append([y for y in range(len(grid) - 255) if (strip[y : y + 256] == tile).all()])
+      starts = np.flatnonzero((strip == tile[0]).all((1, 2)))
+      tops.append([y for y in starts if np.array_equal(strip[y : y + 256], tile)])
   assert all(len(found) == 1 for found in tops)
   tops = np.reshape(tops, (-1, 4))
   assert (tops == tops[:, :1]).all() and (np.diff(tops[:, 0]) > 256).all()
