@@ -13,13 +13,13 @@ from PIL import Image
 from prefpaint_jax import plot
 from prefpaint_jax.evaluation.curves import (
   curve,
-  draw,
   group_runs,
   load_run,
   reached_at,
   single_runs,
   table,
 )
+from prefpaint_jax.evaluation.panels import draw
 from prefpaint_jax.runtime.metrics import MetricsWriter
 
 ITERATIONS = 12
