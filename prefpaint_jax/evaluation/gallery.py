@@ -121,16 +121,16 @@ def draw_examples(
   the grid shows as many losses as there are.
 
   Args:
+    examples: one or more with finite scores.
     policy, baseline: names of the policies.
+    number: the largest number of columns.
   """
   gains = _gains(examples)
   order = np.argsort(-gains, kind="stable")
   order = order[np.isfinite(gains[order])]
-  if not len(order):
-    raise ValueError("draw_examples: no example has finite scores; check the samples")
   number = min(number, len(order))
   shown = [examples[i] for i in order[(2 * np.arange(number) + 1) * len(order) // (2 * number)]]
-  judges = list(shown[0].scores)
+  judge, sides = next(iter(shown[0].scores)), {"policy": 0, "baseline": 1}
   parts = ["prompt", "baseline", "policy"]
   rows = ["incomplete", f"baseline: {baseline}", f"policy: {policy}"]
   if all(example.original is not None for example in shown):
@@ -139,8 +139,7 @@ def draw_examples(
   labels, marked = [], []
   for part in parts:
     for example in shown:
-      own = {"policy": 0, "baseline": 1}.get(part)
-      pair = example.scores[judges[0]]
+      own, pair = sides.get(part), example.scores[judge]
       labels.append("" if own is None else _label(example, own))
       marked.append(own is not None and pair[own] > pair[1 - own])
   images = np.stack([getattr(example, part) for part in parts for example in shown])
@@ -152,7 +151,7 @@ def draw_examples(
     labels=labels,
     marked=marked,
     rows=rows,
-    caption=f"Framed: the higher score by {judges[0]}. Columns: evenly spaced ranks of its gain.",
+    caption=f"Framed: the higher score by {judge}. Columns: evenly spaced ranks of its gain.",
   )
 
 
