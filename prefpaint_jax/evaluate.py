@@ -301,14 +301,7 @@ def write_results(
     drift,
     gallery.make_gallery(shown, each=config.gallery // 3),
   )
-  for title, groups in named(summary).items():
-    print(tables.describe_table(title, groups))
-    print(f"{title}: {winrate.verdict(groups['all'])}")
-    if warning := winrate.best_of_warning(groups):
-      print(f"warning: {warning}")
-    print()
-  print(tables.describe_witnesses(found), end="\n\n")
-  print(tables.describe_drift(drift), end="\n\n")
+  print(tables.describe_evaluation(named(summary), found, drift), end="\n\n")
   print(f"wrote {workdir / 'report.html'}, examples.png, and eval.json with all numbers")
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from prefpaint_jax.evaluation.winrate import best_of_warning, verdict
 from prefpaint_jax.runtime.text import align_columns
 
 SIMULATED = "true preference"  # the label of the simulated annotators as a judge
@@ -79,6 +80,27 @@ def describe_table(judge: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     rows.append([LABELS[statistic], *cells])
   return "\n".join(align_columns(rows))
+
+
+def describe_evaluation(
+  judges: Mapping[str, Mapping[str, Mapping[str, Any]]],
+  witnesses: Mapping[str, Any],
+  drift: Mapping[str, Any],
+) -> str:
+  """Formats all tables of an evaluation, with the verdict and the warning of each judge.
+
+  Args:
+    judges: result of `winrate.summarise`.
+    witnesses: result of `witnesses.compare`.
+    drift: result of `drift.drift`.
+  """
+  parts = []
+  for judge, groups in judges.items():
+    lines = [describe_table(judge, groups), f"{judge}: {verdict(groups['all'])}"]
+    if warning := best_of_warning(groups):
+      lines.append(f"warning: {warning}")
+    parts.append("\n".join(lines))
+  return "\n\n".join([*parts, describe_witnesses(witnesses), describe_drift(drift)])
 
 
 def describe_drift(table: Mapping[str, Any]) -> str:
