@@ -5,12 +5,13 @@
 
 Policy and baseline draw S samples of every prompt from the same seeds, and every judge scores them.
 Where the true content of the hole is known, samples are also compared with it. Writes eval.json
-(see `evaluation.winrate` and `evaluation.witnesses` for its keys) and report.html to the workdir.
+(see `evaluation.winrate` and `evaluation.witnesses` for its keys), report.html and examples.png.
 The same command resumes an interrupted evaluation.
 """
 # Shapes: N prompts, b prompts of a batch, S samples of each, H W pixels, h w of a thumbnail.
 
 import itertools
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,10 +26,10 @@ from prefpaint_jax import inpainter
 from prefpaint_jax.data import examples
 from prefpaint_jax.data import masks as mask_io
 from prefpaint_jax.data import prompts as prompt_io
-from prefpaint_jax.data.images import resize_image, resize_prompt, to_bytes
+from prefpaint_jax.data.images import save_png
 from prefpaint_jax.evaluation import batches as batch_files
 from prefpaint_jax.evaluation import drift as drift_lib
-from prefpaint_jax.evaluation import report, tables, winrate, witnesses
+from prefpaint_jax.evaluation import gallery, report, tables, winrate, witnesses
 from prefpaint_jax.evaluation.winrate import Scores
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.preference import simulation
@@ -43,8 +44,6 @@ from prefpaint_jax.runtime.signals import stop_requests
 from prefpaint_jax.runtime.workdir import open_workdir
 
 SIDES = ("policy", "baseline")
-SIMULATED = "true preference"
-THUMBNAIL = 256  # largest side of the images in the report, in pixels
 
 
 def check(config: ConfigDict) -> None:
@@ -93,20 +92,6 @@ def choose_prompts(config: ConfigDict) -> tuple[Sequence[examples.Prompt], list[
   return prompts, chosen
 
 
-def thumbnail(image: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-  """Reduces an image [H, W, 3] in [0, 1] to uint8 with no side longer than THUMBNAIL.
-
-  Args:
-    mask: [H, W, 1]; its hole is shown in grey, which differs from black pixels.
-  """
-  scale = min(1.0, THUMBNAIL / max(image.shape[:2]))
-  size = tuple(max(1, round(scale * side)) for side in image.shape[:2])
-  if mask is None:
-    return to_bytes(resize_image(image, size))
-  image, mask = resize_prompt(image, mask, size)
-  return to_bytes(np.where(mask > 0, 0.5, image))
-
-
 def examine(
   policies: Mapping[str, Inpainter],
   judges: Mapping[str, RewardModel],
@@ -125,7 +110,8 @@ def examine(
   Returns:
     SIDE/score/JUDGE [b, S], SIDE/measure/NAME [b, S], SIDE/measure/diversity [b],
     SIDE/witness/NAME [b, S, ...], SIDE/picture [b, h, w, 3] (thumbnails of the first samples),
-    id, kind and complete [b], truth [b, 12] (moments of the images) and prompt [b, h, w, 3].
+    id, kind and complete [b], truth [b, 12] (moments of the images), prompt and original
+    [b, h, w, 3].
   """
   S = config.samples_per_prompt
   images, masks = batch["image"], batch["mask"]
@@ -135,7 +121,8 @@ def examine(
     "kind": batch["kind"],
     "complete": batch["complete"],
     "truth": witnesses.measure(images, masks, images)["moments"],
-    "prompt": np.stack([thumbnail(*pair) for pair in zip(images, masks, strict=True)]),
+    "prompt": np.stack([gallery.thumbnail(*pair) for pair in zip(images, masks, strict=True)]),
+    "original": np.stack([gallery.thumbnail(image) for image in images]),
   }
   by_prompt = lambda x: np.asarray(x).reshape(-1, S, *np.shape(x)[1:])
   for side, policy in policies.items():
@@ -149,14 +136,14 @@ def examine(
       results[f"{side}/score/{label}"] = by_prompt(rewards)
     if config.simulated_preference:
       truth = simulation.true_preference(samples, repeated_masks)["combined"]
-      results[f"{side}/score/{SIMULATED}"] = by_prompt(truth)
+      results[f"{side}/score/{tables.SIMULATED}"] = by_prompt(truth)
     measures = drift_lib.measure(samples, repeated_masks, repeated_images)
     results |= {f"{side}/measure/{name}": by_prompt(values) for name, values in measures.items()}
     found = witnesses.measure(samples, repeated_masks, repeated_images)
     results |= {f"{side}/witness/{name}": by_prompt(values) for name, values in found.items()}
     if features is not None:
       results[f"{side}/measure/diversity"] = drift_lib.diversity(features)
-    results[f"{side}/picture"] = np.stack([thumbnail(image) for image in samples[::S]])
+    results[f"{side}/picture"] = np.stack([gallery.thumbnail(image) for image in samples[::S]])
   return results
 
 
@@ -226,7 +213,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     config,
     workdir,
     "evaluate",
-    writes=("batches", "eval.json", "report.html"),
+    writes=("batches", "eval.json", "report.html", "examples.png"),
     free=("gallery",),
     progress="batches/*.npz",
     is_writer=jax.process_index() == 0,
@@ -268,7 +255,7 @@ def write_results(
   scores: Mapping[str, Scores],
   evaluation: Mapping[str, Any],
 ) -> None:
-  """Writes eval.json and report.html, and prints the tables.
+  """Writes eval.json, report.html and examples.png, and prints the tables.
 
   Args:
     results: results of `run_batches`, for the gallery.
@@ -276,9 +263,16 @@ def write_results(
     scores: scores by judge.
     evaluation: result of `evaluate`.
   """
-  about = {
-    "policy": config.policy,
-    "baseline": config.baseline,
+  steps = json.loads((workdir / "checkpoints.json").read_text())
+  names = {side: tables.full_name(config[side], steps[side]) for side in SIDES}
+  titles = {label: tables.judge_title(label) for label in scores}
+  about = {}
+  for side in SIDES:
+    about[side] = config[side]
+    if steps[side] is not None:
+      about[f"{side}_iteration"] = steps[side]
+  about |= {
+    "judges": ", ".join(titles.values()),
     "prompts": f"{number} of {config.prompts}, {config.split}",
     "samples_per_prompt": config.samples_per_prompt,
     "sampler": f"DDIM, {config.num_steps} steps, eta {config.eta:g}",
@@ -286,23 +280,30 @@ def write_results(
     "command": " ".join(["python -m prefpaint_jax.evaluate", *sys.argv[1:]]),
   }
   write_json(workdir / "eval.json", {"about": about, **evaluation})
-  gallery = report.make_gallery(
+  named = lambda by_label: {titles[label]: value for label, value in by_label.items()}
+  pairs = zip(results["original"], results["complete"], strict=True)
+  shown = gallery.make_examples(
     results["id"].tolist(),
     results["prompt"],
     results["baseline/picture"],
     results["policy/picture"],
-    scores,
-    each=config.gallery // 3,
+    named(scores),
+    [image if known else None for image, known in pairs],
   )
-  title = f"{config.policy} against {config.baseline}"
+  save_png(workdir / "examples.png", gallery.draw_examples(shown, **names))
   summary, found, drift = (evaluation[name] for name in ("judges", "witnesses", "drift"))
-  report.write_report(workdir / "report.html", title, about, summary, scores, found, drift, gallery)
-  for label, groups in summary.items():
-    print(tables.describe_table(label, groups))
-    print(f"{label}: {winrate.verdict(groups['all'])}", end="\n\n")
-  print(tables.describe_witnesses(found), end="\n\n")
-  print(tables.describe_drift(drift), end="\n\n")
-  print(f"wrote {workdir / 'report.html'}, with images, and eval.json, with all numbers")
+  report.write_report(
+    workdir / "report.html",
+    f"Policy {names['policy']} against baseline {names['baseline']}",
+    about,
+    named(summary),
+    named(scores),
+    found,
+    drift,
+    gallery.make_gallery(shown, each=config.gallery // 3),
+  )
+  print(tables.describe_evaluation(named(summary), found, drift), end="\n\n")
+  print(f"wrote {workdir / 'report.html'}, examples.png, and eval.json with all numbers")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.data.depth import load_depth, synthetic_depth
-from prefpaint_jax.data.images import image_grid, save_png, to_bytes
+from prefpaint_jax.data.grids import image_grid
+from prefpaint_jax.data.images import save_png, to_bytes
 from prefpaint_jax.data.warping import Intrinsics
 from prefpaint_jax.editing import extension
 from prefpaint_jax.editing.extension import Borders

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from absl import flags
 
-from prefpaint_jax.evaluation.curves import draw, group_runs, load_run, single_runs, table
+from prefpaint_jax.evaluation.curves import group_runs, load_run, single_runs, table
+from prefpaint_jax.evaluation.panels import draw
 from prefpaint_jax.runtime import cli
 from prefpaint_jax.runtime.cli import within
 from prefpaint_jax.runtime.config_fields import COUNT

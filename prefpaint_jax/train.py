@@ -8,6 +8,7 @@ well, and results then differ in their last bits, because sums run in a differen
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from prefpaint_jax.align.held_out import SAMPLES, HeldOut
+from prefpaint_jax.align.optimizer import rate_of_iteration
 from prefpaint_jax.align.run import Run, image_shapes, make_run
 from prefpaint_jax.align.settings import (
   check_batch,
@@ -137,7 +139,8 @@ def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session
   writer = MetricsWriter(workdir, process == 0)
   writer.truncate(start or -1)  # a run without a checkpoint writes the line of iteration 0 again
   images_per_iteration = config.batch_size * settings.samples_per_prompt
-  log = IterationLog(writer, config.num_iterations, start, images_per_iteration)
+  rate = functools.partial(rate_of_iteration, config)
+  log = IterationLog(writer, config.num_iterations, start, images_per_iteration, rate)
   session = Session(config, workdir, mesh, run, loader, held_out, final, checkpoints, writer, log)
   return session, state
 
@@ -224,11 +227,12 @@ def warn_of_equal_weights(trust: ConfigDict, line: Mapping[str, float]) -> None:
 
 def write_sample(session: Session, state: TrainState) -> None:
   """Writes samples of held-out prompts as a PNG and a TensorBoard event."""
-  grid, iteration = session.held_out.sample(current_params(state)), int(state.iteration)
+  iteration = int(state.iteration)
+  grid = session.held_out.sample(current_params(state), iteration)
   if session.writer.is_writer:
-    text = {"rows": "prompt, base, now", "iteration": str(iteration)}
+    text = {"rows": "incomplete, base policy, policy", "iteration": str(iteration)}
     save_png(session.workdir / "samples" / f"{iteration:06d}.png", grid, text)
-    session.writer.image(iteration, "samples", grid)
+    session.writer.image(iteration, "held_out/samples", grid)
 
 
 def train(config: ConfigDict, workdir: Path) -> TrainState:

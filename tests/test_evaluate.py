@@ -6,11 +6,14 @@ import signal
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from preference_world import load_config
 
 from prefpaint_jax import evaluate, testing
 from prefpaint_jax.data.examples import stack
 from prefpaint_jax.data.prompts import open_prompts
+from prefpaint_jax.evaluation import tables
+from prefpaint_jax.evaluation.batches import read_batch
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.models import architectures
 from prefpaint_jax.preference import simulation
@@ -83,7 +86,7 @@ def test_scores_equal_those_of_samples_from_the_public_interface(world, whole):
     errors.append(differences.sum((1, 2, 3)) / (3 * masks.sum((1, 2, 3))))
     truth.append(simulation.true_preference(samples, masks)["combined"].reshape(8, 3))
   label = next(iter(found["judges"]))
-  for name, scores in ((label, learned), (evaluate.SIMULATED, truth)):
+  for name, scores in ((label, learned), (tables.SIMULATED, truth)):
     mean = np.concatenate(scores)[:20].mean()
     np.testing.assert_allclose(
       found["judges"][name]["all"]["reward/mean"]["value"], mean, rtol=1e-3
@@ -92,6 +95,9 @@ def test_scores_equal_those_of_samples_from_the_public_interface(world, whole):
   error = np.concatenate(errors)[: 20 * 3].mean()
   assert found["witnesses"]["measures"]["error"]["policy"] == pytest.approx(error, rel=1e-3)
   assert (workdir / "report.html").stat().st_size > 10_000
+  assert "true image" in (workdir / "report.html").read_text()
+  with Image.open(workdir / "examples.png") as grid:
+    assert grid.width == 6 * (256 // architectures.SIZE * architectures.SIZE + 18)
 
 
 def test_a_policy_against_itself_wins_exactly_half(world, tmp_path):
@@ -111,6 +117,14 @@ def test_no_prompt_is_counted_twice(world, number, line, capsys):
   _, chosen = evaluate.choose_prompts(config_of(world, split="test", num_prompts=number))
   assert chosen == list(range(20))
   assert line in capsys.readouterr().out
+
+
+def test_a_batch_of_an_earlier_version_is_computed_again(tmp_path):
+  now = {"complete": np.ones(2, bool), "original": np.zeros((2, 4, 4, 3), np.uint8)}
+  np.savez(tmp_path / "now.npz", **now)
+  np.savez(tmp_path / "earlier.npz", complete=now["complete"])
+  assert read_batch(tmp_path / "now.npz").keys() == now.keys()
+  assert read_batch(tmp_path / "earlier.npz") is None
 
 
 @pytest.mark.slow

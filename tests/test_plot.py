@@ -13,13 +13,13 @@ from PIL import Image
 from prefpaint_jax import plot
 from prefpaint_jax.evaluation.curves import (
   curve,
-  draw,
   group_runs,
   load_run,
   reached_at,
   single_runs,
   table,
 )
+from prefpaint_jax.evaluation.panels import draw
 from prefpaint_jax.runtime.metrics import MetricsWriter
 
 ITERATIONS = 12
@@ -37,7 +37,7 @@ def numbers(seed, iterations=ITERATIONS):
         "reward/max": 3.0,
         "ppo/approx_kl": 1e-6 * (1 + rng.random()),
         "ppo/clip_fraction": rng.random(),
-        "images_per_s": 50 * rng.random(),
+        "time/images_per_s": 50 * rng.random(),
       }
     )
     if iteration % 4 == 0:
@@ -87,8 +87,8 @@ def test_curves_equal_the_numbers_in_the_file(tmp_path):
     ("reward", "reward/mean", every),
     ("approximate KL of the updates", "ppo/approx_kl", every),
     ("clip fraction", "ppo/clip_fraction", every),
-    ("images per second", "images_per_s", every),
-    ("held-out winrate", "held_out/winrate", [4, 8, 12]),
+    ("images per second", "time/images_per_s", every),
+    ("held-out WinRate", "held_out/winrate", [4, 8, 12]),
     ("held-out box reward", "held_out/box/reward", [4, 8, 12]),
   ):
     (found,) = curves(drawn.pop(title)).values()
@@ -119,8 +119,64 @@ def test_shade_of_a_run_is_its_standard_deviation(tmp_path):
   assert not panels(figure)["clip fraction"].collections
   assert [text.get_text() for text in figure.legends[0].get_texts()] == [
     "run",
+    "base policy",
     "± standard deviation",
   ]
+
+
+def test_shade_of_a_held_out_metric_is_its_interval(tmp_path):
+  rates = {4: (0.5, 0.4, 0.7), 8: (0.6, 0.5, 0.65)}
+  lines = [{"reward/mean": float(i), "reward/std": 1.0} for i in range(8)]
+  for iteration, values in rates.items():
+    names = (f"held_out/reward_winrate{part}" for part in ("", "/low", "/high"))
+    lines[iteration - 1] |= dict(zip(names, values, strict=True))
+  write_run(tmp_path / "run", lines)
+  figure = draw_single(tmp_path / "run")
+  assert list(panels(figure)) == ["reward", "held-out reward WinRate"]
+  (shade,) = panels(figure)["held-out reward WinRate"].collections
+  corners = {tuple(corner) for corner in shade.get_paths()[0].vertices}
+  assert corners == {(i, end) for i, (_, *ends) in rates.items() for end in ends}
+  assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+    "run",
+    "base policy",
+    "± standard deviation, 95 % interval (held-out)",
+  ]
+
+
+def test_panels_have_the_level_of_the_base(tmp_path):
+  changes = {"held_out/reward_gain": 0.5, "held_out/drift/seam": 1.0, "held_out/box/winrate": 0.7}
+  begin = {"iteration": 0} | dict.fromkeys(changes, 0.0)
+  written = [{"held_out/reward": 2.0, "held_out/reward/base": 1.25} | changes]
+  write_run(tmp_path / "new", written)
+  write_run(tmp_path / "old", [{"held_out/reward": 2.0} | changes])
+  with (tmp_path / "old" / "metrics.jsonl").open("a") as file:
+    file.write(json.dumps(begin | {"held_out/reward": 1.5}) + "\n")
+  for name, level in (("new", 1.25), ("old", 1.5)):
+    drawn = panels(draw_single(tmp_path / name))
+    assert set(drawn) == {
+      "held-out reward", "held-out reward gain", "held-out change of seam", "held-out box WinRate",
+    }  # fmt: skip
+    levels = {
+      title: [line.get_ydata()[0] for line in axes.get_lines() if line.get_label()[0] == "_"]
+      for title, axes in drawn.items()
+    }
+    assert levels == {
+      "held-out reward": [level],
+      "held-out reward gain": [0.0],
+      "held-out change of seam": [0.0],
+      "held-out box WinRate": [0.5],
+    }
+
+
+def test_a_constant_metric_has_a_panel_only_if_every_metric_is_constant(tmp_path):
+  lines = [{"reward/mean": float(i), "trust/mean": 1.0, "train/loss": 2.0} for i in range(3)]
+  write_run(tmp_path / "run", lines)
+  run = [load_run(tmp_path / "run")]
+  assert list(panels(draw(single_runs(run)))) == ["reward"]
+  assert list(panels(draw(single_runs(run), only="trust"))) == ["trust weight γ"]
+  write_run(tmp_path / "other", [line | {"trust/mean": 1.5} for line in lines], norm="constant")
+  groups = single_runs([*run, load_run(tmp_path / "other")])
+  assert list(panels(draw(groups))) == ["reward", "trust weight γ"]
 
 
 def test_nulls_leave_gaps_and_isolated_numbers_have_markers(tmp_path):
@@ -152,7 +208,7 @@ def test_a_run_has_one_colour_in_all_panels_and_the_figure_one_legend(tmp_path):
   assert list(looks[0]) == [f"seed={i}" for i in range(9)]
   assert len(set(looks[0].values())) == 9
   (legend,) = figure.legends
-  assert [text.get_text() for text in legend.get_texts()] == list(looks[0])
+  assert [text.get_text() for text in legend.get_texts()] == [*looks[0], "base policy"]
   assert all(axes.get_legend() is None for axes in figure.axes)
 
 
@@ -207,7 +263,7 @@ def test_mean_over_seeds_is_nan_where_one_of_them_has_no_number(tmp_path):
   np.testing.assert_array_equal(shade.low, stacked.min(axis=0))
   np.testing.assert_array_equal(shade.high, stacked.max(axis=0))
   assert drawn["clip fraction"].collections  # metrics without a std have shades too
-  ((iterations, values),) = curves(drawn["held-out winrate"]).values()
+  ((iterations, values),) = curves(drawn["held-out WinRate"]).values()
   np.testing.assert_array_equal(iterations, [4, 8])
   expected = np.mean([[one[3]["held_out/winrate"], one[7]["held_out/winrate"]] for one in lines], 0)
   np.testing.assert_allclose(values, expected, rtol=1e-12)
@@ -225,9 +281,9 @@ def test_moving_average_is_centred_and_named_on_the_axis(tmp_path):
     ((_, found),) = curves(drawn[title]).values()
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert drawn[title].get_ylabel() == "average of 5 iterations"
-  ((_, found),) = curves(drawn["held-out winrate"]).values()
+  ((_, found),) = curves(drawn["held-out WinRate"]).values()
   np.testing.assert_array_equal(found, column(lines, "held_out/winrate")[[3, 7, 11]])
-  assert not drawn["held-out winrate"].get_ylabel()
+  assert not drawn["held-out WinRate"].get_ylabel()
 
 
 def test_moving_average_counts_iterations_not_lines(tmp_path):
@@ -253,6 +309,12 @@ def test_incomplete_last_line_is_ignored_and_lines_of_one_iteration_are_joined(t
     run.columns["held_out/late"][-1] == 0.5 and np.isnan(run.columns["held_out/late"][:-1]).all()
   )
   assert run.config["trust.norm"] == "none"
+
+
+def test_metrics_with_the_name_of_an_earlier_version_are_drawn(tmp_path):
+  write_run(tmp_path / "run", [{"images_per_s": 2.0}, {"time/images_per_s": 3.0}])
+  ((_, values),) = curves(panels(draw_single(tmp_path / "run"))["images per second"]).values()
+  np.testing.assert_array_equal(values, [2.0, 3.0])
 
 
 def test_iteration_0_is_drawn_where_it_has_values_beside_the_level_of_the_base(tmp_path):

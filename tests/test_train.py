@@ -90,10 +90,7 @@ class Run:
 
 def numbers(lines: list[dict]) -> list[dict]:
   """Returns the lines without the metrics that depend on the clock."""
-  return [
-    {k: v for k, v in line.items() if not k.startswith("time/") and k != "images_per_s"}
-    for line in lines
-  ]
+  return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +145,11 @@ def test_run_writes_metrics_samples_checkpoints_and_config(finished):
     "ppo/approx_kl",
     "ppo/ratio_mean",
     "ppo/grad_norm",
+    "ppo/learning_rate",
     "time/rollout_s",
     "time/update_s",
     "time/iteration_s",
-    "images_per_s",
+    "time/images_per_s",
   }
   assert all(expected <= line.keys() for line in lines)
   assert all(value is not None for line in lines for value in line.values())
@@ -171,6 +169,14 @@ def test_iteration_0_is_the_base_against_itself(finished):
   assert second["held_out/reward_gain"] == pytest.approx(
     second["held_out/reward"] - first["held_out/reward"], abs=1e-6
   )
+
+
+def test_held_out_metrics_have_the_level_of_the_base_and_intervals(finished):
+  first, _, second = finished.all_lines()[:3]
+  assert second["held_out/reward/base"] == pytest.approx(first["held_out/reward"], abs=1e-6)
+  for suffix in ("", "_winrate", "_gain", "_gain_in_sd"):
+    name = f"held_out/reward{suffix}"
+    assert second[f"{name}/low"] <= second[name] <= second[f"{name}/high"]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from prefpaint_jax.align.run import Run
 from prefpaint_jax.data.examples import Prompt, concatenate, stack
-from prefpaint_jax.data.images import image_grid
+from prefpaint_jax.data.grids import image_grid
 from prefpaint_jax.evaluation import drift, winrate
 from prefpaint_jax.models import reward
 from prefpaint_jax.models.reward import RewardNetwork
@@ -100,18 +100,22 @@ class HeldOut:
       found.append(scores | drift.measure(samples, batch["mask"], batch["image"]))
     return {name: np.stack([one[name] for one in found], axis=1) for name in found[0]}
 
-  def sample(self, params: Params) -> np.ndarray:
+  def sample(self, params: Params, iteration: int) -> np.ndarray:
     """Draws a grid, uint8: the first chunk's prompts, the base's samples, those of `params`."""
     samples, rewards = self._inpaint(params, self._shown, self._sample_key)
     base_samples, base_rewards = self._base_sample
     # Grey tells the hole from black pixels.
     prompts = np.where(self._shown["mask"] > 0, 0.5, self._shown["image"])
-    labels = [""] * len(prompts) + [f"{r:.2f}" for r in (*base_rewards, *rewards)]
+    none = np.zeros(len(prompts), bool)
     return image_grid(
       np.concatenate([prompts, base_samples, samples]),
       columns=len(prompts),
-      scale=max(1, 64 // prompts.shape[1]),
-      labels=labels,
+      scale=max(1, 128 // prompts.shape[1]),
+      padding=4,
+      labels=[""] * len(prompts) + [f"{r:.2f}" for r in (*base_rewards, *rewards)],
+      marked=np.concatenate([none, base_rewards > rewards, rewards > base_rewards]),
+      rows=("incomplete", "base policy", f"policy after iteration {iteration}"),
+      caption="Numbers are rewards; the higher one of each pair is framed.",
     )
 
   def compare(
@@ -132,14 +136,23 @@ class HeldOut:
     return concatenate(policy), concatenate(base)
 
   def metrics(self, params: Params, count: int) -> dict[str, float]:
-    """Returns `held_out/*`: scores, WinRates and gains against the base, changes of measures."""
+    """Returns `held_out/*`: scores, WinRates and gains against the base, changes of measures.
+
+    NAME/low and NAME/high are the ends of the 95 % interval of a score, a WinRate or a gain, and
+    SCORE/base is the base's score. The base has WinRate ½, and its gains and changes are 0.
+    """
     policy, base = self.compare(params, count)
     line = {}
     for name, values in policy.items():
       if name in SCORES:
         group = winrate.estimate(winrate.Scores(values, base[name]))
+        missing = dict.fromkeys(("value", "low", "high"), np.nan)
         for suffix, statistic in STATISTICS.items():
-          line[f"held_out/{name}{suffix}"] = group.get(statistic, {"value": np.nan})["value"]
+          found = group.get(statistic, missing)
+          line[f"held_out/{name}{suffix}"] = found["value"]
+          line |= {f"held_out/{name}{suffix}/{end}": found[end] for end in ("low", "high")}
+        base_score = group.get("baseline/reward/mean", missing)
+        line[f"held_out/{name}/base"] = base_score["value"]
       else:
         line[f"held_out/drift/{name}"] = float(np.mean(values) - np.mean(base[name]))
     return line

@@ -1,5 +1,6 @@
 """The optimiser: AdamW or SGD, warm-up, gradient clipping, and moments in bfloat16."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -35,7 +36,7 @@ def make_optimizer(
   """
   rate = learning_rate
   if warmup_updates:
-    rate = lambda count: learning_rate * jnp.minimum(1.0, (count + 1) / warmup_updates)
+    rate = functools.partial(rate_of_update, learning_rate, warmup_updates)
   if name == "adamw":
     optimizer = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay)
   elif name == "sgd":
@@ -47,6 +48,21 @@ def make_optimizer(
   elif moments_dtype != "float32":
     raise ValueError(f"moments_dtype is {moments_dtype!r}; expected 'float32' or 'bfloat16'")
   return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer
+
+
+def rate_of_update(learning_rate: float, warmup_updates: int, count: int | jax.Array) -> jax.Array:
+  """Computes the learning rate of the update after `count` updates."""
+  return learning_rate * jnp.minimum(1.0, (count + 1) / max(1, warmup_updates))
+
+
+def rate_of_iteration(config: ConfigDict, iteration: int) -> float:
+  """Computes the learning rate of the last update of an iteration, counted from 1.
+
+  An iteration that only accumulates gradients has the rate of the last update before it; before the
+  first update the rate is 0.
+  """
+  count = iteration // config.gradient_accumulation * config.updates_per_iteration
+  return float(rate_of_update(config.learning_rate, config.warmup_updates, count - 1))
 
 
 def optimizer_from(config: ConfigDict) -> optax.GradientTransformation:

@@ -232,7 +232,7 @@ def contact_sheet(image: np.ndarray, number: int, seed: int) -> np.ndarray:
   The first row shows new camera views of the image [H, W, 3] with a synthetic depth map.
   """
   from prefpaint_jax.data import warping
-  from prefpaint_jax.data.images import image_grid
+  from prefpaint_jax.data.grids import image_grid
 
   views = [warping.draw_view(seed + i, image) for i in range(number)]
   draws = [("warping", view.image, view.mask) for view in views]

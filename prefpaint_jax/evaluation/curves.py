@@ -4,42 +4,16 @@
 import functools
 import json
 import math
-import re
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from prefpaint_jax.runtime.workdir import flatten, read_workdir
 
-# Metrics and titles of the first panels; the panels of held-out metrics follow.
-PANELS = {
-  "reward/mean": "reward",
-  "ppo/approx_kl": "approximate KL of the updates",
-  "ppo/clip_fraction": "clip fraction",
-  "trust/mean": "trust weight γ",
-  "images_per_s": "images per second",
-  "train/loss": "training loss",
-}
 HELD_OUT = "held_out/"  # not written in every iteration, so drawn as joined points
-FROM_ZERO = ("ppo/clip_fraction", "images_per_s")
-LOGARITHMIC = ("ppo/approx_kl",)  # if all values are positive
-
-# The colours of Okabe and Ito without yellow, which is too pale for a line.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-DASHES = ("-", "--", ":", "-.")  # curves with the same colour differ in their dashes
-GREY = "#8a8f98"
-SHADE = 0.18  # opacity
-SHADED_RUNS = 3  # the largest number of runs with shades; more would overlap unreadably
-STEPS = (1, 2, 2.5, 5, 10)  # distances between ticks, times a power of 10
-WIDTH = 9.0  # inches: 1800 pixels at 200 dpi
+RENAMED = {"images_per_s": "time/images_per_s"}  # names of earlier versions
 
 
 class Run(NamedTuple):
@@ -88,7 +62,9 @@ def load_run(workdir: str | Path) -> Run:
     try:
       scalars = json.loads(line)
       iteration = int(scalars.pop("iteration"))
-      numbers = {key: np.nan if x is None else float(x) for key, x in scalars.items()}
+      numbers = {
+        RENAMED.get(key, key): np.nan if x is None else float(x) for key, x in scalars.items()
+      }
     except (ValueError, TypeError, KeyError, AttributeError):
       if number == len(lines):  # it has no line break, so a killed run wrote a part of it
         break
@@ -150,13 +126,14 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def curve(group: Group, key: str, smooth: int = 1) -> Curve:
-  """Computes the curve of a metric: one run with ± std, or the mean of several with their range.
+  """Computes the curve of a metric: one run with its interval or ± std, or a mean with the range.
 
   A mean is NaN where one of its runs has no value.
 
   Args:
     group: one run, or several to average.
-    key: the metric. The standard deviation of "x/mean" is "x/std".
+    key: the metric. The interval of "x" is "x/low" to "x/high", the standard deviation of "x/mean"
+      is "x/std".
     smooth: odd number of iterations of each run's centred moving average; 1: no average.
   """
   iterations = functools.reduce(np.intersect1d, [run.iterations for run in group.runs])
@@ -170,6 +147,8 @@ def curve(group: Group, key: str, smooth: int = 1) -> Curve:
   spread = key.removesuffix("/mean") + "/std"
   if len(group.runs) > 1:
     low, high = values.min(axis=0), values.max(axis=0)
+  elif f"{key}/low" in group.runs[0].columns:
+    low, high = (values_of(group.runs[0], f"{key}/{end}") for end in ("low", "high"))
   elif spread in group.runs[0].columns:
     std = values_of(group.runs[0], spread)
     low, high = mean - std, mean + std
@@ -178,72 +157,24 @@ def curve(group: Group, key: str, smooth: int = 1) -> Curve:
   return Curve(iterations, mean, low, high)
 
 
-def draw(groups: Sequence[Group], smooth: int = 1, only: str = "") -> Figure:
-  """Draws one panel per metric, with one curve per group that has the metric.
+def base_levels(group: Group, key: str) -> list[float]:
+  """Returns the level of the base policy for each run of a group that tells it.
 
-  If a group has several runs, shades are ranges over seeds, and single runs have no shade. More
-  than three single runs have no shade either.
-
-  Args:
-    smooth: odd number of iterations of a centred moving average; held-out metrics are not averaged.
-    only: regular expression; draws only the metrics that it is found in.
-
-  Raises:
-    ValueError: if `smooth` is not odd or there is no value to draw.
+  A base has WinRate ½, and its gains and changes are 0. Its score is a metric of its own; earlier
+  versions wrote it at iteration 0 only, at which the policy is the base.
   """
-  if smooth < 1 or smooth % 2 == 0:
-    raise ValueError(f"smooth is {smooth}; give an odd number, for a centred average")
-  titles = dict(PANELS)
-  for key in (key for group in groups for run in group.runs for key in run.columns):
-    if key.startswith(HELD_OUT) and not key.endswith("/std"):
-      title = key.removeprefix(HELD_OUT).removesuffix("/mean")
-      titles[key] = "held-out " + title.replace("/", " ").replace("_", " ")
-  panels = {}
-  for key in (key for key in titles if re.search(only, key)):
-    window = 1 if key.startswith(HELD_OUT) else smooth
-    curves = [curve(group, key, window) for group in groups]
-    if any(np.isfinite(one.values).any() for one in curves):
-      panels[key] = curves
-  if not panels:
-    names = ", ".join(str(run.workdir) for group in groups for run in group.runs)
-    raise ValueError(
-      f"{names}: nothing to draw; expected values of {', '.join(PANELS)} or {HELD_OUT}*"
-    )
-
-  averaged = any(len(group.runs) > 1 for group in groups)
-  columns = len(panels) if len(panels) < 3 else 2 if len(panels) == 4 else 3
-  rows = -(-len(panels) // columns)
-  figure = Figure(figsize=(WIDTH, 2.6 * rows + 0.6), dpi=200, layout="constrained")
-  figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
-  shaded, first = False, None
-  for place, (key, curves) in enumerate(panels.items(), start=1):
-    axes = first = figure.add_subplot(rows, columns, place, sharex=first)
-    for index, (group, one) in enumerate(zip(groups, curves, strict=True)):
-      if len(group.runs) == 1 and (averaged or len(groups) > SHADED_RUNS):
-        one = one._replace(low=None, high=None)
-      _draw_curve(axes, one, group.label, index, key.startswith(HELD_OUT))
-      shaded |= one.low is not None
-    _finish_axes(axes, key, curves)
-    axes.set_title(titles[key], fontsize=10, loc="left")
-    if place + columns > len(panels):  # no panel below
-      axes.set_xlabel("iteration", fontsize=9)
-    if smooth > 1 and not key.startswith(HELD_OUT):
-      axes.set_ylabel(f"average of {smooth} iterations", fontsize=8, color="#555555")
-
-  labels = [textwrap.fill(group.label, 110) for group in groups]
-  handles = [Line2D([], [], label=label, **_style(i)) for i, label in enumerate(labels)]
-  if shaded:
-    meaning = "lowest to highest seed" if averaged else "± standard deviation"
-    handles.append(Patch(facecolor=GREY, alpha=2 * SHADE, label=meaning))
-  widest = max(len(handle.get_label()) for handle in handles)
-  figure.legend(
-    handles=handles,
-    loc="outside lower center",
-    ncols=int(np.clip(120 // (widest + 8), 1, len(handles))),
-    fontsize=9,
-    frameon=False,
-  )
-  return figure
+  if not key.startswith(HELD_OUT):
+    return []
+  name = key.removeprefix(HELD_OUT)
+  if "winrate" in name:
+    return [0.5]
+  if "gain" in name or name.startswith("drift/"):
+    return [0.0]
+  levels = []
+  for run in group.runs:
+    written = run.columns.get(f"{key}/base", run.columns.get(key, np.empty(0))[run.iterations == 0])
+    levels += written[np.isfinite(written)][:1].tolist()
+  return levels
 
 
 def reached_at(run: Run, key: str, level: float) -> float:
@@ -346,54 +277,3 @@ def _moving_average(iterations: np.ndarray, values: np.ndarray, window: int) -> 
   for i in np.flatnonzero(np.isfinite(values)):
     smooth[i] = np.nanmean(values[starts[i] : ends[i]])
   return smooth
-
-
-def _style(index: int) -> dict[str, Any]:
-  """Returns colour and dashes of the curve with this index, the same in every panel."""
-  dash = DASHES[index // len(COLOURS) % len(DASHES)]
-  return {"color": COLOURS[index % len(COLOURS)], "linestyle": dash, "linewidth": 1.4}
-
-
-def _draw_curve(axes: Axes, curve: Curve, label: str, index: int, sparse: bool) -> None:
-  """Draws a curve and its shade. A `sparse` curve has a marker at each value and no gaps."""
-  finite = np.isfinite(curve.values)
-  if not finite.any():
-    return
-  if sparse:
-    curve = Curve(*(None if field is None else field[finite] for field in curve))
-    marked = np.ones(finite.sum(), bool)
-  else:  # mark isolated values, which no line shows
-    before, after = np.append(False, finite[:-1]), np.append(finite[1:], False)
-    marked = finite & ~before & ~after
-  style = _style(index)
-  axes.plot(
-    curve.iterations,
-    curve.values,
-    label=label,
-    marker="o",
-    markersize=3.5,
-    markevery=marked,
-    **style,
-  )
-  if curve.low is not None:
-    shade = {"color": style["color"], "alpha": SHADE, "linewidth": 0}
-    axes.fill_between(curve.iterations, curve.low, curve.high, **shade)
-
-
-def _finish_axes(axes: Axes, key: str, curves: Sequence[Curve]) -> None:
-  """Sets scales, ticks, grid and reference lines of a panel."""
-  axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=STEPS, integer=True, min_n_ticks=1))
-  axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=STEPS))
-  drawn = np.concatenate([one.values for one in curves])
-  if key in LOGARITHMIC and (drawn[np.isfinite(drawn)] > 0).all():
-    axes.set_yscale("log")
-  if key in FROM_ZERO:
-    axes.set_ylim(bottom=0)
-  for name, as_good_as_the_base in (("winrate", 0.5), ("gain", 0.0)):
-    if key.startswith(HELD_OUT) and name in key:
-      axes.axhline(as_good_as_the_base, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
-  axes.margins(x=0.02)
-  axes.grid(color="#e4e6ea", linewidth=0.6)
-  axes.set_axisbelow(True)
-  axes.spines[["top", "right"]].set_visible(False)
-  axes.tick_params(which="both", labelsize=8.5)

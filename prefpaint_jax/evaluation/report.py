@@ -4,29 +4,20 @@ The numbers come from `winrate`, `witnesses` and `drift`; this module computes o
 """
 # Shapes: N prompts, S samples of each, H W pixels.
 
-import base64
-import io
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from prefpaint_jax.data.images import resize_image, to_bytes
 from prefpaint_jax.evaluation.drift import MEASURES
+from prefpaint_jax.evaluation.gallery import Example, render
 from prefpaint_jax.evaluation.histogram import histograms
 from prefpaint_jax.evaluation.tables import LABELS, show_typeset, typeset
-from prefpaint_jax.evaluation.winrate import VISIBLE_GAIN, Scores, verdict
+from prefpaint_jax.evaluation.winrate import VISIBLE_GAIN, Scores, best_of_warning, verdict
 from prefpaint_jax.evaluation.witnesses import MEASURES as MEANINGS
 from prefpaint_jax.runtime.files import write_text
 
-# Pixels of an image's longer side: images up to SMALL are shown enlarged, without smoothing; images
-# above LARGEST are reduced to it.
-SMALL = 96
-LARGEST = 320
 _READING = (
   "Brackets are 95 % bootstrap intervals over prompts. WinRate compares samples of different "
   "seeds; an equally good policy has 0.5, and its best of N against one has N / (N + 1). Standard "
@@ -35,81 +26,6 @@ _READING = (
 )
 
 _STYLE = Path(__file__).with_name("report.css")
-
-
-class Example(NamedTuple):
-  """One prompt of the gallery, with one sample of each side and their scores.
-
-  Images are [H, W, 3], floats in [0, 1] or uint8.
-  """
-
-  name: str
-  prompt: np.ndarray  # the image with a grey hole
-  baseline: np.ndarray
-  policy: np.ndarray
-  scores: Mapping[str, tuple[float, float]]  # by judge: (policy's score, baseline's score)
-
-
-def choose(gains: np.ndarray, each: int = 6) -> dict[str, np.ndarray]:
-  """Chooses prompts with the largest gains, gains near the median, and the smallest gains.
-
-  Args:
-    gains: [N]; prompts whose gain is not finite are left out.
-    each: number of prompts in a section; fewer if N is small. No prompt is in two sections.
-
-  Returns:
-    {section: indices of prompts, largest gain first}.
-  """
-  gains = np.asarray(gains, np.float64)
-  order = np.argsort(-gains, kind="stable")
-  order = order[np.isfinite(gains[order])]
-  number = len(order)
-  each = min(each, max(1, number // 3))
-  middle = (number - each) // 2
-  sections = {
-    "Largest gains": order[:each],
-    "Near the median": order[middle : middle + each] if number > 2 else order[:0],
-    "Smallest gains, or largest losses": order[max(each, number - each) :],
-  }
-  return {title: indices for title, indices in sections.items() if len(indices)}
-
-
-def make_gallery(
-  names: Sequence[str],
-  prompts: Sequence[np.ndarray],
-  baseline: Sequence[np.ndarray],
-  policy: Sequence[np.ndarray],
-  scores: Mapping[str, Scores],
-  each: int = 6,
-) -> dict[str, list[Example]]:
-  """Makes the gallery: the sections of `choose` for the first samples' scores by the first judge.
-
-  Args:
-    names: N names of prompts.
-    prompts: N images with grey holes.
-    baseline: the baseline's first sample of each prompt.
-    policy: the policy's first sample of each prompt.
-    scores: by judge.
-    each: number of prompts in a section.
-
-  Returns:
-    {section: examples}.
-  """
-  first = {judge: [side[:, 0] for side in sides] for judge, sides in scores.items()}
-  policy_scores, baseline_scores = next(iter(first.values()))
-  return {
-    title: [
-      Example(
-        names[i],
-        prompts[i],
-        baseline[i],
-        policy[i],
-        {judge: tuple(float(side[i]) for side in sides) for judge, sides in first.items()},
-      )
-      for i in indices
-    ]
-    for title, indices in choose(policy_scores - baseline_scores, each).items()
-  }
 
 
 def write_report(
@@ -132,15 +48,16 @@ def write_report(
     scores: scores by judge, for the histograms.
     witnesses: result of `witnesses.compare`.
     drift: result of `drift.drift`.
-    gallery: examples by section (see `make_gallery`); each adds at most 0.3 MB to the file.
+    gallery: examples by section (see `make_gallery`); each adds at most 0.4 MB to the file.
   """
   body = [
     _header(title, about),
-    f'<section class="cards">{"".join(_card(*judge) for judge in summary.items())}</section>',
+    f'<section class="cards">{"".join(_card(*judge) for judge in summary.items())}</section>'
+    f'<p class="note">{_READING}</p>',
     *(_judge(name, groups, scores[name]) for name, groups in summary.items()),
     _witnesses(witnesses) if witnesses else "",
     _drift(drift) if drift else "",
-    _gallery(gallery) if gallery else "",
+    render(gallery) if gallery else "",
   ]
   page = f"""<!DOCTYPE html>
 <html lang="en">
@@ -181,13 +98,18 @@ def _card(judge: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
   if "gain_in_sd" in group:
     in_sd = show_typeset("gain_in_sd", group["gain_in_sd"]["value"])
     gain += f", {in_sd} standard deviations within a prompt"
+  warning = best_of_warning(groups)
+  warning = f'<p class="warning">{escape(typeset(warning))}</p>' if warning else ""
   left, width = 100 * found["low"], 100 * (found["high"] - found["low"])
   return (
-    f'<article class="card"><h2>{escape(judge)}</h2><p class="rate">{value}</p>'
+    f'<article class="card"><h2>Judge: {escape(judge)}</h2><p class="rate">{value}</p>'
     f'<div class="scale"><i style="left:{left:.2f}%;width:{width:.2f}%"></i>'
     f'<b style="left:{100 * found["value"]:.2f}%"></b></div>'
+    '<p class="ticks"><span>0<small>baseline always wins</small></span><span>½</span>'
+    "<span>1<small>policy always wins</small></span></p>"
     f"<p>WinRate over {group['prompts']} prompts, one sample each, of different seeds; 95 % "
-    f"interval {low} to {high}. Gain {gain}. <strong>{verdict(group)}</strong></p></article>"
+    f"interval {low} to {high}. Gain {gain}. <strong>{verdict(group)}</strong></p>{warning}"
+    "</article>"
   )
 
 
@@ -201,10 +123,9 @@ def _judge(judge: str, groups: Mapping[str, Mapping[str, Any]], scores: Scores) 
     row = ' class="reference"' if statistic.startswith("baseline/") else ""
     rows.append(f'<tr{row}><th scope="row">{LABELS[statistic]}</th>{cells}</tr>')
   return (
-    f"<section><h2>{escape(judge)}</h2>"
-    f'<div class="scroll"><table><thead><tr><td></td>{columns}</tr></thead>'
+    f"<section><h2>Judge: {escape(judge)}</h2>"
+    f'<div class="scroll" tabindex="0"><table><thead><tr><td></td>{columns}</tr></thead>'
     f"<tbody>{''.join(rows)}</tbody></table></div>"
-    f'<p class="note">{_READING}</p>'
     f'<div class="figures">{histograms(scores)}</div></section>'
   )
 
@@ -237,7 +158,7 @@ def _witnesses(table: Mapping[str, Any]) -> str:
     )
   columns = "".join(f'<th scope="col">{name}</th>' for name in ("baseline", "policy", "change"))
   drawn = (
-    f'<div class="scroll"><table><thead><tr><td></td>{columns}</tr></thead>'
+    f'<div class="scroll" tabindex="0"><table><thead><tr><td></td>{columns}</tr></thead>'
     f"<tbody>{rows}</tbody></table></div>"
     if rows
     else ""
@@ -259,7 +180,7 @@ def _drift(table: Mapping[str, Any]) -> str:
     label = f"{escape(name.replace('_', ' '))}{flag}<small>{escape(MEASURES.get(name, ''))}</small>"
     rows.append(f'<tr><th scope="row">{label}</th>{cells}</tr>')
   return (
-    '<section><h2>Drift</h2><div class="scroll"><table>'
+    '<section><h2>Drift</h2><div class="scroll" tabindex="0"><table>'
     f"<thead><tr><td></td>{columns}</tr></thead>"
     f'<tbody>{"".join(rows)}</tbody></table></div><p class="note">{escape(table["rule"])}</p>'
     "</section>"
@@ -271,42 +192,3 @@ def _measured(key: str, number: float | None) -> str:
   if number is None:
     return "–"
   return typeset(f"{number:+.4f}" if key == "change" else f"{number:.4f}")
-
-
-def _gallery(gallery: Mapping[str, Sequence[Example]]) -> str:
-  """Renders the gallery, section by section."""
-  sections = "".join(
-    f'<h3>{escape(title)}</h3><div class="gallery">{"".join(map(_example, examples))}</div>'
-    for title, examples in gallery.items()
-  )
-  return f"<section><h2>Prompt, baseline, policy (same seed)</h2>{sections}</section>"
-
-
-def _example(example: Example) -> str:
-  """Renders three images side by side, and the judges' scores of the two samples."""
-  images = "".join(
-    _image_tag(getattr(example, part), f"{example.name}: {part}")
-    for part in ("prompt", "baseline", "policy")
-  )
-  rows = ""
-  for judge, (policy, baseline) in example.scores.items():
-    rows += f"<span>{escape(judge)}</span>"
-    for score, other in ((baseline, policy), (policy, baseline)):
-      tag = "b" if score > other else "span"
-      rows += f"<{tag}>{show_typeset('reward', score)}</{tag}>"
-  return f"<figure>{images}{rows}<figcaption>{escape(example.name)}</figcaption></figure>"
-
-
-def _image_tag(image: np.ndarray, description: str) -> str:
-  """Renders an <img> with embedded data: PNG up to SMALL, else JPEG of at most LARGEST pixels."""
-  height, width, _ = image.shape
-  longer = max(height, width)
-  image = image / 255 if image.dtype == np.uint8 else image
-  if longer > LARGEST:
-    image = resize_image(image, tuple(max(1, round(x * LARGEST / longer)) for x in (height, width)))
-  pixels = Image.fromarray(to_bytes(image))
-  file_format, style = ("png", ' class="small"') if longer <= SMALL else ("jpeg", "")
-  file = io.BytesIO()
-  pixels.save(file, format=file_format, quality=88)
-  data = base64.b64encode(file.getvalue()).decode()
-  return f'<img{style} alt="{escape(description)}" src="data:image/{file_format};base64,{data}">'

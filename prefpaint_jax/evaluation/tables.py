@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from prefpaint_jax.evaluation.winrate import best_of_warning, verdict
 from prefpaint_jax.runtime.text import align_columns
+
+SIMULATED = "true preference"  # the label of the simulated annotators as a judge
 
 # Every statistic and its label, in the order of the tables.
 LABELS = {
@@ -15,11 +18,25 @@ LABELS = {
   "winrate_paired/s1": "share of seeds with a higher reward",
   "gain": "gain in reward",
   "gain_in_sd": "gain in standard deviations",
+  "gain_best/s3": "gain in reward, best of 3 each",
+  "gain_best/s10": "gain in reward, best of 10 each",
   "reward/mean": "reward",
   "baseline/reward/mean": "baseline's reward",
   "reward/var": "variance within a prompt",
   "baseline/reward/var": "baseline's variance within a prompt",
 }
+
+
+def judge_title(label: str) -> str:
+  """Returns the name of a judge for readers, which differs from the names of policies."""
+  return SIMULATED if label == SIMULATED else f"reward model {label}"
+
+
+def full_name(name: str, iteration: int | None) -> str:
+  """Returns the name of a policy for readers."""
+  if iteration is not None:
+    return f"{name} (iteration {iteration})"
+  return "mini (embedded)" if name == "mini" else name
 
 
 def describe(name: str, group: Mapping[str, Any]) -> str:
@@ -41,7 +58,7 @@ def show(statistic: str, number: float) -> str:
   """Formats a number of a statistic; a gain always has its sign."""
   if statistic == "gain_in_sd":
     return f"{number:+.2f}"
-  if statistic == "gain":
+  if statistic.startswith("gain"):
     return f"{number:+.3f}"
   return f"{number:#.3g}" if statistic.endswith("/var") else f"{number:.3f}"
 
@@ -63,6 +80,27 @@ def describe_table(judge: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     rows.append([LABELS[statistic], *cells])
   return "\n".join(align_columns(rows))
+
+
+def describe_evaluation(
+  judges: Mapping[str, Mapping[str, Mapping[str, Any]]],
+  witnesses: Mapping[str, Any],
+  drift: Mapping[str, Any],
+) -> str:
+  """Formats all tables of an evaluation, with the verdict and the warning of each judge.
+
+  Args:
+    judges: result of `winrate.summarise`.
+    witnesses: result of `witnesses.compare`.
+    drift: result of `drift.drift`.
+  """
+  parts = []
+  for judge, groups in judges.items():
+    lines = [describe_table(judge, groups), f"{judge}: {verdict(groups['all'])}"]
+    if warning := best_of_warning(groups):
+      lines.append(f"warning: {warning}")
+    parts.append("\n".join(lines))
+  return "\n\n".join([*parts, describe_witnesses(witnesses), describe_drift(drift)])
 
 
 def describe_drift(table: Mapping[str, Any]) -> str:

@@ -19,6 +19,8 @@ interval over prompts. Prompts with a score that is not finite are left out and 
                      no measure of quality: a policy that improves every sample by next to nothing
                      has 1.
   gain               the policy's reward minus the baseline's
+  gain_best/sN       the expected reward of the policy's best of N samples minus that of the
+                     baseline's best of N; it falls with the policy's diversity
   gain_in_sd         the gain divided by the baseline's standard deviation within a prompt, the root
                      of the mean of baseline/reward/var over the prompts; left out if that is 0
   reward/mean        the policy's reward; baseline/reward/mean: the baseline's
@@ -92,6 +94,14 @@ def win_rate(
   return 1 - not_won.sum(1) / (comb(samples, rivals) * comb(samples - rivals, best_of))
 
 
+def best_reward(scores: np.ndarray, best_of: int) -> np.ndarray:
+  """Computes the mean [N] of the best score over all choices of `best_of` of S samples [N, S]."""
+  samples = scores.shape[1]
+  # The k-th smallest score, counted from 0, is the best of comb(k, best_of - 1) choices.
+  ways = comb(np.arange(samples), best_of - 1)
+  return np.sort(scores, axis=1) @ (ways / comb(samples, best_of))
+
+
 def per_prompt(scores: Scores) -> dict[str, np.ndarray]:
   """Computes every statistic [N] for each prompt, except gain_in_sd."""
   policy, baseline = (np.asarray(side, np.float64) for side in scores)
@@ -104,6 +114,10 @@ def per_prompt(scores: Scores) -> dict[str, np.ndarray]:
       values[f"winrate_each/s{best_of}"] = win_rate(policy, baseline, best_of, best_of)
   values["winrate_paired/s1"] = wins(policy, baseline).mean(1)
   values["gain"] = (policy - baseline).mean(1)
+  for best_of in BEST_OF:
+    if 1 < best_of <= samples:
+      best = (best_reward(side, best_of) for side in (policy, baseline))
+      values[f"gain_best/s{best_of}"] = np.subtract(*best)
   for prefix, side in (("", policy), ("baseline/", baseline)):
     values[f"{prefix}reward/mean"] = side.mean(1)
     if samples > 1:
@@ -205,3 +219,29 @@ def verdict(group: Mapping[str, Any]) -> str:
   if (gain if side == "policy" else -gain) >= visible:
     return f"The {side} is preferred."
   return f"The {side} wins more often, but its gain is too small to be seen."
+
+
+def best_of_warning(groups: Mapping[str, Mapping[str, Any]]) -> str:
+  """Returns a sentence if the policy's best of N is worse than the baseline's, else "".
+
+  N is the largest of BEST_OF that there are samples for. Worse means that the interval of
+  gain_best/sN is below 0, for all prompts or for a kind.
+
+  Args:
+    groups: `summarise(...)[judge]`.
+  """
+  numbers = [n for n in BEST_OF if f"gain_best/s{n}" in groups["all"]]
+  if not numbers:
+    return ""
+  statistic = f"gain_best/s{numbers[-1]}"
+  worse = [
+    f"{name}: {group[statistic]['value']:+.3f}"
+    for name, group in groups.items()
+    if group.get(statistic, {"high": 0.0})["high"] < 0
+  ]
+  if not worse:
+    return ""
+  return (
+    f"The policy's best of {numbers[-1]} samples scores below the baseline's best of {numbers[-1]} "
+    f"({', '.join(worse)}): the baseline is better where the best of several samples is kept."
+  )

@@ -19,13 +19,24 @@ from prefpaint_jax.runtime.files import parse_json, write_text
 from prefpaint_jax.runtime.finite import check_metrics
 from prefpaint_jax.runtime.ranges import check
 from prefpaint_jax.runtime.tensorboard import EventFile
+from prefpaint_jax.runtime.workdir import CONFIG, flatten, read_workdir
 
 # Metrics of an update that are finite as long as the run is.
 FINITE = ("ppo/policy_loss", "ppo/kl_to_base", "ppo/grad_norm")
+# Metrics that TensorBoard shows beside the hyperparameters, for those runs that write them.
+RESULTS = (
+  "reward/mean",
+  "held_out/reward",
+  "held_out/reward_winrate",
+  "held_out/reward_gain_in_sd",
+  "validation/pair_accuracy",
+)
 
 
 class MetricsWriter:
   """Writes `workdir/metrics.jsonl`, one object per iteration, and `workdir/tensorboard`.
+
+  The events begin with the fields of `workdir/config.json`, if there is one, as hyperparameters.
 
   Each method passes its data to the operating system before it returns, so a killed process loses
   none. On a full disk the method raises OSError.
@@ -92,6 +103,8 @@ class MetricsWriter:
       self._workdir.mkdir(parents=True, exist_ok=True)
       self._lines = (self._workdir / "metrics.jsonl").open("a")
       self._events = EventFile(self._workdir / "tensorboard", self._purge_step)
+      if (self._workdir / CONFIG).is_file():
+        self._events.hyperparameters(flatten(read_workdir(self._workdir).to_dict()), RESULTS)
 
 
 class LogLines:
@@ -158,16 +171,24 @@ class IterationLog:
   runs programs synchronously; `synchronous` is then true, and the caller may flush at once.
   """
 
-  def __init__(self, writer: MetricsWriter, total: int, start: int, images_per_iteration: int):
+  def __init__(
+    self,
+    writer: MetricsWriter,
+    total: int,
+    start: int,
+    images_per_iteration: int,
+    learning_rate: Callable[[int], float],
+  ):
     """Starts the clock and the progress bar.
 
     Args:
       writer: takes the lines.
       total: number of iterations of the run.
       start: number of iterations that an earlier start has done.
-      images_per_iteration: number of samples per iteration, for `images_per_s`.
+      images_per_iteration: number of samples per iteration, for `time/images_per_s`.
+      learning_rate: computes the rate of an iteration, for `ppo/learning_rate`.
     """
-    self._writer, self._images = writer, images_per_iteration
+    self._writer, self._images, self._learning_rate = writer, images_per_iteration, learning_rate
     self._bar = progress(total, start, visible=writer.is_writer)
     self._pending: tuple[int, dict[str, float], list[Any], float] | None = None
     self.restart_clock()
@@ -216,15 +237,16 @@ class IterationLog:
     updates = jax.device_get(update_metrics)
     self._updated_at = time.perf_counter()
     line |= {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
+    line["ppo/learning_rate"] = self._learning_rate(iteration)
     line["time/update_s"] = self._updated_at - scored_at
     line["time/iteration_s"] = line["time/rollout_s"] + line["time/update_s"]
-    line["images_per_s"] = self._images / line["time/iteration_s"]
+    line["time/images_per_s"] = self._images / line["time/iteration_s"]
     if all(math.isfinite(line.get(name, 0.0)) for name in FINITE):
       line |= more()
     self._writer.write(iteration, line)
     check_metrics(iteration, line, FINITE)
     self._bar.set_postfix_str(
-      f"reward {line['reward/mean']:+.3f}, {line['images_per_s']:.1f} images/s", refresh=False
+      f"reward {line['reward/mean']:+.3f}, {line['time/images_per_s']:.1f} images/s", refresh=False
     )
     self._bar.update()
     return line

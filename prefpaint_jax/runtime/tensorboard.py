@@ -3,9 +3,10 @@
 
 import contextlib
 import functools
+import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +71,15 @@ class EventFile:
       self._protocol.summary.scalar(name, number).value[0] for name, number in numbers.items()
     ]
     self._add(self._protocol.Event(step=step, summary=self._protocol.Summary(value=values)))
+
+  def hyperparameters(self, fields: Mapping[str, Any], metrics: Sequence[str]) -> None:
+    """Writes the fields of a config by dotted name; TensorBoard shows them beside `metrics`."""
+    shown = {
+      name: value if isinstance(value, str | bool | int | float) else json.dumps(value)
+      for name, value in fields.items()
+    }
+    for summary in self._protocol.summary.hparams(shown, dict.fromkeys(metrics)):
+      self._add(self._protocol.Event(summary=summary))
 
   def image(self, step: int, name: str, image: np.ndarray) -> None:
     """Writes a uint8 image [H, W, 3]."""

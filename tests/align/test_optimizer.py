@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
-from prefpaint_jax.align.optimizer import make_optimizer, stochastic_round
+from prefpaint_jax.align.optimizer import make_optimizer, rate_of_iteration, stochastic_round
 
 PARAMS = {"kernel": jnp.linspace(-1.0, 1.0, 64).reshape(8, 8), "bias": jnp.ones(8)}
 
@@ -32,6 +33,26 @@ def noisy(index):
     name: 0.1 + jax.random.normal(key, PARAMS[name].shape)
     for name, key in zip(PARAMS, keys, strict=True)
   }
+
+
+@pytest.mark.parametrize("warmup", [0, 5])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_reported_learning_rate_is_the_step_of_the_last_update(warmup, accumulation):
+  config = ConfigDict(
+    {
+      "learning_rate": 0.5,
+      "warmup_updates": warmup,
+      "updates_per_iteration": 2,
+      "gradient_accumulation": accumulation,
+    }
+  )
+  optimizer = make_optimizer("sgd", 0.5, warmup_updates=warmup)
+  state, step = optimizer.init(jnp.zeros(())), jnp.zeros(())
+  for iteration in range(1, 8):
+    if iteration % accumulation == 0:
+      for _ in range(config.updates_per_iteration):
+        step, state = optimizer.update(jnp.ones(()), state)
+    assert rate_of_iteration(config, iteration) == pytest.approx(-float(step), rel=1e-6)
 
 
 def test_sgd_steps_by_the_learning_rate_times_the_gradient():

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from prefpaint_jax.data.masks import OUTPAINTING, WARPING
-from prefpaint_jax.evaluation import drift, histogram, report, tables, winrate, witnesses
+from prefpaint_jax.evaluation import drift, gallery, histogram, report, tables, winrate, witnesses
 from prefpaint_jax.evaluation.winrate import Scores
 
 VOID = {"meta", "img"}
@@ -45,9 +45,9 @@ class Page(HTMLParser):
     return [attributes for name, attributes in self.elements if name == tag]
 
 
-def example(size=(8, 8), seed=0, name="prompt 7, warping"):
-  images = np.random.default_rng(seed).random((3, *size, 3)).astype(np.float32)
-  return report.Example(name, *images, {"learned": (1.25, -0.5)})
+def example(size=(8, 8), seed=0, name="prompt 7, warping", known=True):
+  *images, original = np.random.default_rng(seed).random((4, *size, 3)).astype(np.float32)
+  return gallery.Example(name, *images, {"learned": (1.25, -0.5)}, original if known else None)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,10 @@ def evaluation():
       },
     },
     "drift": drift.drift(measures["policy"], measures["baseline"], {"seam": np.full(30, 0.125)}),
-    "gallery": {"Largest <gains>": [example()], "Near the median": [example(seed=1)] * 2},
+    "gallery": {
+      "Largest <gains>": [example()],
+      "Near the median": [example(seed=1, known=False)] * 2,
+    },
   }
 
 
@@ -108,7 +111,7 @@ def test_page_has_every_value_of_the_tables(page, evaluation):
   texts = {text.strip() for text in page.texts}
   shown = lambda statistic, number: tables.show(statistic, number).replace("-", "−")
   for judge, groups in evaluation["summary"].items():
-    assert judge in texts
+    assert f"Judge: {judge}" in texts
     for kind, group in groups.items():
       assert kind in texts and str(group["prompts"]) in texts
       for statistic, found in group.items():
@@ -147,13 +150,33 @@ def test_texts_are_escaped(page):
   assert not page.having("script")
 
 
-def test_gallery_shows_prompt_baseline_and_policy_with_their_scores(page, evaluation):
+def test_title_and_headings_name_the_policies_and_the_judges_apart(page, evaluation):
+  heads = "".join(page.texts)
+  assert heads.count(evaluation["title"]) == 2  # of the page and above it
+  assert sum(text.startswith("Judge: ") for text in page.texts) == 2 * len(evaluation["summary"])
+
+
+def test_scales_are_labelled_from_zero_over_one_half_to_one(page):
+  start = page.texts.index("0")
+  ticks = ["0", "baseline always wins", "½", "1", "policy always wins"]
+  assert page.texts[start : start + 5] == ticks and page.texts.count("½") == 3
+
+
+def test_card_warns_where_the_best_of_ten_is_worse(page, evaluation):
+  warnings = [winrate.best_of_warning(groups) for groups in evaluation["summary"].values()]
+  assert [bool(warning) for warning in warnings] == [False, True, False]
+  assert tables.typeset(warnings[1]) in page.texts
+  assert [a.get("class") for a in page.having("p")].count("warning") == 1
+
+
+def test_gallery_shows_the_true_image_beside_the_samples_where_it_is_known(page, evaluation):
   images = page.having("img")
-  assert len(images) == 9 and all(image["class"] == "small" for image in images)
-  assert [image["alt"].split(": ")[1] for image in images[:3]] == ["prompt", "baseline", "policy"]
-  shown = [pixels(image) / 255 for image in images[:3]]
-  for image, given in zip(shown, evaluation["gallery"]["Largest <gains>"][0][1:4], strict=True):
-    np.testing.assert_allclose(image, given, atol=0.51 / 255)
+  assert len(images) == 4 + 3 + 3 and all(image["class"] == "small" for image in images)
+  parts = [image["alt"].split(": ")[1] for image in images]
+  assert parts == ["prompt", "baseline", "policy", "true image"] + 2 * parts[:3]
+  name, prompt, baseline, policy, _, original = evaluation["gallery"]["Largest <gains>"][0]
+  for image, given in zip(images[:4], (prompt, baseline, policy, original), strict=True):
+    np.testing.assert_allclose(pixels(image) / 255, given, atol=0.51 / 255)
   assert page.texts.count("−0.500") == page.texts.count("1.250") == 3
 
 
@@ -165,12 +188,12 @@ def pixels(attributes):
 
 
 def test_large_images_are_reduced_and_the_page_stays_small(evaluation, tmp_path):
-  examples = [example((512, 768), seed) for seed in range(18)]  # noise compresses worst
+  examples = [example((512, 768), seed) for seed in range(6)]  # noise compresses worst
   arguments = evaluation | {"gallery": {"all": examples}}
   report.write_report(tmp_path / "report.html", **arguments)
-  assert (tmp_path / "report.html").stat().st_size < 10_000_000
+  assert (tmp_path / "report.html").stat().st_size < 10_000_000 / 3  # a report has 18 examples
   images = Page((tmp_path / "report.html").read_text(encoding="utf-8")).having("img")
-  assert len(images) == 54
+  assert len(images) == 24
   for image in images[:3]:
     assert pixels(image).shape == (213, 320, 3) and "class" not in image
 
@@ -222,9 +245,9 @@ def test_histogram_draws_the_share_of_each_bin():
 def test_chosen_prompts_are_the_largest_median_and_smallest_gains_each_once(number):
   gains = np.random.default_rng(number).standard_normal(number + 2)
   gains[[0, -1]] = np.nan, -np.inf
-  sections = report.choose(gains, each=6)
+  sections = gallery.choose(gains, each=6)
   chosen = np.concatenate([*sections.values(), np.zeros(0, int)]).astype(int)
-  assert report.choose(gains, each=0) == {}
+  assert gallery.choose(gains, each=0) == {}
   assert len(set(chosen)) == len(chosen) == min(number, 3 * min(6, max(1, number // 3)))
   assert np.isfinite(gains[chosen]).all() and (np.diff(gains[chosen]) <= 0).all()
   if number >= 3:
@@ -235,24 +258,58 @@ def test_chosen_prompts_are_the_largest_median_and_smallest_gains_each_once(numb
     assert abs((below + above) / 2 - (number - 1) / 2) <= 0.5
 
 
-def test_gallery_is_sorted_by_the_first_judge_and_matches_images_with_scores():
+@pytest.fixture(scope="module")
+def examples():
+  """Returns examples of 40 prompts, their scores by two judges, and their images."""
   rng = np.random.default_rng(0)
   scores = {name: Scores(*rng.standard_normal((2, 40, 3))) for name in ("learned", "true")}
-  prompts, baseline, policy = rng.integers(0, 256, (3, 40, 4, 4, 3), dtype=np.uint8)
+  prompts, baseline, policy, originals = images = rng.integers(0, 256, (4, 40, 4, 4, 3), np.uint8)
   names = [f"prompt {i}" for i in range(40)]
-  sections = report.make_gallery(names, prompts, baseline, policy, scores, each=2)
+  made = gallery.make_examples(names, prompts, baseline, policy, scores, [*originals])
+  return made, scores, images
+
+
+def test_gallery_is_sorted_by_the_first_judge_and_matches_images_with_scores(examples):
+  made, scores, images = examples
   gains = scores["learned"].policy[:, 0] - scores["learned"].baseline[:, 0]
   order = np.argsort(-gains)
+  sections = gallery.make_gallery(made, each=2)
   shown = [example for examples in sections.values() for example in examples]
   for one, index in zip(shown, order[[0, 1, 19, 20, 38, 39]], strict=True):
     assert one.name == f"prompt {index}"
-    for given, image in zip((prompts, baseline, policy), one[1:4], strict=True):
+    parts = one.prompt, one.baseline, one.policy, one.original
+    for given, image in zip(images, parts, strict=True):
       np.testing.assert_array_equal(image, given[index])
     expected = {judge: (s.policy[index, 0], s.baseline[index, 0]) for judge, s in scores.items()}
     assert one.scores == expected
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_drawn_examples_are_at_evenly_spaced_ranks_of_the_gain(examples, known):
+  made, scores, images = examples
+  made = [one if known else one._replace(original=None) for one in made]
+  grid = gallery.draw_examples(made, "A", "B", number=4)
+  gains = scores["learned"].policy[:, 0] - scores["learned"].baseline[:, 0]
+  indices = np.argsort(-gains)[[5, 15, 25, 35]]
+  tops = []
+  for part in images[: 4 if known else 3]:
+    row = np.stack([part[i] for i in indices]).repeat(64, axis=1).repeat(64, axis=2)
+    for column, tile in enumerate(row):
+      left = column * 274 + 9
+      strip = grid[:, left : left + 256]
+      starts = np.flatnonzero((strip == tile[0]).all((1, 2)))
+      tops.append([y for y in starts if np.array_equal(strip[y : y + 256], tile)])
+  assert all(len(found) == 1 for found in tops)
+  tops = np.reshape(tops, (-1, 4))
+  assert (tops == tops[:, :1]).all() and (np.diff(tops[:, 0]) > 256).all()
+  framed = [
+    [grid[y - 4, column * 274 + 9].tolist() != [255] * 3 for column in range(4)] for y in tops[:, 0]
+  ]
+  better = gains[indices] > 0
+  assert framed[:3] == [[False] * 4, (~better).tolist(), better.tolist()]
+
+
 def test_integer_and_float_images_give_the_same_tag():
   levels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-  attributes = [re.findall('src="(.*)"', report._image_tag(x, "")) for x in (levels, levels / 255)]
+  attributes = [re.findall('src="(.*)"', gallery._image_tag(x, "")) for x in (levels, levels / 255)]
   assert attributes[0] == attributes[1]

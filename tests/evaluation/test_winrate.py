@@ -50,6 +50,10 @@ def test_every_statistic_equals_a_loop_over_prompts(samples):
     expected[f"winrate/s{n}"] = brute_force_win_rate(policy, baseline, n)
     if n > 1 and 2 * n <= samples:
       expected[f"winrate_each/s{n}"] = brute_force_win_rate(policy, baseline, n, n)
+  for n in (n for n in (3, 10) if n <= samples):
+    best = lambda row, n=n: np.mean([max(c) for c in itertools.combinations(row, n)])
+    pairs = zip(policy, baseline, strict=True)
+    expected[f"gain_best/s{n}"] = [best(p) - best(b) for p, b in pairs]
   for prefix, side in (("", policy), ("baseline/", baseline)):
     expected[f"{prefix}reward/mean"] = [sum(row) / samples for row in side]
     expected[f"{prefix}reward/var"] = np.diag(np.cov(side))
@@ -153,6 +157,23 @@ def test_gain_in_sd_is_left_out_where_the_baseline_does_not_vary():
 def test_verdict_needs_the_interval_and_a_visible_gain(shift, number, expected):
   policy, baseline = np.random.default_rng(0).standard_normal((2, number, 3))
   assert winrate.verdict(winrate.estimate(Scores(policy + shift, baseline))) == expected
+
+
+def test_warning_names_the_prompts_where_the_best_of_ten_is_worse():
+  rng = np.random.default_rng(0)
+  baseline = rng.standard_normal((60, 11))
+  policy = 0.5 + np.where(np.arange(60)[:, None] < 30, 0.1, 1.0) * rng.standard_normal((60, 11))
+  kinds = np.repeat([OUTPAINTING, WARPING], 30)  # only the first kind's samples hardly vary
+  warn = lambda *sides: winrate.best_of_warning(
+    winrate.summarise({"a": Scores(*sides)}, kinds)["a"]
+  )
+  text = warn(policy, baseline)
+  gains = policy[:30].max(1).mean() - baseline[:30].max(1).mean()
+  assert "best of 10 samples scores below" in text and "outpainting: -0." in text
+  assert gains < -0.5 and "warping" not in text
+  assert not warn(baseline, baseline) and not warn(baseline + 0.1, baseline)
+  assert "best of 3 samples" in warn(policy[:, :4], baseline[:, :4])
+  assert not warn(policy[:, :2], baseline[:, :2])
 
 
 def test_summary_of_a_kind_equals_that_of_its_prompts_alone():

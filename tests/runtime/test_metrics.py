@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
-from prefpaint_jax.data.images import image_grid, save_png
+from prefpaint_jax.data.images import save_png
 from prefpaint_jax.runtime.metrics import MetricsWriter, progress
 
 
@@ -43,18 +44,38 @@ def scalars(events):
 
 def test_write_appends_one_line_at_once_that_begins_with_the_iteration(tmp_path):
   writer = MetricsWriter(tmp_path / "run")
-  writer.write(1, {"reward/mean": jnp.float32(0.5), "count": 3, "images_per_s": np.float64(2)})
+  writer.write(1, {"reward/mean": jnp.float32(0.5), "count": 3, "time/images_per_s": np.float64(2)})
   text = (tmp_path / "run" / "metrics.jsonl").read_text()
-  assert text == '{"iteration": 1, "reward/mean": 0.5, "count": 3, "images_per_s": 2.0}\n'
+  assert text == '{"iteration": 1, "reward/mean": 0.5, "count": 3, "time/images_per_s": 2.0}\n'
   writer.write(2, {"reward/mean": 0.25})
   writer.close()
   assert [line["iteration"] for line in read_lines(tmp_path / "run")] == [1, 2]
   assert scalars(read_events(tmp_path / "run")) == [
     (1, "reward/mean", 0.5),
     (1, "count", 3.0),
-    (1, "images_per_s", 2.0),
+    (1, "time/images_per_s", 2.0),
     (2, "reward/mean", 0.25),
   ]
+
+
+def test_tensorboard_has_the_fields_of_the_config_as_hyperparameters(tmp_path):
+  fields = {"lr": 1e-3, "lora": {"rank": 4}, "on": True, "steps": [0, 2], "name": "a", "none": None}
+  (tmp_path / "config.json").write_text(json.dumps({"command": "train"} | fields))
+  writer = MetricsWriter(tmp_path)
+  writer.write(1, {"reward/mean": 0.5})
+  writer.close()
+  found = {}
+  for event in read_events(tmp_path):
+    for value in event.summary.value:
+      if value.metadata.plugin_data.plugin_name == "hparams":
+        data = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        found |= {
+          name: getattr(x, x.WhichOneof("kind"))
+          for name, x in data.session_start_info.hparams.items()
+        }
+  assert found == {
+    "lr": 1e-3, "lora.rank": 4, "on": True, "steps": "[0, 2]", "name": "a", "none": "null",
+  }  # fmt: skip
 
 
 def test_nan_and_infinities_are_null(tmp_path):
@@ -162,44 +183,6 @@ def test_progress_in_a_log_is_a_line_per_interval_and_one_at_the_end():
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])
 def test_progress_of_other_processes_is_silent(stream):
   assert run_progress(stream(), visible=False) == ""
-
-
-def brute_force_grid(images, columns, scale, padding):
-  count, height, width, _ = images.shape
-  tile = np.array([height, width]) * scale + 2 * padding
-  grid = np.full((-(-count // columns) * tile[0], columns * tile[1], 3), 255, np.uint8)
-  for n in range(count):
-    top, left = tile * divmod(n, columns) + padding
-    for y in range(height * scale):
-      for x in range(width * scale):
-        for channel in range(3):
-          value = min(max(images[n, y // scale, x // scale, channel], 0.0), 1.0)
-          grid[top + y, left + x, channel] = round(255 * float(value))
-  return grid
-
-
-@pytest.mark.parametrize(
-  ("count", "columns", "scale", "padding"), [(5, 3, 2, 1), (4, 2, 1, 0), (1, 4, 3, 2), (3, 1, 1, 2)]
-)
-def test_image_grid_equals_brute_force(count, columns, scale, padding):
-  images = np.random.default_rng(0).uniform(-0.2, 1.2, (count, 4, 3, 3)).astype(np.float32)
-  np.testing.assert_array_equal(
-    image_grid(images, columns, scale, padding), brute_force_grid(images, columns, scale, padding)
-  )
-
-
-def test_labels_are_below_their_images_and_do_not_change_them():
-  images = np.random.default_rng(0).uniform(size=(3, 8, 24, 3))
-  plain = image_grid(images, columns=2, scale=2, padding=1)
-  labelled = image_grid(images, columns=2, scale=2, padding=1, labels=["", "0.25", "a long label"])
-  assert labelled.dtype == np.uint8 and labelled.shape[1] == plain.shape[1]
-  rows = lambda grid: np.split(grid, 2)
-  for with_text, without in zip(rows(labelled), rows(plain), strict=True):
-    np.testing.assert_array_equal(with_text[:17], without[:17])
-  first, second = np.split(rows(labelled)[0][17:], 2, axis=1)
-  assert (first == 255).all() and (second < 128).any()
-  with pytest.raises(ValueError, match="1 labels for 3 images"):
-    image_grid(images, columns=2, labels=["one"])
 
 
 def test_saved_png_holds_pixels_and_text(tmp_path):
