@@ -159,7 +159,7 @@ def _settings(calls: int = 1) -> Iterator[dict[str, Any]]:
       "eta": _ETA.value,
       "text": _TEXT.value,
       "guidance_scale": _GUIDANCE.value,
-      "report": None if bar.disable else lambda: bar.update() and None,
+      "report": None if bar.disable else bar.update,
     }
 
 

@@ -57,7 +57,7 @@ def run(main: Callable[[], None], several_processes: bool = False) -> None:
       if "jax" in sys.modules:  # a command that does not import JAX compiles nothing
         from prefpaint_jax.runtime import checkpoint, compilation
 
-        enable_compilation_cache()
+        compilation.enable_cache()
         compilation.keep_memory()
         checkpoint.silence_orbax()
       if several_processes:
@@ -239,17 +239,3 @@ def _disk_errors_name(workdir: Path) -> Iterator[None]:
       f"{workdir}: {error.strerror}; make room and run the same command to resume from the latest "
       "checkpoint"
     ) from error
-
-
-def enable_compilation_cache() -> None:
-  """Enables JAX's persistent compilation cache, in the user's cache folder.
-
-  JAX caches programs that take a second or more to compile. JAX_COMPILATION_CACHE_DIR chooses
-  another folder; an empty value disables the cache.
-  """
-  # Imported here, because commands that compile nothing do not need JAX.
-  import jax
-
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not jax.config.jax_compilation_cache_dir:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(home / "prefpaint_jax"))
