@@ -1,4 +1,4 @@
-"""Scores collected candidates with simulated annotators, to test the pipeline without people.
+"""Scores collected candidates with simulated annotators, a test without people.
 
   python -m prefpaint_jax.annotate --candidates=runs/candidates
 

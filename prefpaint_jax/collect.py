@@ -1,6 +1,6 @@
 """Samples candidate inpaintings for people to score.
 
-  python -m prefpaint_jax.collect --config=configs/collect.py --workdir=runs/candidates \
+  python -m prefpaint_jax.collect --config=configs/collect.py --workdir=runs/candidates \\
     --config.pictures=FOLDER
 
 Draws prompts from images and samples candidates for each with one or several policies. Writes the

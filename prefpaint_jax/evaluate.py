@@ -1,6 +1,6 @@
 """Compares a policy with a baseline on held-out prompts.
 
-  python -m prefpaint_jax.evaluate --config=configs/eval.py:mini --workdir=runs/eval \
+  python -m prefpaint_jax.evaluate --config=configs/eval.py:mini --workdir=runs/eval \\
     --config.policy=runs/mini
 
 Policy and baseline draw S samples of every prompt from the same seeds, and every judge scores them.

@@ -2,7 +2,7 @@
 
   python -m prefpaint_jax.inpaint --model=MODEL --image=I --mask=M --output=O.png
   python -m prefpaint_jax.inpaint --model=MODEL --image=I --extend=left=256,right=256 --output=O.png
-  python -m prefpaint_jax.inpaint --model=MODEL --image=I --depth=D.npy --move=0.3,0,0 \
+  python -m prefpaint_jax.inpaint --model=MODEL --image=I --depth=D.npy --move=0.3,0,0 \\
     --turn=-5,0 --views=8 --output=O.gif
 
 The mask is white where the image is missing. With --num_samples=N the samples are written to

@@ -1,6 +1,6 @@
-"""Denoising training of an inpainting model, to adapt a base policy or to make a small one.
+"""Trains an inpainting model to denoise, to adapt a base policy or to make a small one.
 
-  python -m prefpaint_jax.pretrain --config=configs/pretrain.py --workdir=runs/adapt \
+  python -m prefpaint_jax.pretrain --config=configs/pretrain.py --workdir=runs/adapt \\
     --config.pictures=FOLDER
 
 Trains the VAE if `vae.iterations` is not 0, then the UNet, on crops of the images in FOLDER with

@@ -1,6 +1,6 @@
 """Trains a reward model on preferences and bounds its error.
 
-  python -m prefpaint_jax.train_reward --config=configs/reward.py --workdir=runs/reward \
+  python -m prefpaint_jax.train_reward --config=configs/reward.py --workdir=runs/reward \\
     --config.preferences=DIR
 
 1. Trains the network on human scores, and keeps the parameters with the highest pair accuracy on

@@ -1,4 +1,4 @@
-"""Preferences: prompts with candidates and their human scores. Builds, opens and batches them.
+"""Builds a dataset of preferences: prompts with candidates and their human scores.
 
   python -m prefpaint_jax.data.preferences --config=configs/preferences.py --workdir=DIR \\
       --config.source=FOLDER
