@@ -39,7 +39,7 @@ def get_config(preset: str = "") -> ConfigDict:
   # Reward: the trust weight exp(b - k norm) of each sample, and advantages.
   config.trust = ConfigDict()
   config.trust.norm = "mahalanobis"  # mahalanobis (paper), released, constant or none
-  # The paper has 0.05 for a norm that is ten times larger. With the released V, 0.5 gives the
+  # The paper has 0.05 for a norm that is ten times larger. With the released V, 0.5 gives about the
   # weights of the released code; 0.05 gives all samples the same weight within 1 to 2 %.
   config.trust.k = 0.5
   config.trust.b = 0.7

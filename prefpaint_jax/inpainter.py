@@ -85,7 +85,7 @@ class Inpainter:
     configs = {part: weights.read_config(path / part) for part in NETWORKS}
     configs["scheduler"] = weights.read_config(path / "scheduler", "scheduler_config.json")
     modules = make_modules(configs, dtype, remat, str(name), mask_latents)
-    shapes = jax.eval_shape(modules.init, jax.random.key(0))
+    shapes = modules.shapes()
     params = {part: weights.load_params(path / part, shapes[part], variant) for part in NETWORKS}
     found = sorted((path / "tokenizer").glob("*"))
     tokenizer_files = {file.name: file.read_bytes() for file in found if file.is_file()}

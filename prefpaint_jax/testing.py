@@ -10,7 +10,6 @@ detects an unused parameter.
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -51,7 +50,7 @@ def tiny_inpainter(
   """
   configs = tiny_configs(generation)
   modules = make_modules(configs, dtype, remat)
-  shapes = jax.eval_shape(modules.init, jax.random.key(0))
+  shapes = modules.shapes()
   return Inpainter(modules, random_params(shapes, seed), configs, byte_tokenizer())
 
 
@@ -99,7 +98,7 @@ def write_full_size_world(folder: str | Path) -> dict[str, str]:
   """Writes a world like `write_tiny_world`, with models of the released sizes."""
   configs = full_size_configs()
   modules = make_modules(configs)
-  shapes = jax.eval_shape(modules.init, jax.random.key(0))
+  shapes = modules.shapes()
   policy = Inpainter(modules, random_params(shapes), configs, byte_tokenizer())
   config = RewardConfig()
   features = np.random.default_rng(0).normal(size=(1000, config.feature_dim))

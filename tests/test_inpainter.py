@@ -61,7 +61,12 @@ def both(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-  ("text", "guidance_scale"), [("", 7.5), ("a red Tree!", 1.0), ("a red Tree!", 7.5)]
+  ("text", "guidance_scale"),
+  [
+    pytest.param("", 7.5, marks=pytest.mark.slow),
+    pytest.param("a red Tree!", 1.0, marks=pytest.mark.slow),
+    ("a red Tree!", 7.5),
+  ],
 )
 def test_pipeline_equals_stock_diffusers(both, prompt, text, guidance_scale):
   import torch

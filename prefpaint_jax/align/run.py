@@ -108,7 +108,7 @@ def outline(config: ConfigDict, mesh: Mesh) -> tuple[Run, Modules, str]:
   configs, source = read_architecture(config.policy)
   modules = make_modules(configs, config.dtype, config.remat, where=config.policy)
   network = RewardNetwork(read_reward(config.reward), jnp.dtype(config.dtype))
-  shapes = jax.eval_shape(modules.init, jax.random.key(0))
+  shapes = modules.shapes()
   array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   D, L = network.config.feature_dim, modules.text_encoder.config.max_position_embeddings
   needs_bound = settings_from(config).trust.needs_bound

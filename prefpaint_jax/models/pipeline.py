@@ -2,6 +2,7 @@
 # Shapes: B prompts, H W pixels, h w latents, c latent channels, L text tokens, D text width.
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -186,20 +187,37 @@ class Modules:
     return jnp.clip(0.5 * decoded + 0.5, 0.0, 1.0)
 
   def init(self, key: Key[Array, ""]) -> dict[str, Params]:
-    """Initialises the parameters of all networks; under `jax.eval_shape` returns their shapes."""
-    unet, vae, text = self.unet.config, self.vae.config, self.text_encoder.config
-    keys = jax.random.split(key, 3)
-    # Parameter shapes do not depend on the input size; this one halves at every level.
-    side = 2 ** len(unet.block_out_channels)
-    sample = jnp.zeros((1, side, side, unet.in_channels))
-    context = jnp.zeros((1, 1, unet.cross_attention_dim))
-    image = jnp.zeros((1, 2 * vae.factor, 2 * vae.factor, 3))
-    tokens = jnp.zeros((1, text.max_position_embeddings), jnp.int32)
-    return {
-      "unet": self.unet.init(keys[0], sample, jnp.zeros((1,)), context)["params"],
-      "vae": self.vae.init(keys[1], image)["params"],
-      "text_encoder": self.text_encoder.init(keys[2], tokens)["params"],
-    }
+    """Initialises the parameters of all networks."""
+    return _init(self.unet, self.vae, self.text_encoder, key)
+
+  def shapes(self) -> dict[str, Params]:
+    """Returns the parameters of all networks as trees of `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(lambda leaf: leaf, _shapes(self.unet, self.vae, self.text_encoder))
+
+
+def _init(
+  unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel, key: Key[Array, ""]
+) -> dict[str, Params]:
+  keys = jax.random.split(key, 3)
+  # Parameter shapes do not depend on the input size; this one halves at every level.
+  side = 2 ** len(unet.config.block_out_channels)
+  sample = jnp.zeros((1, side, side, unet.config.in_channels))
+  context = jnp.zeros((1, 1, unet.config.cross_attention_dim))
+  image = jnp.zeros((1, 2 * vae.config.factor, 2 * vae.config.factor, 3))
+  tokens = jnp.zeros((1, text_encoder.config.max_position_embeddings), jnp.int32)
+  return {
+    "unet": unet.init(keys[0], sample, jnp.zeros((1,)), context)["params"],
+    "vae": vae.init(keys[1], image)["params"],
+    "text_encoder": text_encoder.init(keys[2], tokens)["params"],
+  }
+
+
+# Tracing the networks takes a second or more, so it is done once for each architecture.
+@functools.lru_cache(8)
+def _shapes(
+  unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel
+) -> dict[str, Params]:
+  return jax.eval_shape(functools.partial(_init, unet, vae, text_encoder), jax.random.key(0))
 
 
 def list_texts(text: Any, number: int) -> list[str]:

@@ -6,6 +6,7 @@ embeds both as channels of one image.
 # Shapes: B samples, S samples per masked image, H W pixels, P projection width of CLIP,
 # T tokens (1 or 2), D features.
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -165,6 +166,12 @@ def apply(
 
 def network_shapes(config: RewardConfig) -> Params:
   """Returns the parameters of a reward network as a tree of `jax.ShapeDtypeStruct`."""
+  return jax.tree.map(lambda leaf: leaf, _shapes(config))
+
+
+# Tracing the network takes a second or more, so it is done once for each architecture.
+@functools.lru_cache(8)
+def _shapes(config: RewardConfig) -> Params:
   size = config.vision.image_size
   pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   return jax.eval_shape(RewardNetwork(config).init, jax.random.key(0), pixels, pixels)["params"]

@@ -95,7 +95,6 @@ def make_config(size: str, dtype: str = "", folder: Path | None = None) -> Confi
 
 def _models(size: str):
   """Returns (Inpainter, RewardModel) in float32: the embedded models, or random ones of a size."""
-  import jax
 
   from prefpaint_jax import testing
   from prefpaint_jax.inpainter import Inpainter
@@ -116,7 +115,7 @@ def _models(size: str):
     configs["unet"] |= {"sample_size": 32, "block_out_channels": [96, 192, 384, 384]}
     configs["vae"] |= {"sample_size": 256, "block_out_channels": [64, 128, 256, 256]}
   modules = make_modules(configs)
-  shapes = jax.eval_shape(modules.init, jax.random.key(0))
+  shapes = modules.shapes()
   policy = Inpainter(modules, random_params(shapes), configs, byte_tokenizer())
   config = RewardConfig()
   features = np.random.default_rng(0).normal(size=(1000, config.feature_dim))

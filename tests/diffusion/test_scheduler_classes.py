@@ -10,6 +10,9 @@ import pytest
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.diffusion.schedule import CLASSES, READ, TABLE, Schedule, class_defaults
 
+# Some of its classes call NumPy on torch tensors, which NumPy 2 will refuse one day.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FIELDS = {field.name for field in dataclasses.fields(Schedule)}
 
