@@ -33,7 +33,7 @@ from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.files import write_text
 from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.metrics import progress
-from prefpaint_jax.runtime.runs import pin_steps
+from prefpaint_jax.runtime.runs import PINNED, pin_steps
 from prefpaint_jax.runtime.signals import stop_requests
 from prefpaint_jax.runtime.workdir import open_workdir
 
@@ -169,7 +169,7 @@ def _collect(config: ConfigDict, workdir: Path, drawn: Mapping[str, DrawnPrompts
   if not finished:
     (workdir / "checkpoints.json").unlink(missing_ok=True)
   mesh = sharding.make_mesh(devices=jax.local_devices())
-  steps = pin_steps(workdir / "checkpoints.json", {name: (name, None) for name in config.policies})
+  steps = pin_steps(workdir / PINNED, {name: (name, None) for name in config.policies})
   policies = [
     (name, inpainter.open_policy(name, config.dtype, steps[name]).place(mesh))
     for name in config.policies

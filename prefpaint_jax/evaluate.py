@@ -38,7 +38,7 @@ from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.files import atomic_path, write_json
 from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.metrics import progress
-from prefpaint_jax.runtime.runs import pin_steps
+from prefpaint_jax.runtime.runs import PINNED, pin_steps
 from prefpaint_jax.runtime.signals import stop_requests
 from prefpaint_jax.runtime.workdir import open_workdir
 
@@ -176,7 +176,7 @@ def run_batches(config: ConfigDict, workdir: Path) -> tuple[dict[str, np.ndarray
   asked = {side: (config[side], config[f"{side}_step"]) for side in SIDES}
   if process == 0 and not any(folder.glob("*.npz")):
     (workdir / "checkpoints.json").unlink(missing_ok=True)
-  steps = pin_steps(workdir / "checkpoints.json", asked)
+  steps = pin_steps(workdir / PINNED, asked)
   policies = {
     side: inpainter.open_policy(config[side], config.dtype, steps[side]).place(mesh)
     for side in SIDES

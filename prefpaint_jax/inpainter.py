@@ -4,6 +4,7 @@
 """
 # Shapes: B images, S samples of each, H W pixels, h w latents, L text tokens, D text width.
 
+import dataclasses
 import functools
 import os
 import shutil
@@ -28,7 +29,7 @@ from prefpaint_jax.runtime.compilation import enable_cache
 from prefpaint_jax.runtime.config_check import check_values
 from prefpaint_jax.runtime.config_fields import SAMPLING
 from prefpaint_jax.runtime.memory import check_memory
-from prefpaint_jax.runtime.runs import open_run
+from prefpaint_jax.runtime.runs import open_run, pinned_step
 from prefpaint_jax.runtime.text import first_line
 from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights.names import Params
@@ -250,7 +251,9 @@ class Inpainter:
     return latents
 
 
-def open_policy(name: str, dtype: str = "float32", step: int | str | None = None) -> "Inpainter":
+def open_policy(
+  name: str, dtype: str = "float32", step: int | str | None = None, remat: bool = False
+) -> "Inpainter":
   """Loads the policy of an alignment run, or a pipeline as `Inpainter.from_pretrained` does.
 
   From a run it takes the moving average of the parameters, if the run has one, merges LoRA adapters
@@ -261,14 +264,15 @@ def open_policy(name: str, dtype: str = "float32", step: int | str | None = None
     dtype: compute dtype of the networks.
     step: iteration of the run's checkpoint, or "best" for the one that `keep_best` keeps; default:
       the latest.
+    remat: rematerialise the UNet's blocks in the backward pass.
   """
   run = open_run(name)
   if run is None:
-    return Inpainter.from_pretrained(name, dtype)
+    return Inpainter.from_pretrained(name, dtype, remat)
   config, checkpoints = run
-  inpainter = Inpainter.from_pretrained(
-    config.policy, dtype, mask_latents=config.get("mask_latents", "corner")
-  )
+  inpainter = open_policy(config.policy, dtype, pinned_step(name), remat)
+  mask_latents = config.get("mask_latents", "corner")
+  inpainter.modules = dataclasses.replace(inpainter.modules, mask_latents=mask_latents)
   kept = "ema" if config.ema_decay else "params"
   trained = checkpoints.load(kept, step)
   if config.get("lora", {}).get("rank", 0):

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from prefpaint_jax.data.drawn_prompts import DrawnPrompts
 from prefpaint_jax.diffusion import ddim
-from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.inpainter import Inpainter, open_policy
 from prefpaint_jax.models.pipeline import Modules, make_modules
 from prefpaint_jax.models.tokenizer import byte_tokenizer
 from prefpaint_jax.models.vae import AutoencoderKL
@@ -187,7 +187,7 @@ def pretrain(config: ConfigDict, workdir: Path) -> None:
 def _pretrain(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> None:
   """Trains in a workdir that this process holds, until the end or a request to stop."""
   if config.policy:
-    inpainter = Inpainter.from_pretrained(config.policy, config.dtype, config.remat)
+    inpainter = open_policy(config.policy, config.dtype, remat=config.remat)
   else:
     inpainter = new_inpainter(config)
   modules, params = inpainter.modules, inpainter.params

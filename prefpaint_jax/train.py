@@ -38,7 +38,7 @@ from prefpaint_jax.data.images import save_png
 from prefpaint_jax.data.prompts import final_split, open_prompts, prompt_loader
 from prefpaint_jax.evaluation import winrate
 from prefpaint_jax.evaluation.tables import describe
-from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.inpainter import open_policy
 from prefpaint_jax.preference.bound import check_condition
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli, sharding
@@ -46,6 +46,7 @@ from prefpaint_jax.runtime.checkpoint import Checkpoints
 from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.finite import check_state
 from prefpaint_jax.runtime.metrics import IterationLog, MetricsWriter
+from prefpaint_jax.runtime.runs import PINNED, open_run, pin_steps
 from prefpaint_jax.runtime.signals import agreed_stop_requests
 from prefpaint_jax.runtime.workdir import open_workdir
 
@@ -56,10 +57,14 @@ FREE = ("num_iterations", "keep_checkpoints", "keep_best")
 SMALL_SPREAD = 0.02  # of the trust weights, as a share of their mean
 
 
-def load_run(config: ConfigDict, mesh: Mesh) -> Run:
-  """Loads the policy and the reward model of a config and places them on the mesh."""
+def load_run(config: ConfigDict, mesh: Mesh, step: int | None = None) -> Run:
+  """Loads the policy and the reward model of a config and places them on the mesh.
+
+  Args:
+    step: the checkpoint of the policy, if that is a run.
+  """
   trust = settings_from(config).trust
-  policy = Inpainter.from_pretrained(config.policy, config.dtype, config.remat)
+  policy = open_policy(config.policy, config.dtype, step, config.remat)
   reward_model = RewardModel.from_pretrained(config.reward, config.bound or None, config.dtype)
   if trust.needs_bound and reward_model.bound is None:
     raise ValueError(
@@ -78,6 +83,15 @@ def load_run(config: ConfigDict, mesh: Mesh) -> Run:
   )
   base = policy.params.pop("unet")
   return make_run(config, mesh, policy.modules, reward_model.network, base, frozen)
+
+
+def policy_step(policy: str, workdir: Path, is_new: bool) -> int | None:
+  """Returns the checkpoint of a policy that is a run; a resumed run keeps that of its start."""
+  if open_run(policy) is None:
+    return None
+  if is_new and jax.process_index() == 0:
+    (workdir / PINNED).unlink(missing_ok=True)  # of a start that failed, perhaps of another policy
+  return pin_steps(workdir / PINNED, {"policy": (policy, None)})["policy"]
 
 
 class Session(NamedTuple):
@@ -108,11 +122,12 @@ def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session
     "final_prompts": open_prompts(config.prompts, final_split(config.prompts), config.size),
   }
   check_prompts(config, {field: len(found) for field, found in prompts_of.items()})
-  run = load_run(config, mesh)
+  checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best)
+  is_new = checkpoints.latest() is None
+  run = load_run(config, mesh, policy_step(config.policy, workdir, is_new))
 
   ### State: fresh, or exactly where an earlier run stopped.
-  checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best)
-  if checkpoints.latest() is None:
+  if is_new:
     state = run.stages.init(run.begin)
   else:
     state, position, _ = checkpoints.restore(run.state_shapes)
@@ -237,6 +252,10 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
   sharding.check_batch(config.batch_size, mesh)
   sharding.check_batch(config.num_samples, mesh, "num_samples")
   check_config(config)
+  if Path(config.policy).resolve() == workdir.resolve():
+    raise ValueError(
+      f"config.policy is {config.policy}, the run's own workdir; give another --workdir"
+    )
   free = FREE + tuple(f"mesh.{name}" for name in config.mesh)
   is_writer = jax.process_index() == 0
   with open_workdir(config, workdir, "train", WRITES, free, is_writer=is_writer):

@@ -13,6 +13,8 @@ from prefpaint_jax.runtime.checkpoint import Checkpoints
 from prefpaint_jax.runtime.files import write_json
 from prefpaint_jax.runtime.workdir import CONFIG, read_workdir
 
+PINNED = "checkpoints.json"  # the file of `pin_steps` in the workdir of a command
+
 
 def open_run(name: str) -> tuple[ConfigDict, Checkpoints] | None:
   """Returns config and checkpoints of a run of `train`; None if `name` is not a workdir.
@@ -25,6 +27,18 @@ def open_run(name: str) -> tuple[ConfigDict, Checkpoints] | None:
     return None
   config = read_workdir(workdir, "train")
   return config, Checkpoints(workdir / "checkpoints", best=config.get("keep_best", ""))
+
+
+def base_of(name: str) -> str:
+  """Returns the pipeline that a run began with; `name` itself if it is no workdir of a run."""
+  run = open_run(name)
+  return base_of(run[0].policy) if run else name
+
+
+def pinned_step(workdir: str) -> int | None:
+  """Returns the checkpoint that a run of another run's policy began with; None: it has none."""
+  file = Path(workdir) / PINNED
+  return json.loads(file.read_text()).get("policy") if file.is_file() else None
 
 
 def pin_steps(

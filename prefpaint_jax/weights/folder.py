@@ -33,6 +33,8 @@ _REWARD_FILES = ("config.json", "*.safetensors", "*.pt")
 def resolve_pipeline(name_or_folder: str | Path) -> Path:
   """Finds the folder of a diffusers pipeline, local or on the hub.
 
+  The class that its model_index.json names is checked before anything else is read or downloaded.
+
   Raises ValueError if the folder does not exist or is not a pipeline.
   """
   path = Path(name_or_folder).expanduser()
@@ -41,19 +43,34 @@ def resolve_pipeline(name_or_folder: str | Path) -> Path:
       f"{path}: a single file; expected a diffusers folder; convert it with diffusers: "
       "StableDiffusionInpaintPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
     )
-  folder = resolve(name_or_folder, _PIPELINE_FILES)
+  check_pipeline(resolve(name_or_folder, ("model_index.json",)))  # before anything else is read
+  return resolve(name_or_folder, _PIPELINE_FILES)
+
+
+def check_pipeline(folder: Path) -> None:
+  """Raises ValueError, which says what a folder is, if it is not a pipeline of a known class."""
   if not (folder / "model_index.json").is_file():
     raise ValueError(
-      f"{folder}: no model_index.json, so not a diffusers pipeline; give the folder that contains"
-      " unet/, vae/ and text_encoder/"
+      f"{folder}: {_what_is(folder)}no model_index.json, so not a diffusers pipeline; give the "
+      "folder that contains unet/, vae/ and text_encoder/"
     )
   name = read_config(folder, "model_index.json").get("_class_name")
   if name is not None and not re.fullmatch(_PIPELINE_CLASSES, str(name)):
     raise ValueError(
-      f"{folder / 'model_index.json'}: _class_name is {name}, which is not supported; expected "
-      "StableDiffusionInpaintPipeline; give an inpainting checkpoint of Stable Diffusion 1 or 2"
+      f"{folder}: {name}: not supported yet; supported: StableDiffusionInpaintPipeline; give an "
+      "inpainting checkpoint of Stable Diffusion 1 or 2"
     )
-  return folder
+
+
+def _what_is(folder: Path) -> str:
+  """Returns what the files of a folder that is no pipeline say it is, or nothing."""
+  if (folder / "adapter_config.json").is_file() or list(folder.glob("*lora*.safetensors")):
+    return "LoRA adapters; "
+  with contextlib.suppress(ValueError):
+    config = read_config(folder)
+    name = config.get("_class_name") or config.get("architectures") or config.get("model_type")
+    return f"{name[0] if isinstance(name, list) else name}; " if name else ""
+  return ""
 
 
 def resolve_reward(name_or_path: str | Path) -> Path:
