@@ -1,10 +1,16 @@
 """PrefPaint in JAX: align a Stable Diffusion inpainting model with human preference."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from prefpaint_jax.inpainter import Inpainter
   from prefpaint_jax.reward import RewardModel
+
+if sys.argv[:1] == ["-m"]:  # `python -m prefpaint_jax.NAME`: this process is a command
+  from prefpaint_jax.runtime import interrupts
+
+  interrupts.exit_at_once()
 
 __all__ = ["Inpainter", "RewardModel"]
 __version__ = "0.2.0"

@@ -31,7 +31,7 @@ from prefpaint_jax.runtime.cli import within
 from prefpaint_jax.runtime.compilation import fast_jit
 from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.config_fields import COUNT
-from prefpaint_jax.runtime.files import write_json
+from prefpaint_jax.runtime.files import check_output, write_json
 from prefpaint_jax.runtime.ranges import Number
 from prefpaint_jax.runtime.text import align_columns
 
@@ -264,6 +264,8 @@ if __name__ == "__main__":
   def main() -> None:
     config = _CONFIG.value
     check_fields(config, "rl")
+    if _OUTPUT.value and jax.process_index() == 0:
+      check_output(_OUTPUT.value, {"--config": flags.FLAGS["config"].config_filename})
     # With the cache, the time to load a program would be reported as compilation time.
     jax.config.update("jax_enable_compilation_cache", False)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)

@@ -13,7 +13,7 @@ command resumes an interrupted run. With a larger number of prompts it adds prom
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,11 +28,12 @@ from prefpaint_jax.data.examples import SPLITS, Prompt, stack
 from prefpaint_jax.data.images import save_png, to_bytes
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.preference import simulation
-from prefpaint_jax.runtime import cli, sharding
+from prefpaint_jax.runtime import cli, interrupts, sharding
 from prefpaint_jax.runtime.config_check import check_fields
-from prefpaint_jax.runtime.files import write_text
+from prefpaint_jax.runtime.files import parse_json, write_text
 from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.metrics import progress
+from prefpaint_jax.runtime.ranges import Text, check
 from prefpaint_jax.runtime.runs import PINNED, pin_steps
 from prefpaint_jax.runtime.signals import stop_requests
 from prefpaint_jax.runtime.workdir import open_workdir
@@ -52,18 +53,26 @@ def recover(folder: Path, per_prompt: int) -> set[str]:
 
   Returns:
     The IDs of the finished prompts.
+
+  Raises:
+    ValueError: a complete line is damaged; the message names it, and no file has changed.
   """
   files = {name: folder / f"{name}.jsonl" for name in ("candidates", "prompts")}
   lines = {}
   for name, file in files.items():
     # The text after the last newline is an incomplete line.
-    complete = file.read_text().split("\n")[:-1] if file.is_file() else []
-    lines[name] = [(json.loads(line)["image_id"], line) for line in complete]
+    complete = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
+    ids = []
+    for number, line in enumerate(complete, 1):
+      place = f"{file}, line {number}"
+      ids.append(parse_json(line, place).get("image_id"))
+      check(f"{place}: image_id", ids[-1], Text(empty=False))
+    lines[name] = list(zip(ids, complete, strict=True))
   counts = Counter(image_id for image_id, _ in lines["candidates"])
   finished = {image_id for image_id, count in counts.items() if count == per_prompt}
   for name, file in files.items():
-    kept = "".join(f"{line}\n" for image_id, line in lines[name] if image_id in finished)
-    write_text(file, kept)
+    kept = [line.decode() + "\n" for image_id, line in lines[name] if image_id in finished]
+    write_text(file, "".join(kept))
   return finished
 
 
@@ -151,8 +160,9 @@ def collect(config: ConfigDict, workdir: Path) -> None:
   sharding.check_batch(config.batch_size, sharding.make_mesh(devices=jax.local_devices()))
   drawn = _draw_prompts(config)
   free = "num_prompts", "num_test_prompts"
-  with open_workdir(config, workdir, "collect", WRITES, free, progress="candidates.jsonl"):
-    is_complete = _collect(config, workdir, drawn)
+  progress_file = "candidates.jsonl"
+  with open_workdir(config, workdir, "collect", WRITES, free, progress_file) as write_config:
+    is_complete = _collect(config, workdir, drawn, write_config)
   if not is_complete:
     print("stopped; finished prompts are saved, and the same command goes on")
     return
@@ -163,7 +173,12 @@ def collect(config: ConfigDict, workdir: Path) -> None:
   )
 
 
-def _collect(config: ConfigDict, workdir: Path, drawn: Mapping[str, DrawnPrompts]) -> bool:
+def _collect(
+  config: ConfigDict,
+  workdir: Path,
+  drawn: Mapping[str, DrawnPrompts],
+  write_config: Callable[[], None],
+) -> bool:
   """Samples in a workdir that this process holds; returns False if it was asked to stop."""
   finished = recover(workdir, config.samples_per_prompt + config.perturbed)
   if not finished:
@@ -174,6 +189,7 @@ def _collect(config: ConfigDict, workdir: Path, drawn: Mapping[str, DrawnPrompts
     (name, inpainter.open_policy(name, config.dtype, steps[name]).place(mesh))
     for name in config.policies
   ]
+  write_config()
 
   B, key = config.batch_size, jax.random.key(config.seed)
   bar = progress(sum(len(prompts) for prompts in drawn.values()), len(finished))
@@ -192,6 +208,7 @@ def _collect(config: ConfigDict, workdir: Path, drawn: Mapping[str, DrawnPrompts
         if not missing:
           continue
         if received:
+          interrupts.end_early()
           bar.close()
           return False
         stacked = stack(batch)

@@ -33,7 +33,7 @@ from prefpaint_jax.evaluation.winrate import Scores
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.reward import RewardModel
-from prefpaint_jax.runtime import cli, sharding
+from prefpaint_jax.runtime import cli, interrupts, sharding
 from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.files import atomic_path, write_json
 from prefpaint_jax.runtime.memory import check_memory
@@ -204,6 +204,7 @@ def run_batches(config: ConfigDict, workdir: Path) -> tuple[dict[str, np.ndarray
     bar.close()
     stopped = np.any(multihost_utils.process_allgather(np.array(bool(received))))
   if stopped:
+    interrupts.end_early()
     return None
   return examples.concatenate(
     [batch_files.read_batch(file_of(number)) for number, _, _ in work]

@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from prefpaint_jax import inpainter
-from prefpaint_jax.runtime import cli, workdir
+from prefpaint_jax.runtime import cli, files, workdir
 from prefpaint_jax.runtime.cli import within
 from prefpaint_jax.runtime.ranges import Step, Text
 
@@ -28,8 +28,7 @@ _STEP = flags.DEFINE(
 def main() -> None:
   """Exports the policy that the flags name."""
   output = Path(_OUTPUT.value)
-  if output.exists() and any(output.iterdir()):
-    raise ValueError(f"{output} is not empty: name a new folder")
+  files.check_output_folder(output)
   workdir.read_workdir(Path(_WORKDIR.value))  # raises ValueError for a folder that is not a run
   inpainter.open_policy(_WORKDIR.value, step=_STEP.value).save_pretrained(output)
   print(f"{output}: open with diffusers' AutoPipelineForInpainting or Inpainter.from_pretrained")

@@ -34,7 +34,7 @@ from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli
 from prefpaint_jax.runtime.cli import within
 from prefpaint_jax.runtime.config_fields import COUNT, ETA, GUIDANCE_SCALE, NUM_STEPS, SEED
-from prefpaint_jax.runtime.files import atomic_path
+from prefpaint_jax.runtime.files import atomic_path, check_output
 from prefpaint_jax.runtime.ranges import Number, Several
 
 _MODEL = flags.DEFINE_string("model", "mini", "Folder, hub name, workdir of a run, or mini.")
@@ -58,11 +58,15 @@ _TURN = flags.DEFINE_string("turn", None, "New view: yaw,pitch in degrees, to th
 _DEPTH = flags.DEFINE_string("depth", None, "Depth of the image: .npy, 16-bit PNG, or synthetic.")
 _INTRINSICS = flags.DEFINE_string("intrinsics", None, "fx,fy,cx,cy or a file; default: 60 degrees.")
 _VIEWS = flags.DEFINE(within(COUNT), "views", 1, "Number of views along the way.")
+_INPUTS = ("image", "mask", "depth", "intrinsics", "reward", "model")  # flags that may name a file
 
 
 def main() -> None:
   """Runs the task that the flags ask for."""
   task = _choose_task()
+  inputs = {f"--{name}": flags.FLAGS[name].value for name in _INPUTS}
+  for file in _files(Path(_OUTPUT.value)):
+    check_output(file, inputs)
   task(image_io.load_image(_IMAGE.value), Path(_OUTPUT.value))
 
 
@@ -105,8 +109,7 @@ def _inpaint(image: np.ndarray, output: Path) -> None:
     samples = inpainter(image, mask, num_samples=_NUM_SAMPLES.value, **settings)
   rewards = reward_model.score(samples, (image * (1.0 - mask))[None])[0] if reward_model else None
   kept = [int(np.nanargmax(rewards))] if _BEST.value else range(len(samples))
-  for i in kept:
-    name = output if len(kept) == 1 else output.with_stem(f"{output.stem}_{i}")
+  for name, i in zip(_files(output), kept, strict=True):
     text = {} if rewards is None else {"reward": f"{rewards[i]:.4f}"}
     message = [f"{field} {value}" for field, value in text.items()]
     if _BEST.value:
@@ -183,6 +186,12 @@ def _read_depth(size: tuple[int, int]) -> np.ndarray:
   if _DEPTH.value == "synthetic":
     return synthetic_depth(_SEED.value, *size)
   return load_depth(_DEPTH.value, size)
+
+
+def _files(output: Path) -> list[Path]:
+  """Returns the files that the command writes: `output`, or one for each sample."""
+  count = 1 if _BEST.value else _NUM_SAMPLES.value
+  return [output] if count == 1 else [output.with_stem(f"{output.stem}_{i}") for i in range(count)]
 
 
 def _fields(**others: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ from prefpaint_jax.planning import cost
 from prefpaint_jax.planning.chips import GIB, find_chip, topology_devices
 from prefpaint_jax.planning.stages import plan
 from prefpaint_jax.runtime import cli
-from prefpaint_jax.runtime.files import write_json
+from prefpaint_jax.runtime.files import check_output, write_json
 
 
 def describe(report: Mapping[str, Any]) -> str:
@@ -115,6 +115,8 @@ if __name__ == "__main__":
   flags.mark_flag_as_required("config")
 
   def main() -> None:
+    if _OUTPUT.value:
+      check_output(_OUTPUT.value, {"--config": flags.FLAGS["config"].config_filename})
     if _TOPOLOGY.value:
       jax.config.update("jax_platforms", "cpu")  # do not open the chips of this machine
       # Only the devices themselves could load the compiled programs again.

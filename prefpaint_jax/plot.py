@@ -17,7 +17,7 @@ from prefpaint_jax.evaluation.curves import draw, group_runs, load_run, single_r
 from prefpaint_jax.runtime import cli
 from prefpaint_jax.runtime.cli import within
 from prefpaint_jax.runtime.config_fields import COUNT
-from prefpaint_jax.runtime.files import atomic_path
+from prefpaint_jax.runtime.files import atomic_path, check_output
 from prefpaint_jax.runtime.ranges import Number, Text, check
 
 
@@ -55,6 +55,7 @@ def main(
   """
   if output.suffix.lower() != ".png":
     raise ValueError(f"--output is {output}; give a name that ends in .png")
+  check_output(output)
   targets = [_target(text) for text in reach]
   names = [
     name for given in workdirs for name in ([given] if Path(given).is_dir() else given.split(","))

@@ -133,6 +133,7 @@ def fit(
   params: Params,
   workdir: Path,
   mesh: jax.sharding.Mesh,
+  restored: Callable[[], None],
 ) -> Params | None:
   """Trains one network; returns its parameters, or None if the command was asked to stop.
 
@@ -142,6 +143,7 @@ def fit(
     loss: function (*frozen, params, batch, key) -> (loss, metrics).
     frozen: arguments of `loss` that are not trained.
     params: initial parameters.
+    restored: called when the state of an earlier start is restored.
   """
   settings = config[stage]
   return fitting.fit(
@@ -159,6 +161,7 @@ def fit(
     ema_decay=config.ema_decay,
     checkpoint_every=config.checkpoint_every,
     log_every=config.log_every,
+    restored=restored,
   )
 
 
@@ -180,11 +183,14 @@ def pretrain(config: ConfigDict, workdir: Path) -> None:
   for stage in STAGES:
     if config[stage].iterations:
       sharding.check_batch(config[stage].batch_size, mesh, f"{stage}.batch_size")
-  with open_workdir(config, workdir, "pretrain", (*STAGES, "pipeline"), progress="*/checkpoints/*"):
-    _pretrain(config, workdir, mesh)
+  writes, progress = (*STAGES, "pipeline"), "*/checkpoints/*"
+  with open_workdir(config, workdir, "pretrain", writes, progress=progress) as write_config:
+    _pretrain(config, workdir, mesh, write_config)
 
 
-def _pretrain(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> None:
+def _pretrain(
+  config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, write_config: Callable[[], None]
+) -> None:
   """Trains in a workdir that this process holds, until the end or a request to stop."""
   if config.policy:
     inpainter = open_policy(config.policy, config.dtype, remat=config.remat)
@@ -195,7 +201,7 @@ def _pretrain(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> Non
 
   if config.vae.iterations:
     loss = functools.partial(vae_loss, modules, config.vae.kl_weight)
-    params["vae"] = fit(config, "vae", loss, (), params["vae"], workdir, mesh)
+    params["vae"] = fit(config, "vae", loss, (), params["vae"], workdir, mesh, write_config)
     if params["vae"] is None:
       return
     # The noise schedule expects latents of unit variance.
@@ -208,7 +214,7 @@ def _pretrain(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> Non
   if config.unet.iterations:
     loss = functools.partial(unet_loss, modules)
     frozen = params["vae"], inpainter.empty_context
-    params["unet"] = fit(config, "unet", loss, frozen, params["unet"], workdir, mesh)
+    params["unet"] = fit(config, "unet", loss, frozen, params["unet"], workdir, mesh, write_config)
     if params["unet"] is None:
       return
   if jax.process_index() == 0:

@@ -159,9 +159,15 @@ if __name__ == "__main__":
   from absl import flags
 
   from prefpaint_jax.runtime import cli
+  from prefpaint_jax.runtime.files import check_folder
   from prefpaint_jax.runtime.ranges import Text
 
   _OUTPUT = flags.DEFINE(
     cli.within(Text(empty=False)), "output", None, "Folder to write.", required=True
   )
-  cli.run(lambda: print(*write_full_size_world(_OUTPUT.value).values(), sep="\n"))
+
+  def main() -> None:
+    check_folder(_OUTPUT.value)
+    print(*write_full_size_world(_OUTPUT.value).values(), sep="\n")
+
+  cli.run(main)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -258,13 +259,17 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
     )
   free = FREE + tuple(f"mesh.{name}" for name in config.mesh)
   is_writer = jax.process_index() == 0
-  with open_workdir(config, workdir, "train", WRITES, free, is_writer=is_writer):
-    return _train(config, workdir, mesh)
+  with open_workdir(config, workdir, "train", WRITES, free, is_writer=is_writer) as write_config:
+    return _train(config, workdir, mesh, write_config)
 
 
-def _train(config: ConfigDict, workdir: Path, mesh: Mesh) -> TrainState:
+def _train(
+  config: ConfigDict, workdir: Path, mesh: Mesh, write_config: Callable[[], None]
+) -> TrainState:
   """Aligns in a workdir that this process holds; see `train`."""
   session, state = open_session(config, workdir, mesh)
+  multihost_utils.sync_global_devices("restored")  # a process that was refused has ended the run
+  write_config()
   count, is_writer = config.final_prompts, session.writer.is_writer
   with (
     agreed_stop_requests(session.mesh) as asked_to_stop,

@@ -17,7 +17,7 @@ an interrupted run.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,14 @@ def train_reward(config: ConfigDict, workdir: Path) -> RewardModel | None:
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   sharding.check_batch(config.batch_size, mesh)
   writes = "checkpoints", "metrics.jsonl", "reward", "calibration.json", "calibration.png"
-  with open_workdir(config, workdir, "train_reward", writes, is_writer=jax.process_index() == 0):
-    return _train_reward(config, workdir, mesh)
+  is_writer = jax.process_index() == 0
+  with open_workdir(config, workdir, "train_reward", writes, is_writer=is_writer) as write_config:
+    return _train_reward(config, workdir, mesh, write_config)
 
 
-def _train_reward(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> RewardModel | None:
+def _train_reward(
+  config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, write_config: Callable[[], None]
+) -> RewardModel | None:
   """Trains a reward model in a workdir that this process holds; see `train_reward`."""
   ### Data.
   size = config.size or None
@@ -124,6 +127,7 @@ def _train_reward(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh) ->
     log_every=config.log_every,
     judge=judge,
     judge_every=config.judge_every,
+    restored=write_config,
   )
   if params is None:
     return None

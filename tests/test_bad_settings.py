@@ -209,7 +209,8 @@ json.dump(answers, sys.stdout)
 RL = "--config=configs/rl.py:mini"
 INPAINT = ("inpaint", "--image=x.png", "--mask=x.png", "--output=o.png")
 MASKS = ("data.masks", "--image=x.png", "--output=o.png")
-LINES = [
+PREFERENCES = ("data.preferences", "--config=configs/preferences.py", "--config.source=x")
+LINES = [  # TMP is the folder of `answers`
   ((*INPAINT, "--eta=nan"), "--eta=nan: expected a number from 0 to 1"),
   ((*INPAINT, "--eta=1.5"), "--eta=1.5: expected"),
   ((*INPAINT, "--guidance_scale=nan"), "--guidance_scale=nan: expected a number from 1 to 1000"),
@@ -244,6 +245,31 @@ LINES = [
   (("train", "--config=nowhere.py", "--workdir=x"), "--config=nowhere.py: no such file"),
   (("train", "--config=configs", "--workdir=x"), "--config=configs: no such file"),
   (("train", "--config=configs/rl.py:huge", "--workdir=x"), "line .* has no preset 'huge'"),
+  *[
+    (("inpaint", "--image=TMP/a_1.png", "--mask=TMP/mask.png", *arguments), message)
+    for arguments, message in (
+      (["--output=TMP/a_1.png"], "a_1.png is the file that --image names; .* give another name"),
+      (["--output=TMP/mask.png"], "mask.png is the file that --mask names"),
+      (["--output=TMP/link.png"], "link.png is the file that --image names"),
+      (["--output=TMP/a.png", "--num_samples=2"], "a_1.png is the file that --image names"),
+      (["--output=TMP/folder.png"], "folder.png is a folder; expected a file"),
+      (["--output=TMP/mask.png/x.png"], "mask.png is not a folder"),
+    )
+  ],
+  (("data.masks", "--image=TMP/a_1.png", "--output=TMP/a_1.png"), "is the file that --image names"),
+  (("data.masks", "--image=TMP/a_1.png", "--output=TMP"), "is a folder; expected a file"),
+  (("plan", "--config=TMP/config.py", "--output=TMP/config.py"), "is the file that --config names"),
+  (("benchmark", RL, "--output=TMP"), "is a folder; expected a file"),
+  (("plan", RL, "--output=/dev/null"), "/dev/null is not a regular file"),
+  (("plan", RL, "--output=/proc/x.json"), "takes no files"),
+  (("plot", "--workdir=x", "--output=TMP/folder.png"), "folder.png is a folder; expected a file"),
+  (("plot", "--workdir=x", "--output=/proc/x/y.png"), "takes no files"),
+  (("export", "--workdir=x", "--output=TMP/mask.png"), "mask.png is a file; expected a folder"),
+  (("export", "--workdir=x", "--output=TMP"), "is not empty, it has 0.py"),
+  (("export", "--workdir=x", "--output=/proc/x"), "takes no files"),
+  (("testing", "--output=TMP/mask.png/x"), "mask.png is not a folder"),
+  ((*PREFERENCES, "--workdir=/proc/x"), "takes no files"),
+  ((*PREFERENCES, "--workdir=TMP/loop"), "loop is not a folder"),
   (("train", RL, "--workdir=x", "--config.seed=-1"), r"config\.seed is -1; expected"),
   (("train", RL, "--workdir=x", "--config.skip_steps=3"), r"config\.skip_steps is \(3,\)"),
 ]
@@ -280,7 +306,13 @@ CONFIG_FILES = {  # content of a config file: expected words, after its name
 def answers(tmp_path_factory) -> list:
   """The exit status and the output of each command line, then of each config file."""
   folder = tmp_path_factory.mktemp("configs")
-  lines = [arguments for arguments, _ in LINES]
+  for name in ("a_1.png", "mask.png"):
+    (folder / name).write_text(name)
+  (folder / "config.py").write_text((ROOT / "configs" / "rl.py").read_text())
+  (folder / "link.png").symlink_to("a_1.png")
+  (folder / "loop").symlink_to("loop")
+  (folder / "folder.png").mkdir()
+  lines = [[x.replace("TMP", str(folder)) for x in arguments] for arguments, _ in LINES]
   for number, content in enumerate(CONFIG_FILES):
     (folder / f"{number}.py").write_text(content)
     lines.append(("data.preferences", f"--config={folder / f'{number}.py'}", "--workdir=x"))
@@ -296,6 +328,7 @@ def answers(tmp_path_factory) -> list:
     check=False,
   )
   assert done.returncode == 0, done.stderr
+  assert all((folder / name).read_text() == name for name in ("a_1.png", "mask.png"))
   return json.loads(done.stdout)
 
 

@@ -215,3 +215,22 @@ def test_wrong_candidates_are_an_error_of_one_line(scored):
   (scored / "candidates.jsonl").write_text('{"image_id": "b", "candidate": "b_0", "policy": "x"}\n')
   with pytest.raises(ValueError, match=r"\A.*candidates\.jsonl:1: unknown image id 'b'; .*\Z"):
     annotate(scored, annotators=1, noise=0.5, seed=0)
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ("nonsense", "is not JSON"),
+    ("[1]", "type list"),
+    ('{"id": 1}', "image_id is None; expected"),
+    ('{"image_id": ["a"]}', r"image_id is \['a'\]; expected"),
+    ("\udcff", "is not text in UTF-8"),
+  ],
+)
+def test_damaged_line_of_an_interrupted_run_is_named_and_kept(tmp_path, line, message):
+  file = tmp_path / "prompts.jsonl"
+  content = f'{{"image_id": "a"}}\n{line}\n'.encode(errors="surrogateescape")
+  file.write_bytes(content)
+  with pytest.raises(ValueError, match=rf"prompts\.jsonl, line 2.*{message}"):
+    command.recover(tmp_path, 1)
+  assert file.read_bytes() == content

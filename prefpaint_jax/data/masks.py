@@ -253,6 +253,7 @@ def _command() -> None:
   from prefpaint_jax.data.images import save_png
   from prefpaint_jax.runtime import cli as app
   from prefpaint_jax.runtime.config_fields import SEED
+  from prefpaint_jax.runtime.files import check_output
   from prefpaint_jax.runtime.memory import check_memory
   from prefpaint_jax.runtime.ranges import Integer
 
@@ -266,6 +267,7 @@ def _command() -> None:
   def main() -> None:
     what = f"--number={number.value} --size={size.value}"
     check_memory(64 * (1 + len(DRAW)) * number.value * size.value**2, what)
+    check_output(output.value, {"--image": source.value})
     image = images.load_image(source.value)
     side = min(image.shape[:2])
     top, left = ((length - side) // 2 for length in image.shape[:2])

@@ -22,6 +22,7 @@ from prefpaint_jax.data import images, masks
 from prefpaint_jax.data.drawn_prompts import DrawnPrompts
 from prefpaint_jax.data.examples import SPLITS, Prompt, stack
 from prefpaint_jax.data.records import encode_png, endless_batches, find_records, write_records
+from prefpaint_jax.runtime.files import read_json
 
 with epy.lazy_imports():
   import grain
@@ -79,8 +80,8 @@ def final_split(source: str | Path) -> str:
   folder = Path(mini.locate(source, "prompts"))
   names = [path.stem for path in folder.glob(f"{UNSEEN}.txt")]
   for found in find_records(folder):
-    about = json.loads((found / "dataset_info.json").read_text())
-    names += [split["name"] for split in about["splits"]]
+    splits = read_json(found / "dataset_info.json").get("splits", ())
+    names += [split["name"] for split in splits if isinstance(split, dict) and "name" in split]
   return UNSEEN if UNSEEN in names else "test"
 
 

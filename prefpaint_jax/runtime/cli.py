@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,12 +14,24 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from prefpaint_jax.runtime import help_pages
+from prefpaint_jax.runtime import help_pages, interrupts
 from prefpaint_jax.runtime.ranges import Range, Text
 from prefpaint_jax.runtime.suggestions import suggest
 from prefpaint_jax.runtime.workdir import flatten
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a full disk
+_ADVICE = {
+  errno.ENOENT: "check the path",
+  errno.EACCES: "give a path with the right to read and write it",
+  errno.EPERM: "give a path with the right to read and write it",
+  errno.EROFS: "give a path on a disk that can be written",
+  errno.ELOOP: "remove the loop of links",
+  errno.ENOTDIR: "give a path below a folder",
+  errno.EISDIR: "give a file",
+  errno.EEXIST: "give another path",
+  errno.ENAMETOOLONG: "give a shorter name",
+  errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
 
 
 class within(flags.ArgumentParser):
@@ -63,32 +76,39 @@ def run(main: Callable[[], None], several_processes: bool = False) -> None:
         checkpoint.silence_orbax()
       if several_processes:
         distributed.initialize()
-      output = sys.stdout and _Output(sys.stdout)  # None in a process without a standard output
-      with contextlib.redirect_stdout(output):
-        main()
-        if output:
-          output.flush()
+      interrupts.raise_again()
+      main()
+      if output:
+        output.flush()
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
       if show_traceback.value or _is_bug(error):
         raise
       sys.exit(f"error: {_describe(error)}")
     except KeyboardInterrupt:
-      print("interrupted", file=sys.stderr, flush=True)
-      if sys.stdout:
-        sys.stdout.flush()
+      print("Interrupted.", file=sys.stderr, flush=True)
+      if output:
+        output.flush()
       # Threads of XLA and of the data loader may still run; Python's normal exit would crash.
-      os._exit(130)
+      os._exit(128 + signal.SIGINT)
+    interrupts.exit_at_once()
+    sys.exit(interrupts.status)
 
   if several_processes:
     # Imported here, because it imports JAX, which other commands do not need.
     from prefpaint_jax.runtime import distributed
 
     guarded = distributed.exit_on_error()(guarded)
-  app.run(guarded, flags_parser=_parse_flags)
+  output = sys.stdout and _Output(sys.stdout)  # None in a process without a standard output
+  with contextlib.redirect_stdout(output):
+    try:
+      app.run(guarded, flags_parser=_parse_flags)
+    finally:
+      if output:  # --help, which ends before `guarded`
+        output.flush()
 
 
 class _Output:
-  """The standard output, which names itself in an error of a full disk or a closed pipe."""
+  """The standard output, which names itself in an error; a closed pipe ends the process."""
 
   def __init__(self, stream: Any):
     self._stream = stream
@@ -108,6 +128,8 @@ class _Output:
     except OSError as error:
       # The interpreter flushes it again at exit, and would print a second error.
       os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+      if isinstance(error, BrokenPipeError):  # the reader has seen enough, `head` for example
+        sys.exit(128 + signal.SIGPIPE)
       error.filename = "standard output"
       raise
 
@@ -210,6 +232,9 @@ def _describe(error: Exception) -> str:
   """Describes an error that a user can cause in one line."""
   if isinstance(error, OSError) and error.errno in _FULL:
     return f"{error.filename or 'a disk'}: {error.strerror}; make room, or write to another disk"
+  if isinstance(error, OSError) and error.errno and error.filename:
+    advice = _ADVICE.get(error.errno, "check the path and its disk")
+    return f"{error.filename}: {error.strerror}; {advice}"
   if isinstance(error, MemoryError | RuntimeError):
     found = _one_line(error)
     return f"out of memory ({found[:300]}); give a smaller batch, size or number of samples"

@@ -1,12 +1,13 @@
 """Checks configs and arguments against the ranges of `config_fields`."""
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from prefpaint_jax.runtime.config_fields import CONFIGS
-from prefpaint_jax.runtime.ranges import Range, check
+from prefpaint_jax.runtime.ranges import Range, check, shorten
 from prefpaint_jax.runtime.suggestions import suggest
 
 
@@ -44,6 +45,35 @@ def check_values(
   for name, value in values.items():
     if section + name in table:
       check(f"{owner}{section}{name}", value, table[section + name])
+
+
+def check_stored(stored: Mapping[str, Any], command: str, file: str | os.PathLike[str]) -> None:
+  """Checks the fields of a run's config.json that have a range; earlier versions had fewer fields.
+
+  Args:
+    stored: content of the file.
+    command: the command that made the run. A name that no config has is not checked.
+    file: the file, for the error.
+
+  Raises:
+    ValueError: a field is out of its range, or a section is not an object.
+  """
+  table = next((table for table, names in CONFIGS.values() if names[0] == command), {})
+  for name, allowed in table.items():
+    *sections, field = name.split(".")
+    found = stored
+    for depth, section in enumerate(sections, 1):
+      found = found.get(section, {})
+      if not isinstance(found, dict):
+        raise ValueError(
+          f"{file}: {'.'.join(sections[:depth])} is {shorten(found)}; expected an object of "
+          "fields; restore the file, or give another run"
+        )
+    for key in found if field == "*" else {field} & found.keys():
+      try:
+        check(f"{file}: {'.'.join([*sections, key])}", found[key], allowed)
+      except ValueError as error:
+        raise ValueError(f"{error}; restore the file, or give another run") from None
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from prefpaint_jax.runtime import compilation, sharding
+from prefpaint_jax.runtime import compilation, interrupts, sharding
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -107,7 +107,8 @@ def exit_on_error() -> Iterator[None]:
     yield
   except BaseException as error:
     status = error.code if isinstance(error, SystemExit) else 1
-    if not status or jax.process_count() == 1:
+    # All processes of a run that was asked to stop end together.
+    if not status or status == interrupts.status or jax.process_count() == 1:
       raise
     if isinstance(status, str):
       print(status, file=sys.stderr)

@@ -4,9 +4,73 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+import tempfile
+import types
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+  """Checks that files can be made in a folder, which may not exist yet; leaves nothing there.
+
+  Raises:
+    ValueError: they cannot; the message says why.
+  """
+  existing = Path(folder)
+  while not os.path.lexists(existing):
+    existing = existing.parent
+  if not existing.is_dir():
+    raise ValueError(f"{folder}: {existing} is not a folder; give another path")
+  try:
+    with tempfile.TemporaryFile(dir=existing):  # the rights alone do not tell, in /proc for example
+      pass
+  except OSError as error:
+    raise ValueError(
+      f"{folder}: {existing} takes no files ({error.strerror}); give another path, or make it "
+      "writable"
+    ) from error
+
+
+def check_output(
+  path: str | os.PathLike[str],
+  inputs: Mapping[str, str | os.PathLike[str] | None] = types.MappingProxyType({}),
+) -> None:
+  """Checks that a command can write a file, before the work whose result the file takes.
+
+  Args:
+    path: the file; an earlier one will be replaced.
+    inputs: values of the flags that may name a file to read, by flag. Others are ignored.
+
+  Raises:
+    ValueError: the path is a folder or a device, its folder takes no files, or it is an input.
+  """
+  path = Path(path)
+  if path.exists() and not path.is_file():
+    kind = "a folder" if path.is_dir() else "not a regular file"
+    raise ValueError(f"{path} is {kind}; expected a file to write; give another name")
+  for flag, name in inputs.items():
+    if name and path.exists() and os.path.exists(name) and os.path.samefile(path, name):
+      raise ValueError(f"{path} is the file that {flag} names; inputs are kept: give another name")
+  check_folder(path.parent)
+
+
+def check_output_folder(path: str | os.PathLike[str], replaces: Collection[str] = ()) -> None:
+  """Checks that a command can write a folder, before the work whose result the folder takes.
+
+  Args:
+    path: the folder.
+    replaces: names of the files and folders that may be replaced.
+
+  Raises:
+    ValueError: the path is a file, the folder has other files, or its parent takes none.
+  """
+  path = Path(path)
+  if path.exists() and not path.is_dir():
+    raise ValueError(f"{path} is a file; expected a folder; name a new one")
+  if other := sorted(set(os.listdir(path) if path.exists() else ()) - set(replaces)):
+    raise ValueError(f"{path} is not empty, it has {other[0]}; name a new folder")
+  check_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -48,10 +112,7 @@ def atomic_folder(path: str | os.PathLike[str], replaces: Collection[str] = ()) 
       shutil.rmtree(before)
     else:
       before.rename(path)
-  if path.exists() and not path.is_dir():
-    raise ValueError(f"{path} is a file; expected a folder; name a new one")
-  if other := sorted(set(os.listdir(path) if path.exists() else ()) - set(replaces)):
-    raise ValueError(f"{path} is not empty, it has {other[0]}; name a new folder")
+  check_output_folder(path, replaces)
   shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
   try:
     temporary.mkdir()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prefpaint_jax.runtime import sharding
+from prefpaint_jax.runtime import interrupts, sharding
 from prefpaint_jax.runtime.checkpoint import Checkpoints
 from prefpaint_jax.runtime.finite import check_metrics, check_state
 from prefpaint_jax.runtime.metrics import MetricsWriter, progress
@@ -61,6 +61,7 @@ def fit(
   log_every: int,
   judge: Callable[[Params], tuple[float, dict[str, float]]] | None = None,
   judge_every: int = 0,
+  restored: Callable[[], None] = lambda: None,
 ) -> Params | None:
   """Minimises a loss; writes metrics and checkpoints to the workdir, and resumes exactly from it.
 
@@ -71,12 +72,12 @@ def fit(
     frozen: trees of arrays that are not trained.
     loader: iterator of this process's part of each batch, with `get_state` and `set_state`.
     key: PRNG key; each iteration folds its number into it.
-    ema_decay: decay of the parameters' moving average, which is then scored and returned instead of
-      the parameters; 0: no average.
+    ema_decay: decay of the moving average that is then scored and returned; 0: the parameters are.
     checkpoint_every: iterations between checkpoints; 0: none.
     log_every: iterations between lines of metrics; 0: none.
     judge: computes (score, metrics) from parameters; see Returns.
     judge_every: iterations between calls of `judge`, which also runs after the last update.
+    restored: called before the first iteration, when the state is restored or made.
 
   Returns:
     The parameters with the highest score, as host arrays; the last parameters if `judge` is None or
@@ -93,6 +94,7 @@ def fit(
   done, stopping = int(state.iteration), False
   writer = MetricsWriter(workdir, is_writer)
   writer.truncate(done)
+  restored()
   frozen = jax.device_put(frozen, sharding.replicated(mesh))
   bar = progress(iterations, done, visible=is_writer)
   with agreed_stop_requests(mesh) as asked_to_stop:
@@ -101,10 +103,7 @@ def fit(
       arrays = {name: x for name, x in next(loader).items() if x.dtype.kind != "U"}  # no IDs
       state, metrics = step(state, frozen, sharding.to_global(mesh, arrays), key)
       is_due = lambda every, done=done: bool(every) and (done % every == 0 or done == iterations)
-      line = {}
-      if is_due(log_every):
-        line = {name: float(value) for name, value in metrics.items()}
-        bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
+      line = _show(metrics, bar) if is_due(log_every) else {}
       if judge and (is_due(judge_every) or done == iterations):
         score, judge_metrics = judge(jax.device_get(gather(current(state))))
         line |= judge_metrics
@@ -120,11 +119,19 @@ def fit(
   bar.close()
   checkpoints.close()
   writer.close()
-  if done < iterations and is_writer:
-    print(f"{workdir}: stopped after iteration {done} and saved; the same command goes on")
   if done < iterations:
+    interrupts.end_early()
+    if is_writer:
+      print(f"{workdir}: stopped after iteration {done} and saved; the same command goes on")
     return None
   return jax.device_get(gather(state.best if judge else current(state)))
+
+
+def _show(metrics: dict[str, jax.Array], bar: Any) -> dict[str, float]:
+  """Returns the metrics of an update as numbers, and shows them on the progress bar."""
+  line = {name: float(value) for name, value in metrics.items()}
+  bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
+  return line
 
 
 def _begin(

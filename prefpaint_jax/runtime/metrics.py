@@ -55,13 +55,13 @@ class MetricsWriter:
     self._purge_step = iteration + 1
     if not self.is_writer or not path.exists():
       return
-    *complete, _ = path.read_text().split("\n")
+    *complete, _ = path.read_bytes().split(b"\n")
     kept = []
     for number, line in enumerate(complete, 1):
       done = parse_json(line, f"{path}, line {number}").get("iteration")
       check(f"{path}, line {number}: iteration", done, COUNT_OR_NONE)
       kept += [line] if done <= iteration else []
-    write_text(path, "".join(line + "\n" for line in kept))
+    write_text(path, "".join(line.decode() + "\n" for line in kept))
 
   def write(self, iteration: int, scalars: Mapping[str, Any]) -> None:
     """Writes a line of scalars (numbers or 0-d arrays); NaN and infinities become null."""

@@ -167,6 +167,10 @@ def check(name: str, value: Any, allowed: Range) -> None:
     allowed: its range.
   """
   if not allowed.contains(value):
-    found = repr(value)
-    found = found if len(found) <= 80 else f"{found[:77]}..."
-    raise ValueError(f"{name} is {found}; expected {allowed}")
+    raise ValueError(f"{name} is {shorten(value)}; expected {allowed}")
+
+
+def shorten(value: Any) -> str:
+  """Returns the representation of a value, cut to 80 characters."""
+  text = repr(value)
+  return text if len(text) <= 80 else f"{text[:77]}..."

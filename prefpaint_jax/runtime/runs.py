@@ -1,6 +1,5 @@
 """Runs of `train` as other commands read them: the config, the checkpoints, and one fixed step."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +9,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from prefpaint_jax.runtime.checkpoint import Checkpoints
-from prefpaint_jax.runtime.files import write_json
+from prefpaint_jax.runtime.files import read_json, write_json
+from prefpaint_jax.runtime.ranges import Integer, Optional, shorten
 from prefpaint_jax.runtime.workdir import CONFIG, read_workdir
 
 PINNED = "checkpoints.json"  # the file of `pin_steps` in the workdir of a command
@@ -20,12 +20,15 @@ def open_run(name: str) -> tuple[ConfigDict, Checkpoints] | None:
   """Returns config and checkpoints of a run of `train`; None if `name` is not a workdir.
 
   Raises:
-    ValueError: `name` is the workdir of another command.
+    ValueError: `name` is the workdir of another command, or its config.json is damaged.
   """
   workdir = Path(name)
   if (workdir / "model_index.json").is_file() or not (workdir / CONFIG).is_file():
     return None
   config = read_workdir(workdir, "train")
+  for field in ("policy", "ema_decay"):
+    if field not in config:
+      raise ValueError(f"{workdir / CONFIG}: no field {field!r}; restore it, or give another run")
   return config, Checkpoints(workdir / "checkpoints", best=config.get("keep_best", ""))
 
 
@@ -38,7 +41,7 @@ def base_of(name: str) -> str:
 def pinned_step(workdir: str) -> int | None:
   """Returns the checkpoint that a run of another run's policy began with; None: it has none."""
   file = Path(workdir) / PINNED
-  return json.loads(file.read_text()).get("policy") if file.is_file() else None
+  return read_json(file).get("policy") if file.is_file() else None
 
 
 def pin_steps(
@@ -61,8 +64,13 @@ def pin_steps(
   Raises:
     ValueError: a run has no such checkpoint.
   """
-  steps = json.loads(file.read_text()) if file.is_file() else {}
+  steps = read_json(file) if file.is_file() else {}
   for role, (name, step) in asked.items():
+    if not Optional(Integer(1)).contains(steps.get(role)):
+      raise ValueError(
+        f"{file}: {role} is {shorten(steps[role])}; expected an iteration or null; delete the file "
+        "to choose again"
+      )
     if role not in steps:
       run = open_run(name)
       steps[role] = run[1].resolve(step) if run else None

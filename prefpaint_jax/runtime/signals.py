@@ -7,17 +7,22 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.sharding import Mesh
 
-from prefpaint_jax.runtime import distributed
+from prefpaint_jax.runtime import distributed, interrupts
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
-  """Gives the list of SIGTERM and SIGINT received so far; a second one has its usual effect."""
+  """Gives the list of SIGTERM and SIGINT received so far; a second one has its usual effect.
+
+  A command that ends early for them calls `interrupts.end_early`. `train` does not, because
+  launch/slurm.sbatch relies on its exit status 0.
+  """
   received: list[int] = []
   before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
   def note(number: int, _) -> None:
     received.append(number)
+    interrupts.last_signal = number
     signal.signal(number, before[number])
 
   for number in before:

@@ -6,14 +6,15 @@ import functools
 import json
 import os
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
 
-from prefpaint_jax.runtime.files import write_json
+from prefpaint_jax.runtime.config_check import check_stored
+from prefpaint_jax.runtime.files import check_folder, read_json, write_json
 
 CONFIG = "config.json"
 LOCK = ".lock"
@@ -32,8 +33,12 @@ def open_workdir(
   free: Collection[str] = (),
   progress: str = "checkpoints/*",
   is_writer: bool = True,
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
   """Holds the workdir of a command: checks its config.json, locks the folder, writes the file.
+
+  Gives a function that writes the file. A run that has saved something calls it when it has
+  restored its state, so that a refused start leaves the file unchanged; in other folders the file
+  is written at once, and in all of them at the end of a command that succeeds.
 
   If the command raises an error before it has saved anything in a new folder, the folder is
   removed, so that a failed start leaves nothing.
@@ -56,14 +61,24 @@ def open_workdir(
   check = functools.partial(_check, config, workdir, command, writes, free, progress)
   check()
   if not is_writer:
-    yield
+    yield lambda: None
     return
   is_new = not workdir.exists()
   with exclusive(workdir):
     check()  # another process may have written since
-    write_json(workdir / CONFIG, {COMMAND: command} | config.to_dict(), sort_keys=True)
+    others = sorted(path.name for path in workdir.iterdir() if not path.name.startswith("."))
+    if others and CONFIG not in others:
+      logging.warning(
+        "%s holds %d files of something else, such as %s; %s writes its own beside them",
+        *(workdir, len(others), others[0], command),
+      )
+    content = {COMMAND: command} | config.to_dict()
+    write = functools.partial(write_json, workdir / CONFIG, content, sort_keys=True)
+    if not any(workdir.glob(progress)):
+      write()
     try:
-      yield
+      yield write
+      write()
     except BaseException:
       if is_new and {path.name for path in workdir.iterdir()} <= {CONFIG, LOCK}:
         for name in (CONFIG, LOCK):
@@ -91,7 +106,7 @@ def _check(
         "another --workdir"
       )
     return
-  stored, now = _read(file), flatten(config.to_dict())
+  stored, now = read_json(file), flatten(config.to_dict())
   owner, before = stored.pop(COMMAND, None), flatten(stored)
   before = {name: value for name, value in EARLIER.items() if name in now} | before
   # A config.json of earlier versions names no command, but has most of the same command's fields.
@@ -122,8 +137,9 @@ def exclusive(folder: Path) -> Iterator[None]:
   a warning is logged instead.
 
   Raises:
-    ValueError: another process holds the lock; the message names it.
+    ValueError: another process holds the lock, or the folder takes no files; the message says so.
   """
+  check_folder(folder)
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / LOCK
   with contextlib.ExitStack() as stack:
@@ -157,31 +173,21 @@ def read_workdir(workdir: Path, command: str | None = None) -> ConfigDict:
     command: the command that must have made it; None: any.
 
   Raises:
-    ValueError: the folder has no config.json, or is that of another command.
+    ValueError: the folder has no config.json, is that of another command, or a field has a value
+      that it cannot have.
   """
   file = workdir / CONFIG
   if not file.is_file():
     raise ValueError(f"{workdir}: no config.json; give the --workdir of a run")
-  stored = _read(file)
+  stored = read_json(file)
   owner = stored.pop(COMMAND, command)
   if command is not None and owner != command:
     raise ValueError(f"{workdir} is the workdir of {owner}; give one of {command}")
-  return ConfigDict(stored)
-
-
-def _read(file: Path) -> dict[str, Any]:
-  """Reads a config.json.
-
-  Raises:
-    ValueError: the file is damaged.
-  """
+  check_stored(stored, owner, file)
   try:
-    content = json.loads(file.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{file} is not JSON ({error}); restore it, or give another folder") from error
-  if not isinstance(content, dict):
-    raise ValueError(f"{file} is a {type(content).__name__}; expected an object of fields")
-  return content
+    return ConfigDict(stored)
+  except ValueError as error:  # a name with a dot
+    raise ValueError(f"{file}: {error}; restore the file, or give another run") from error
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,14 @@ import json
 
 import pytest
 
-from prefpaint_jax.runtime.files import read_json, read_json_lines, write_json
+from prefpaint_jax.runtime.files import (
+  check_folder,
+  check_output,
+  check_output_folder,
+  read_json,
+  read_json_lines,
+  write_json,
+)
 
 
 def test_json_is_read_as_it_was_written(tmp_path):
@@ -43,3 +50,24 @@ def test_lines_of_json_name_the_broken_line(tmp_path):
   file.write_text('{"id": 1}\n{"id"\n')
   with pytest.raises(ValueError, match=r"x\.jsonl, line 2 is not JSON"):
     read_json_lines(file)
+
+
+def test_check_of_an_output_leaves_nothing_and_admits_what_can_be_written(tmp_path):
+  (tmp_path / "old.png").write_text("old")
+  for name in ("old.png", "new.png", "new/folder/x.png"):
+    check_output(tmp_path / name, {"--image": tmp_path / "other.png", "--mask": None})
+  check_folder(tmp_path / "new")
+  check_output_folder(tmp_path / "new")
+  check_output_folder(tmp_path, replaces=["old.png"])
+  assert [path.name for path in tmp_path.iterdir()] == ["old.png"]
+
+
+def test_folder_without_the_right_to_write_is_named(tmp_path, monkeypatch):
+  def refuse(dir):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root may write everywhere
+  message = f"{tmp_path} takes no files .Permission denied.; give another path"
+  for check in (check_output, check_output_folder, check_folder):
+    with pytest.raises(ValueError, match=message):
+      check(tmp_path / "a" / "b")

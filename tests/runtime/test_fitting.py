@@ -25,27 +25,30 @@ class Batches:
     del state
 
 
-def fit(workdir, scores, judge_every, batches=None):
+def fit(workdir, scores, judge_every, batches=None, **changes):
   """Returns {"w": w} after four iterations. w starts at 0; each update subtracts 1.
 
   `scores` are the results of the judge, in order.
   """
   scores = iter(scores)
+  settings = {
+    "params": {"w": jnp.zeros(())},
+    "iterations": 4,
+    "ema_decay": 0.0,
+    "checkpoint_every": 0,
+    "log_every": 0,
+    "judge": None if judge_every is None else lambda params: (next(scores), {}),
+    "judge_every": judge_every or 0,
+  }
   return fitting.fit(
     lambda params, batch, key: (jnp.mean(batch["x"]) * params["w"], {}),
     (),
-    {"w": jnp.zeros(())},
-    optax.sgd(1.0),
-    batches or Batches(),
-    workdir,
-    sharding.make_mesh(),
-    jax.random.key(0),
-    iterations=4,
-    ema_decay=0.0,
-    checkpoint_every=0,
-    log_every=0,
-    judge=None if judge_every is None else lambda params: (next(scores), {}),
-    judge_every=judge_every or 0,
+    optimizer=optax.sgd(1.0),
+    loader=batches or Batches(),
+    workdir=workdir,
+    mesh=sharding.make_mesh(),
+    key=jax.random.key(0),
+    **settings | changes,
   )
 
 
@@ -78,6 +81,16 @@ def test_a_signal_saves_the_fit_and_the_same_call_goes_on(tmp_path, number, caps
   assert Checkpoints(tmp_path / "checkpoints").latest() == 3
   resumed = Batches()
   assert fit(tmp_path, (), None, resumed)["w"] == -4.0
+
+
+def test_restored_is_called_once_and_never_for_a_checkpoint_that_does_not_match(tmp_path):
+  calls = []
+  restored = lambda: calls.append(1)
+  fit(tmp_path, (), None, checkpoint_every=4, restored=restored)
+  assert calls == [1]
+  with pytest.raises(ValueError, match=r"1 of .* arrays differ"):
+    fit(tmp_path, (), None, params={"w": jnp.zeros(2)}, restored=restored)
+  assert calls == [1]
 
 
 @pytest.mark.parametrize("log_every", [0, 1])

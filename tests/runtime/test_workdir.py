@@ -95,10 +95,15 @@ def test_folder_that_no_command_made_is_refused(tmp_path, present):
   assert contents(tmp_path) == {present: b"mine"}
 
 
-def test_folder_with_other_files_is_accepted(tmp_path):
+def test_folder_with_other_files_is_accepted_and_said_once(tmp_path, monkeypatch):
+  said = []
+  monkeypatch.setattr("absl.logging.warning", lambda text, *values: said.append(text % values))
   (tmp_path / "log.txt").write_text("mine")
-  with open_as("train", tmp_path):
-    pass
+  for _ in range(2):
+    with open_as("train", tmp_path):
+      pass
+  (line,) = said
+  assert line.startswith(f"{tmp_path} holds 1 files of something else, such as log.txt; train")
   assert read_workdir(tmp_path).to_dict() == {"seed": 0, "size": 8}
 
 
@@ -112,6 +117,23 @@ def test_failed_start_leaves_no_folder(tmp_path):
   assert (tmp_path / "new" / "config.json").is_file()
 
 
+def test_refused_start_leaves_the_config_of_a_run_that_has_saved(tmp_path):
+  save_every = lambda: read_workdir(tmp_path).save_every
+  with open_as("train", tmp_path, save_every=1):
+    pass
+  (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+  with pytest.raises(KeyError), open_as("train", tmp_path, save_every=2):
+    raise KeyError  # the checkpoint does not match
+  assert save_every() == 1
+  with pytest.raises(KeyError), open_as("train", tmp_path, save_every=3) as write_config:
+    write_config()
+    raise KeyError  # later
+  assert save_every() == 3
+  with open_as("train", tmp_path, save_every=4):
+    assert save_every() == 3
+  assert save_every() == 4
+
+
 def test_readers_name_the_command_of_a_workdir(tmp_path):
   with open_as("evaluate", tmp_path):
     pass
@@ -122,8 +144,8 @@ def test_readers_name_the_command_of_a_workdir(tmp_path):
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("", r"config\.json is not JSON \(Expecting value: line 1 column 1"),
-    ("[1]", r"config\.json is a list; expected an object of fields"),
+    ("", r"config\.json is not JSON \(empty\)"),
+    ("[1]", r"config\.json holds a JSON value of type list; expected an object"),
     ('{"seed": ', r"config\.json is not JSON"),
   ],
 )
