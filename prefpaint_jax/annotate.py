@@ -20,7 +20,7 @@ from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import cli
 from prefpaint_jax.runtime.cli import within
 from prefpaint_jax.runtime.config_fields import SEED
-from prefpaint_jax.runtime.files import atomic_path
+from prefpaint_jax.runtime.files import atomic_path, check_is_folder
 from prefpaint_jax.runtime.ranges import Integer, Number, Text
 from prefpaint_jax.runtime.workdir import exclusive
 
@@ -43,6 +43,7 @@ def annotate(folder: Path, annotators: int, noise: float, seed: int) -> int:
   Raises:
     ValueError: annotations.jsonl has scores of people, or the noise is not finite.
   """
+  check_is_folder(folder, "the --workdir of prefpaint_jax.collect")
   file = folder / "candidates.jsonl"
   if not file.is_file():
     raise ValueError(f"{file}: no such file; give the --workdir of prefpaint_jax.collect")

@@ -287,6 +287,22 @@ LINES += [
   (("plot", "--bananas"), "--bananas: no such option; --help lists the options"),
   (("train", RL), r"give --workdir=\.\.\.; --help explains the options"),
 ]
+FILE = "README.md"  # where a folder is expected
+WORK, PREFERENCES = "--workdir=x", "--config=configs/preferences.py"
+LINES += [
+  ((*arguments, f"--{flag}={FILE}"), f"{FILE}.* file; {wanted}")
+  for *arguments, flag, wanted in (
+    ("train", RL, WORK, "config.policy", "expected a diffusers folder"),
+    ("train", RL, WORK, "config.prompts", "give 'mini', a folder"),
+    ("plan", RL, "config.policy", "expected a folder; give a diffusers folder"),
+    ("annotate", "candidates", "expected a folder; give the --workdir of"),
+    ("export", "--output=x", "workdir", "expected a folder; give the --workdir of a run"),
+    ("plot", "--output=x.png", "workdir", "expected a folder; give the --workdir of a run"),
+    ("data.preferences", PREFERENCES, WORK, "config.source", "expected a folder; give a folder"),
+    ("train_reward", "--config=configs/reward.py", WORK, "config.preferences", "expected a folder"),
+    ("collect", "--config=configs/collect.py:mini", WORK, "config.pictures", "give a folder"),
+  )
+]
 HELP = [  # command, config file of its page
   *((command, f"configs/{file}.py") for file, (_, names) in CONFIGS.items() for command in names),
   *((command, None) for command in ("annotate", "data.masks", "export", "inpaint", "plot")),

@@ -32,7 +32,7 @@ from prefpaint_jax.data.records import endless_batches, find_records
 from prefpaint_jax.runtime import cli
 from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.config_fields import COUNT
-from prefpaint_jax.runtime.files import read_json
+from prefpaint_jax.runtime.files import check_is_folder, read_json
 from prefpaint_jax.runtime.ranges import check
 from prefpaint_jax.runtime.workdir import open_workdir
 
@@ -160,6 +160,7 @@ class StoredPreferences(Sequence[Preference]):
 
 def _find(folder: str | Path) -> Path:
   """Finds the preference dataset in a folder: the folder itself, or at most two levels below."""
+  check_is_folder(folder, "one that prefpaint_jax.data.preferences wrote")
   # Only preference datasets have metadata.json.
   found = [path for path in find_records(folder) if (path / "metadata.json").exists()]
   if len(found) != 1:

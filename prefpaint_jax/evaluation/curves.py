@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from prefpaint_jax.runtime.files import check_is_folder
 from prefpaint_jax.runtime.workdir import flatten, read_workdir
 
 # Metrics and titles of the first panels; the panels of held-out metrics follow.
@@ -74,8 +75,7 @@ def load_run(workdir: str | Path) -> Run:
     ValueError: if the folder is not a workdir, has no metrics yet, or a line is damaged.
   """
   workdir = Path(workdir)
-  if not workdir.is_dir():
-    raise ValueError(f"{workdir}: no such folder; give the --workdir of a run")
+  check_is_folder(workdir, "the --workdir of a run")
   config = flatten(read_workdir(workdir).to_dict())
   file = workdir / "metrics.jsonl"
   if not file.is_file():

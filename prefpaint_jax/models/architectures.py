@@ -9,6 +9,7 @@ import numpy as np
 from prefpaint_jax import mini
 from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.models.pipeline import NETWORKS
+from prefpaint_jax.runtime.files import check_is_folder
 from prefpaint_jax.runtime.runs import base_of
 from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights.names import Params
@@ -35,7 +36,8 @@ def read_architecture(policy: str) -> tuple[dict[str, dict], str]:
     ValueError: the policy is neither a folder nor a known hub name.
   """
   path = Path(mini.locate(base_of(policy), "policy")).expanduser()
-  if path.is_dir():
+  if path.exists():
+    check_is_folder(path, "a diffusers folder, a workdir, or a hub name")
     weights.check_pipeline(path)
     configs = {part: weights.read_config(path / part) for part in NETWORKS}
     configs["scheduler"] = weights.read_config(path / "scheduler", "scheduler_config.json")
