@@ -22,6 +22,7 @@ from prefpaint_jax.runtime.cli import within
 from prefpaint_jax.runtime.config_fields import SEED
 from prefpaint_jax.runtime.files import atomic_path, check_is_folder
 from prefpaint_jax.runtime.ranges import Integer, Number, Text
+from prefpaint_jax.runtime.text import print_next
 from prefpaint_jax.runtime.workdir import exclusive
 
 _CHUNK = 512  # candidates scored at a time
@@ -106,5 +107,13 @@ if __name__ == "__main__":
     folder = Path(_CANDIDATES.value)
     number = annotate(folder, _ANNOTATORS.value, _NOISE.value, _SEED.value)
     print(f"{folder / 'annotations.jsonl'}: {number} candidates, {_ANNOTATORS.value} scores each")
+    print_next(
+      (
+        "data.preferences",
+        "--config=configs/preferences.py",
+        f"--workdir={folder}_preferences",
+        f"--config.source={folder}",
+      )
+    )
 
   cli.run(main)

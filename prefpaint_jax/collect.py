@@ -36,6 +36,7 @@ from prefpaint_jax.runtime.metrics import progress
 from prefpaint_jax.runtime.ranges import Text, check
 from prefpaint_jax.runtime.runs import PINNED, pin_steps
 from prefpaint_jax.runtime.signals import stop_requests
+from prefpaint_jax.runtime.waiting import waiting
 from prefpaint_jax.runtime.workdir import open_workdir
 
 WRITES = (
@@ -185,10 +186,11 @@ def _collect(
     (workdir / "checkpoints.json").unlink(missing_ok=True)
   mesh = sharding.make_mesh(devices=jax.local_devices())
   steps = pin_steps(workdir / PINNED, {name: (name, None) for name in config.policies})
-  policies = [
-    (name, inpainter.open_policy(name, config.dtype, steps[name]).place(mesh))
-    for name in config.policies
-  ]
+  with waiting(f"loading {', '.join(config.policies)}"):
+    policies = [
+      (name, inpainter.open_policy(name, config.dtype, steps[name]).place(mesh))
+      for name in config.policies
+    ]
   write_config()
 
   B, key = config.batch_size, jax.random.key(config.seed)

@@ -10,6 +10,7 @@ The same command resumes an interrupted evaluation.
 """
 # Shapes: N prompts, b prompts of a batch, S samples of each, H W pixels, h w of a thumbnail.
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.metrics import progress
 from prefpaint_jax.runtime.runs import PINNED, pin_steps
 from prefpaint_jax.runtime.signals import stop_requests
+from prefpaint_jax.runtime.waiting import waiting
 from prefpaint_jax.runtime.workdir import open_workdir
 
 SIDES = ("policy", "baseline")
@@ -177,10 +179,11 @@ def run_batches(config: ConfigDict, workdir: Path) -> tuple[dict[str, np.ndarray
   if process == 0 and not any(folder.glob("*.npz")):
     (workdir / "checkpoints.json").unlink(missing_ok=True)
   steps = pin_steps(workdir / PINNED, asked)
-  policies = {
-    side: inpainter.open_policy(config[side], config.dtype, steps[side]).place(mesh)
-    for side in SIDES
-  }
+  with waiting(f"loading {config.policy} and {config.baseline}"):
+    policies = {
+      side: inpainter.open_policy(config[side], config.dtype, steps[side]).place(mesh)
+      for side in SIDES
+    }
 
   folder.mkdir(parents=True, exist_ok=True)
   work = list(batch_files.batches(chosen, config.batch_size))
@@ -191,13 +194,16 @@ def run_batches(config: ConfigDict, workdir: Path) -> tuple[dict[str, np.ndarray
   if damaged and process == 0:
     print(f"{folder}: computes {len(damaged)} damaged batches again, the first is {damaged[0]}")
   missing = [x for x in work[process::processes] if x[0] in damaged or not file_of(x[0]).is_file()]
-  bar = progress(len(work), len(work) - processes * len(missing), visible=process == 0)
+  done = len(work) - processes * len(missing)
+  bar = progress(len(work), done, visible=process == 0, unit="batch")
   with stop_requests() as received:
     for number, indices, new in missing:
       if received:
         break
       batch = examples.stack([prompts[i] for i in indices])
-      results = examine(policies, judges, batch, jax.random.fold_in(key, number), config)
+      first = waiting("compiling, and sampling the first batch", batch["mask"].shape)
+      with first if number == missing[0][0] else contextlib.nullcontext():
+        results = examine(policies, judges, batch, jax.random.fold_in(key, number), config)
       with atomic_path(file_of(number)) as partial, partial.open("wb") as output:
         np.savez_compressed(output, **{name: values[:new] for name, values in results.items()})
       bar.update()

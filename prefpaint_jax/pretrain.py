@@ -221,6 +221,7 @@ def _pretrain(
     Inpainter(modules, params, inpainter.configs, inpainter.tokenizer_files).save_pretrained(
       workdir / "pipeline"
     )
+    print(f"{workdir / 'pipeline'}: open with Inpainter.from_pretrained or --config.policy")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from prefpaint_jax.align.held_out import SAMPLES, HeldOut
+from prefpaint_jax.align.held_out import HeldOut
+from prefpaint_jax.align.results import print_comparison, print_results
 from prefpaint_jax.align.run import Run, image_shapes, make_run
 from prefpaint_jax.align.settings import (
   check_config,
@@ -37,8 +38,6 @@ from prefpaint_jax.align.state import (
 )
 from prefpaint_jax.data.images import save_png
 from prefpaint_jax.data.prompts import final_split, open_prompts, prompt_loader
-from prefpaint_jax.evaluation import winrate
-from prefpaint_jax.evaluation.tables import describe
 from prefpaint_jax.inpainter import open_policy
 from prefpaint_jax.preference.bound import check_condition
 from prefpaint_jax.reward import RewardModel
@@ -47,8 +46,9 @@ from prefpaint_jax.runtime.checkpoint import Checkpoints
 from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.finite import check_state
 from prefpaint_jax.runtime.metrics import IterationLog, MetricsWriter
-from prefpaint_jax.runtime.runs import PINNED, open_run, pin_steps
+from prefpaint_jax.runtime.runs import base_step
 from prefpaint_jax.runtime.signals import agreed_stop_requests
+from prefpaint_jax.runtime.waiting import waiting
 from prefpaint_jax.runtime.workdir import open_workdir
 
 WRITES = ("checkpoints", "metrics.jsonl", "samples", "tensorboard")
@@ -86,15 +86,6 @@ def load_run(config: ConfigDict, mesh: Mesh, step: int | None = None) -> Run:
   return make_run(config, mesh, policy.modules, reward_model.network, base, frozen)
 
 
-def policy_step(policy: str, workdir: Path, is_new: bool) -> int | None:
-  """Returns the checkpoint of a policy that is a run; a resumed run keeps that of its start."""
-  if open_run(policy) is None:
-    return None
-  if is_new and jax.process_index() == 0:
-    (workdir / PINNED).unlink(missing_ok=True)  # of a start that failed, perhaps of another policy
-  return pin_steps(workdir / PINNED, {"policy": (policy, None)})["policy"]
-
-
 class Session(NamedTuple):
   """The parts of a run in progress."""
 
@@ -125,7 +116,8 @@ def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session
   check_prompts(config, {field: len(found) for field, found in prompts_of.items()})
   checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best)
   is_new = checkpoints.latest() is None
-  run = load_run(config, mesh, policy_step(config.policy, workdir, is_new))
+  with waiting(f"loading {config.policy} and {config.reward}"):
+    run = load_run(config, mesh, base_step(config.policy, workdir, is_new))
 
   ### State: fresh, or exactly where an earlier run stopped.
   if is_new:
@@ -172,9 +164,11 @@ def iterate(
   if start < config.num_iterations:
     compile_iteration(stages, state, frozen, *image_shapes(config, mesh))
   if start == 0 and config.sample_every:
-    write_sample(session, state)
+    with waiting(f"sampling {config.num_samples} held-out prompts"):
+      write_sample(session, state)
   if start == 0 and config.eval_every and config.eval_prompts:
-    session.writer.write(0, held_out.metrics(current_params(state), config.eval_prompts))
+    with waiting(f"evaluating {config.eval_prompts} held-out prompts"):
+      session.writer.write(0, held_out.metrics(current_params(state), config.eval_prompts))
   log.restart_clock()
   for iteration in range(start, config.num_iterations):
     rollout_key, timestep_key = jax.random.split(jax.random.fold_in(loop_key, iteration))
@@ -280,7 +274,8 @@ def _train(
     state, saved, stopped = iterate(session, state, asked_to_stop)
     compared = None
     if count:
-      compared = session.final.compare(current_params(state), count, asked_to_stop)
+      with waiting(f"evaluating {count} held-out prompts, policy and base"):
+        compared = session.final.compare(current_params(state), count, asked_to_stop)
     if compared is None and (stopped or count):
       done = int(state.iteration)
       if saved != done:
@@ -290,14 +285,10 @@ def _train(
         print(f"stopped after iteration {done} and saved; the same command goes on")
       return state
 
-  if compared is not None and is_writer:
-    policy, base = compared
-    split = final_split(config.prompts)
-    print(f"{count} held-out prompts ({split}), policy against base, {SAMPLES} samples of each:")
-    titles = {"reward": "learned reward", "true_preference": "true preference"}
-    for name in (name for name in titles if name in policy):
-      group = winrate.estimate(winrate.Scores(policy[name], base[name]))
-      print(describe(titles[name], group))
+  if is_writer:
+    if compared is not None:
+      print_comparison(config, *compared)
+    print_results(config, workdir, int(state.iteration))
   return state
 
 

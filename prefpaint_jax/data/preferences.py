@@ -34,6 +34,7 @@ from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.config_fields import COUNT
 from prefpaint_jax.runtime.files import check_is_folder, read_json
 from prefpaint_jax.runtime.ranges import check
+from prefpaint_jax.runtime.text import print_next
 from prefpaint_jax.runtime.workdir import open_workdir
 
 with epy.lazy_imports():
@@ -260,6 +261,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
     sys.exit(f"error: {error}")  # cli would print only one line
   print(summary(read_metadata(folder)))
   print(f"{folder}: read it with prefpaint_jax.data.preferences.open_preferences")
+  reward = ("--config=configs/reward.py", f"--workdir={workdir}_reward")
+  print_next(("train_reward", *reward, f"--config.preferences={workdir}"))
 
 
 if __name__ == "__main__":

@@ -69,13 +69,15 @@ def run(main: Callable[[], None], several_processes: bool = False) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
       if "jax" in sys.modules:  # a command that does not import JAX compiles nothing
-        from prefpaint_jax.runtime import checkpoint, compilation
+        from prefpaint_jax.runtime import checkpoint, compilation, waiting
 
         compilation.enable_cache()
         compilation.keep_memory()
         checkpoint.silence_orbax()
       if several_processes:
         distributed.initialize()
+      if "jax" in sys.modules and (not several_processes or distributed.is_first()):
+        waiting.speak()
       interrupts.raise_again()
       main()
       if output:
@@ -98,6 +100,7 @@ def run(main: Callable[[], None], several_processes: bool = False) -> None:
     from prefpaint_jax.runtime import distributed
 
     guarded = distributed.exit_on_error()(guarded)
+    distributed.silence_gloo()
   output = sys.stdout and _Output(sys.stdout)  # None in a process without a standard output
   with contextlib.redirect_stdout(output):
     try:

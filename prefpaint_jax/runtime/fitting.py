@@ -1,5 +1,6 @@
 """Supervised training of one network, which `pretrain` and `train_reward` share."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from prefpaint_jax.runtime.checkpoint import Checkpoints
 from prefpaint_jax.runtime.finite import check_metrics, check_state
 from prefpaint_jax.runtime.metrics import MetricsWriter, progress
 from prefpaint_jax.runtime.signals import agreed_stop_requests
+from prefpaint_jax.runtime.waiting import waiting
 
 Params = Any  # a tree of arrays
 
@@ -91,7 +93,7 @@ def fit(
   gather = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
   current = lambda state: state.average if ema_decay else state.params
 
-  done, stopping = int(state.iteration), False
+  done, stopping, compiled = int(state.iteration), False, False
   writer = MetricsWriter(workdir, is_writer)
   writer.truncate(done)
   restored()
@@ -101,7 +103,10 @@ def fit(
     while done < iterations and not stopping:
       stopping, done = asked_to_stop(), done + 1
       arrays = {name: x for name, x in next(loader).items() if x.dtype.kind != "U"}  # no IDs
-      state, metrics = step(state, frozen, sharding.to_global(mesh, arrays), key)
+      arrays = sharding.to_global(mesh, arrays)
+      with contextlib.nullcontext() if compiled else waiting("compiling the update", workdir.name):
+        state, metrics = step(state, frozen, arrays, key)
+      compiled = True
       is_due = lambda every, done=done: bool(every) and (done % every == 0 or done == iterations)
       line = _show(metrics, bar) if is_due(log_every) else {}
       if judge and (is_due(judge_every) or done == iterations):

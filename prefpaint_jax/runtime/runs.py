@@ -81,3 +81,12 @@ def pin_steps(
   if jax.process_index() == 0:
     write_json(file, steps)
   return steps
+
+
+def base_step(policy: str, workdir: Path, is_new: bool) -> int | None:
+  """Returns the checkpoint of a policy that is a run; a resumed run keeps that of its start."""
+  if open_run(policy) is None:
+    return None
+  if is_new and jax.process_index() == 0:
+    (workdir / PINNED).unlink(missing_ok=True)  # of a start that failed, perhaps of another policy
+  return pin_steps(workdir / PINNED, {"policy": (policy, None)})["policy"]

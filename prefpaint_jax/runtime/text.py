@@ -1,5 +1,7 @@
 """Short texts for terminals: one line of an error, aligned columns, a name with its explanation."""
 
+import shlex
+import sys
 import textwrap
 from collections.abc import Sequence
 
@@ -39,3 +41,14 @@ def explain(name: str, text: str, column: int = 40, indent: int = 2, width: int 
   if len(first) < column - 1:
     first, lines = f"{first:<{column}}{lines[0]}".rstrip(), lines[1:]
   return [first, *(" " * column + line for line in lines if line)]
+
+
+def print_next(*commands: Sequence[object]) -> None:
+  """Prints what a user may run next, to standard error: results are on standard output.
+
+  Args:
+    commands: the name of a command of this package, and its arguments.
+  """
+  print("next:", file=sys.stderr)
+  for name, *arguments in commands:
+    print(" ", f"python -m prefpaint_jax.{name}", shlex.join(map(str, arguments)), file=sys.stderr)
