@@ -22,12 +22,12 @@ from prefpaint_jax.data import images as image_io
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.models import lora, sampling
 from prefpaint_jax.models.exported import exported_configs
-from prefpaint_jax.models.pipeline import NETWORKS, Modules, list_texts, make_modules
+from prefpaint_jax.models.pipeline import NETWORKS, Modules, list_texts, make_modules, sampling_key
 from prefpaint_jax.models.text import tokenize
 from prefpaint_jax.runtime import files, sharding
 from prefpaint_jax.runtime.compilation import enable_cache
 from prefpaint_jax.runtime.config_check import check_values
-from prefpaint_jax.runtime.config_fields import SAMPLING
+from prefpaint_jax.runtime.config_fields import ARGUMENTS
 from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.runs import open_run, pinned_step
 from prefpaint_jax.runtime.text import first_line
@@ -81,6 +81,7 @@ class Inpainter:
     Raises:
       ValueError: a file is missing, or the folder is not an inpainting pipeline.
     """
+    check_values({"remat": remat}, ARGUMENTS, owner="")
     enable_cache()
     path = weights.resolve_pipeline(mini.locate(name, "policy"))
     configs = {part: weights.read_config(path / part) for part in NETWORKS}
@@ -200,7 +201,8 @@ class Inpainter:
     Raises:
       ValueError: inputs cannot be read, or do not have matching sizes or numbers.
     """
-    check_values(locals(), SAMPLING, owner="")
+    check_values(locals(), ARGUMENTS, owner="")
+    key = sampling_key(key)
     images, masks = image_io.load_pairs(image, mask)
     B, H, W, _ = images.shape
     size = self.working_size(H, W)
@@ -208,7 +210,6 @@ class Inpainter:
     small_images, small_masks = image_io.resize_prompts(images, masks, size)
     texts = list_texts(text, B)
     context = self.encode_text(texts) if any(texts) else self.empty_context
-    key = jax.random.key(0) if key is None else key
     noise_key, chain_key = jax.random.split(key)
     latents = self._initial_noise(noise_key, latents, B * num_samples, size)
     if self._batch_sharding is not None and B % self._batch_sharding.num_devices == 0:

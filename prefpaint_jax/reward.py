@@ -73,12 +73,12 @@ class RewardModel:
     given = {"shift": shift, "scale": scale}
     config |= {field: value for field, value in given.items() if value is not None}
     network = RewardNetwork(RewardConfig.from_dict(config), jnp.dtype(dtype))
-    params = weights.load_reward(path, network_shapes(network.config))
     if not bound and (path / FILE_NAME).is_file():
       bound = path / FILE_NAME
     loaded = read_bound(bound) if bound else None
     if loaded is not None:
       check_bound(loaded, network.config.feature_dim)
+    params = weights.load_reward(path, network_shapes(network.config))
     return cls(network, params, loaded)
 
   def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
@@ -123,7 +123,13 @@ def read_bound(path: str | Path) -> Bound:
   Raises:
     ValueError: the file cannot be read, or does not hold one matrix.
   """
-  if Path(path).suffix not in (".pt", ".pth", ".bin"):
+  file = weights.local_path(path, "bound")
+  if file.is_file() and file.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
+    raise ValueError(
+      f"bound {path}: a file that is no bound; expected bound.safetensors of a reward model, or a "
+      "released inverse of V (.pt); give one of them"
+    )
+  if file.suffix not in (".pt", ".pth", ".bin"):
     return load_bound(path)
   torch, stored = load_torch(path)
   values = stored.values() if isinstance(stored, dict) else [stored]

@@ -264,6 +264,12 @@ def _train(
   session, state = open_session(config, workdir, mesh)
   multihost_utils.sync_global_devices("restored")  # a process that was refused has ended the run
   write_config()
+  begun = int(state.iteration)
+  if begun and begun >= config.num_iterations and session.writer.is_writer:
+    print(
+      f"{workdir}: finished after iteration {begun}, with metrics.jsonl, samples and checkpoints; "
+      f"raise --config.num_iterations={config.num_iterations} to go on"
+    )
   count, is_writer = config.final_prompts, session.writer.is_writer
   with (
     agreed_stop_requests(session.mesh) as asked_to_stop,

@@ -1,16 +1,18 @@
 """Bad arguments of the Python API and inputs that ask for too much memory: one line for each."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefpaint_jax import RewardModel
+from prefpaint_jax import Inpainter, RewardModel
 from prefpaint_jax.data.depth import load_depth
 from prefpaint_jax.data.warping import Intrinsics
 from prefpaint_jax.editing.extension import Borders, plan_windows
+from prefpaint_jax.inpainter import open_policy
 from prefpaint_jax.models.architectures import tiny_configs
 from prefpaint_jax.models.pipeline import make_modules
 from prefpaint_jax.runtime.compilation import Program
@@ -38,6 +40,10 @@ HOLE[2:5] = 1.0
     ({"guidance_scale": 1e30}, r"guidance_scale is 1e\+30"),
     ({"text": None}, "text is None; expected a text"),
     ({"text": [None]}, r"text is \[None\]; expected a text"),
+    ({"paste_back": "no"}, "paste_back is 'no'; expected True or False"),
+    ({"key": 0}, r"key is 0; expected one PRNG key; give jax\.random\.key"),
+    ({"key": np.zeros(3, np.uint32)}, r"key is an array of uint32\[3\]"),
+    ({"key": jax.random.split(jax.random.key(0))}, r"key is an array of key<fry>\[2\]"),
   ],
   ids=str,
 )
@@ -46,6 +52,53 @@ def test_bad_argument_of_the_inpainter_is_named(inpainter, arguments, message, m
   with pytest.raises(ValueError, match=message) as error:
     inpainter(GREY, HOLE, **arguments)
   assert "\n" not in str(error.value)
+
+
+def test_mask_of_nan_is_named_a_mask(inpainter):
+  for mask in (HOLE * NAN, HOLE.astype(int)):
+    with pytest.raises(ValueError, match=r"^mask: "):
+      inpainter(GREY, mask)
+
+
+@pytest.mark.parametrize("name", [None, 3, "", " ", b"mini", ["mini"], "~nobody/x"])
+@pytest.mark.parametrize(
+  "load", [Inpainter.from_pretrained, RewardModel.from_pretrained, open_policy]
+)
+def test_what_is_no_name_of_a_model_is_one_line(load, name):
+  message = "no such folder" if name == "~nobody/x" else f"model is {re.escape(repr(name))}; expec"
+  with pytest.raises(ValueError, match=message):
+    load(name)
+
+
+@pytest.mark.parametrize(
+  ("bound", "message"),
+  [(3, "bound is 3; expected"), (True, "bound is True; expected"), ("ok.png", "that is no bound")],
+)
+def test_what_is_no_bound_is_one_line(tmp_path, monkeypatch, bound, message):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "ok.png").write_bytes(b"")
+  with pytest.raises(ValueError, match=message):
+    RewardModel.from_pretrained("mini", bound)
+
+
+def test_file_that_is_no_reward_model_and_a_long_folder_are_short_lines(tmp_path):
+  for i in range(100):
+    (tmp_path / f"{i:02d}.png").write_bytes(b"")
+  with pytest.raises(
+    ValueError, match=r"00\.png: a file that is no reward model; expected a folder"
+  ):
+    RewardModel.from_pretrained(tmp_path / "00.png")
+  with pytest.raises(ValueError, match=r"contains 00\.png, .*, 04\.png, 95 more; expected config"):
+    RewardModel.from_pretrained(tmp_path)
+
+
+def test_rematerialisation_and_stored_types_are_checked(inpainter, tmp_path):
+  with pytest.raises(ValueError, match="remat is 'yes'; expected True or False"):
+    Inpainter.from_pretrained("mini", remat="yes")
+  for dtype in ("int8", "int4"):  # int8 would round all weights to 0
+    with pytest.raises(ValueError, match=f"dtype is '{dtype}'; expected one of float32, float16"):
+      inpainter.save_pretrained(tmp_path / "out", dtype)
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "int8", "nonsense"])

@@ -14,7 +14,7 @@ import pytest
 from preference_world import load_config
 
 from prefpaint_jax import collect, evaluate, pretrain, train, train_reward
-from prefpaint_jax.align.settings import settings_from
+from prefpaint_jax.align.settings import check_prompts, settings_from
 from prefpaint_jax.data import preferences
 from prefpaint_jax.planning import stages
 from prefpaint_jax.runtime.config_fields import CONFIGS
@@ -140,13 +140,24 @@ def test_config_of_another_command_is_refused_before_the_workdir_is_made(name, t
     ({"train_timesteps": 9, "num_steps": 10}, "train_timesteps is 9; expected 1 to 8"),
     ({"updates_per_iteration": 3}, "updates_per_iteration is 3; expected a divisor"),
     ({"timesteps_per_pass": 3}, "timesteps_per_pass is 3; expected 0 or a divisor"),
-    ({"skip_steps": (5, 5)}, "train_timesteps is 8; expected 1 to 0"),
+    ({"skip_steps": (5, 5)}, r"skip_steps is \(5, 5\); expected a sum below num_steps=10"),
+    ({"skip_steps": (9, 9)}, r"skip_steps is \(9, 9\); expected a sum below num_steps=10"),
   ],
 )
 def test_fields_that_do_not_fit_together_are_refused(fields, message):
   with pytest.raises(ValueError, match=message) as error:
     settings_from(config_of("rl", **fields))
   one_line(error)
+
+
+@pytest.mark.parametrize("field", ["eval_prompts", "final_prompts"])
+@pytest.mark.parametrize(
+  ("number", "advice"), [(7, "lower num_samples=8, add prompts, or give 0"), (9, "give at most 8,")]
+)
+def test_more_prompts_than_there_are_name_a_number_that_works(field, number, advice):
+  config = config_of("rl", num_samples=8, eval_every=1, **{field: 16})
+  with pytest.raises(ValueError, match=f"{field} is 16, .* has {number} prompts .*; {advice}"):
+    check_prompts(config, {field: number})
 
 
 @pytest.mark.parametrize(

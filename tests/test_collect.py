@@ -12,6 +12,7 @@ from prefpaint_jax import testing
 from prefpaint_jax.annotate import annotate
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.data.annotations import read_annotations
+from prefpaint_jax.runtime import interrupts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -105,6 +106,7 @@ def test_a_signal_keeps_finished_prompts_and_the_same_command_goes_on(world, mon
     patch.setattr(command, "stack", stack_and_signal)
     command.collect(config, folder / "stopped")
   assert "stopped; finished prompts are saved" in capsys.readouterr().out
+  assert interrupts.status == 128 + signal.SIGINT
   assert 0 < len(lines(folder / "stopped" / "prompts.jsonl")) < 26
   command.collect(config, folder / "stopped")
   assert files(folder / "stopped") == files(folder / "whole")

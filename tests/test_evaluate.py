@@ -15,6 +15,7 @@ from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.models import architectures
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.reward import RewardModel
+from prefpaint_jax.runtime import interrupts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -149,6 +150,7 @@ def test_a_signal_keeps_finished_batches_and_damaged_ones_are_computed_again(
     patch.setattr(evaluate, "examine", examine_and_signal)
     assert evaluate.evaluate(config_of(world), tmp_path) == {}
   assert "stopped; finished batches are saved" in capsys.readouterr().out
+  assert interrupts.status == 128 + signal.SIGINT
   (saved,) = (tmp_path / "batches").glob("*.npz")
   saved.write_bytes(saved.read_bytes()[:-100])  # as after a copy that was cut off
   assert evaluate.evaluate(config_of(world), tmp_path) == whole[1]

@@ -353,7 +353,7 @@ def test_a_run_can_begin_with_another_run_and_keeps_the_checkpoint_that_it_began
 
 
 @pytest.mark.slow
-def test_finished_run_can_be_longer_but_not_have_another_config(world, finished, tmp_path):
+def test_finished_run_can_be_longer_but_not_have_another_config(world, finished, tmp_path, capsys):
   workdir = tmp_path / "copy"
   shutil.copytree(finished.workdir, workdir)
   config = make_config(world, **RHYTHMS | {"learning_rate": 0.5, "trust.norm": "none"})
@@ -362,7 +362,15 @@ def test_finished_run_can_be_longer_but_not_have_another_config(world, finished,
   longer = {"num_iterations": 6, "checkpoint_every": 6, "sample_every": 0}
   state = train(make_config(world, **RHYTHMS | longer), workdir)
   assert int(state.iteration) == 6
-  assert json.loads((workdir / "config.json").read_text())["num_iterations"] == 6
+  stored = lambda: json.loads((workdir / "config.json").read_text())["num_iterations"]
+  assert stored() == 6
+  assert "finished" not in capsys.readouterr().out
+  train(make_config(world, **RHYTHMS | longer), workdir)
+  assert f"{workdir}: finished after iteration 6, with metrics.jsonl" in capsys.readouterr().out
+  (workdir / "checkpoints" / "6" / "run" / "metadata").unlink()
+  with pytest.raises(ValueError, match=r"cannot be read .*; remove it to resume from the earlier"):
+    train(make_config(world, **RHYTHMS | longer | {"num_iterations": 9}), workdir)
+  assert stored() == 6  # a refused resume changes nothing
 
 
 def test_run_that_failed_to_start_can_start_with_another_config(world, tmp_path):

@@ -77,6 +77,11 @@ class Settings:
     first, last = self.skip_steps
     trainable = self.num_steps - first - last
     check(
+      trainable >= 1,
+      f"skip_steps is {self.skip_steps}; expected a sum below num_steps={self.num_steps}, so that "
+      "steps are left to train; lower one of them",
+    )
+    check(
       1 <= self.train_timesteps <= trainable,
       f"train_timesteps is {self.train_timesteps}; expected 1 to {trainable}, the steps that "
       f"skip_steps={self.skip_steps} leaves of num_steps={self.num_steps}",
@@ -153,7 +158,9 @@ def check_prompts(config: ConfigDict, numbers: Mapping[str, int]) -> None:
   for field, number in numbers.items():
     if config[field] > number and (field == "final_prompts" or config.eval_every):
       most = number // config.num_samples * config.num_samples
+      advice = f"give at most {most}, a multiple of num_samples={config.num_samples}"
+      if not most:
+        advice = f"lower num_samples={config.num_samples}, add prompts, or give 0 for no comparison"
       raise ValueError(
-        f"{field} is {config[field]}, {config.prompts} has {number} prompts for it; give at most "
-        f"{most}, a multiple of num_samples={config.num_samples}"
+        f"{field} is {config[field]}, {config.prompts} has {number} prompts for it; {advice}"
       )

@@ -37,7 +37,7 @@ def load_image(source: Source) -> np.ndarray:
   Raises:
     ValueError: the source is no image. The message names it.
   """
-  pixels = _load(source)
+  pixels = _load(source, _name(source, "image"))
   if pixels.shape[-1] == 4:
     alpha = pixels[..., 3:]
     pixels = alpha * pixels[..., :3] + (1 - alpha)
@@ -56,7 +56,8 @@ def load_mask(source: Source, size: tuple[int, int] | None = None) -> np.ndarray
   Raises:
     ValueError: the mask has transparent pixels, another size, no missing pixel, or no known pixel.
   """
-  pixels, name = _load(source, colours=False), _name(source, "mask")
+  name = _name(source, "mask")
+  pixels = _load(source, name, colours=False)
   if pixels.shape[-1] == 4 and pixels[..., 3].min() < 1:
     # Some editors erase what is missing, others paint it on a transparent layer.
     raise ValueError(
@@ -219,9 +220,8 @@ def paste_back(result, image, mask):
   return mask * result + (1 - mask) * image
 
 
-def _load(source: Source, colours: bool = True) -> np.ndarray:
+def _load(source: Source, name: str, colours: bool = True) -> np.ndarray:
   """Loads [H, W, C] in [0, 1] with 1, 3 or 4 channels, the last of 4 alpha."""
-  name = _name(source, "image")
   if isinstance(source, str | os.PathLike):
     pixels = decoding.decode_file(source, colours)
   elif isinstance(source, bytes):
@@ -229,13 +229,12 @@ def _load(source: Source, colours: bool = True) -> np.ndarray:
   elif isinstance(source, Image.Image):
     pixels = decoding.pil_to_float(source, name, colours)
   else:
-    pixels = decoding.array_to_float(np.asarray(source))
+    pixels = decoding.array_to_float(np.asarray(source), name)
   if pixels.ndim == 2:
     pixels = pixels[..., None]
   if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4) or 0 in pixels.shape:
     raise ValueError(
-      f"{_name(source, 'image')}: the shape is {pixels.shape}; "
-      "expected [H, W], or [H, W, C] with 1, 3 or 4 channels"
+      f"{name}: the shape is {pixels.shape}; expected [H, W], or [H, W, C] with 1, 3 or 4 channels"
     )
   return pixels
 

@@ -1,6 +1,5 @@
 """Configs of known and tiny models, and random parameters for them, without downloads."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,7 +34,7 @@ def read_architecture(policy: str) -> tuple[dict[str, dict], str]:
   Raises:
     ValueError: the policy is neither a folder nor a known hub name.
   """
-  path = Path(mini.locate(base_of(policy), "policy")).expanduser()
+  path = weights.local_path(mini.locate(base_of(policy), "policy"), "config.policy")
   if path.exists():
     check_is_folder(path, "a diffusers folder, a workdir, or a hub name")
     weights.check_pipeline(path)
@@ -61,7 +60,7 @@ def read_architecture(policy: str) -> tuple[dict[str, dict], str]:
 
 def read_reward(reward: str) -> RewardConfig:
   """Reads the config of a reward model's folder; for other names, the released config."""
-  path = Path(mini.locate(reward, "reward")).expanduser()
+  path = weights.local_path(mini.locate(reward, "reward"), "config.reward")
   return RewardConfig.from_dict(weights.read_config(path) if path.is_dir() else {})
 
 

@@ -17,7 +17,7 @@ from prefpaint_jax.models.unet import UNet2DConditionModel
 from prefpaint_jax.models.vae import AutoencoderKL
 from prefpaint_jax.runtime.config_fields import DTYPE
 from prefpaint_jax.runtime.memory import check_memory
-from prefpaint_jax.runtime.ranges import check
+from prefpaint_jax.runtime.ranges import check, shorten
 from prefpaint_jax.weights.names import Params
 
 NETWORKS = ("unet", "vae", "text_encoder")
@@ -232,6 +232,19 @@ def list_texts(text: Any, number: int) -> list[str]:
   if len(texts) not in (1, number):
     raise ValueError(f"text: {len(texts)} texts for {number} images; give one, or one for each")
   return list(texts)
+
+
+def sampling_key(key: Any) -> jax.Array:
+  """Returns a PRNG key, `jax.random.key(0)` for None; raises ValueError for what is no key."""
+  if key is None:
+    return jax.random.key(0)
+  is_typed = isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+  raw_shape = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+  is_raw = getattr(key, "dtype", None) == jnp.uint32 and key.shape == raw_shape
+  if not (is_raw or (is_typed and key.ndim == 0)):
+    found = f"an array of {key.dtype}{list(key.shape)}" if hasattr(key, "shape") else shorten(key)
+    raise ValueError(f"key is {found}; expected one PRNG key; give jax.random.key(SEED)")
+  return key
 
 
 def make_modules(

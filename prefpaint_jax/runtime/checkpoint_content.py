@@ -78,10 +78,11 @@ def readable(folder: epath.Path) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    raise ValueError(
-      f"checkpoint {folder}: cannot be read ({_reason(error)}); remove it to resume from an "
-      "earlier one"
-    ) from error
+    steps = [int(path.name) for path in folder.parent.glob("*") if path.name.isdecimal()]
+    advice = "there is no earlier one; give another --workdir to start again"
+    if earlier := [step for step in steps if step < int(folder.name)]:
+      advice = f"remove it to resume from the earlier one, {max(earlier)}"
+    raise ValueError(f"checkpoint {folder}: cannot be read ({_reason(error)}); {advice}") from error
 
 
 @contextlib.contextmanager

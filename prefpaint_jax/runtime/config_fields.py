@@ -37,11 +37,13 @@ AXIS = Integer(1, 2**20, also=(-1,))  # size of a mesh axis
 CROP = Several(Integer(1, 2**20), 2, rising=True)
 
 # Arguments of `Inpainter`.
-SAMPLING: dict[str, Range] = {
+ARGUMENTS: dict[str, Range] = {
   "num_steps": NUM_STEPS,
   "eta": ETA,
   "guidance_scale": GUIDANCE_SCALE,
   "num_samples": COUNT,
+  "paste_back": Boolean(),
+  "remat": Boolean(),
 }
 
 # Values that the code names too.

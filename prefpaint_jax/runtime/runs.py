@@ -1,5 +1,6 @@
 """Runs of `train` as other commands read them: the config, the checkpoints, and one fixed step."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def open_run(name: str) -> tuple[ConfigDict, Checkpoints] | None:
   Raises:
     ValueError: `name` is the workdir of another command, or its config.json is damaged.
   """
+  if not isinstance(name, str | os.PathLike) or not name:
+    return None
   workdir = Path(name)
   if (workdir / "model_index.json").is_file() or not (workdir / CONFIG).is_file():
     return None

@@ -69,8 +69,8 @@ def open_workdir(
     others = sorted(path.name for path in workdir.iterdir() if not path.name.startswith("."))
     if others and CONFIG not in others:
       logging.warning(
-        "%s holds %d files of something else, such as %s; %s writes its own beside them",
-        *(workdir, len(others), others[0], command),
+        "%s holds files of something else, such as %s; %s writes its own beside them",
+        *(workdir, others[0], command),
       )
     content = {COMMAND: command} | config.to_dict()
     write = functools.partial(write_json, workdir / CONFIG, content, sort_keys=True)

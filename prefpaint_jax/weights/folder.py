@@ -5,6 +5,7 @@ Stock diffusers and transformers open the files that this module writes.
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from prefpaint_jax.runtime.ranges import Choice, check, shorten
 from prefpaint_jax.runtime.text import first_line
 from prefpaint_jax.weights import names
 from prefpaint_jax.weights.files import load_file, save_tensors
@@ -28,6 +30,19 @@ _PIPELINE_FILES = (
 )
 _PIPELINE_CLASSES = r"(Flax)?StableDiffusion(Inpaint|Img2Img)?Pipeline(Legacy)?"
 _REWARD_FILES = ("config.json", "*.safetensors", "*.pt")
+_REWARD_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")  # of files that `load_file` reads
+_SAVED_TYPES = Choice(("float32", "float16", "bfloat16"))
+
+
+def local_path(name: str | os.PathLike[str], what: str = "model") -> Path:
+  """Returns the path of a folder or file that a user names, with ~ replaced by the home folder.
+
+  Raises:
+    ValueError: `name` is no text and no path, or empty.
+  """
+  if not isinstance(name, str | os.PathLike) or not str(name).strip():
+    raise ValueError(f"{what} is {shorten(name)}; expected a folder, file or hub name; give one")
+  return Path(os.path.expanduser(name))  # `Path.expanduser` raises for a user that is unknown
 
 
 def resolve_pipeline(name_or_folder: str | Path) -> Path:
@@ -37,7 +52,7 @@ def resolve_pipeline(name_or_folder: str | Path) -> Path:
 
   Raises ValueError if the folder does not exist or is not a pipeline.
   """
-  path = Path(name_or_folder).expanduser()
+  path = local_path(name_or_folder)
   if path.is_file():
     raise ValueError(
       f"{path}: a single file; expected a diffusers folder; convert it with diffusers: "
@@ -78,8 +93,13 @@ def resolve_reward(name_or_path: str | Path) -> Path:
 
   Raises ValueError if the folder does not exist or is not a reward model.
   """
-  path = Path(name_or_path).expanduser()
+  path = local_path(name_or_path)
   if path.is_file():
+    if path.suffix not in _REWARD_SUFFIXES:
+      raise ValueError(
+        f"{path}: a file that is no reward model; expected a folder, or a file that ends in "
+        f"{', '.join(_REWARD_SUFFIXES)}; give one"
+      )
     return path
   folder = resolve(name_or_path, _REWARD_FILES)
   if (folder / "config.json").is_file():
@@ -106,7 +126,7 @@ def resolve(name_or_folder: str | Path, allow_patterns: Sequence[str]) -> Path:
   Raises:
     ValueError: the folder does not exist, or the download failed.
   """
-  folder = Path(name_or_folder).expanduser()
+  folder = local_path(name_or_folder)
   if folder.is_dir():
     return folder
   name = str(name_or_folder)
@@ -152,7 +172,9 @@ def read_config(folder: str | Path, file: str = "config.json") -> dict[str, Any]
   except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
     raise ValueError(f"{path}: not valid JSON ({first_line(error)}); download it again") from error
   if not isinstance(config, dict):
-    raise ValueError(f"{path}: contains a {type(config).__name__}; expected a JSON object")
+    raise ValueError(
+      f"{path}: contains a {type(config).__name__}; expected a JSON object; download it again"
+    )
   return config
 
 
@@ -212,8 +234,10 @@ def save_params(folder: str | Path, params: names.Params, dtype: str = "float32"
   """Writes a network's parameters under names that all versions of the stock libraries read.
 
   Raises:
-    ValueError: a parameter is not finite as `dtype`; names the first.
+    ValueError: a parameter is not finite as `dtype`, and the first is named; or `dtype` is no type
+      of weights.
   """
+  check("dtype", str(dtype), _SAVED_TYPES)
   stem = names.kind_of(params).stem
   tensors = {}
   for name, tensor in names.to_torch(params).items():
@@ -302,4 +326,7 @@ def _without_copies(files: Sequence[str]) -> list[str]:
 
 
 def _listing(folder: Path) -> str:
-  return ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
+  """Names the first files of a folder, and counts the others."""
+  names = sorted(path.name for path in folder.glob("*"))
+  more = [f"{len(names) - 5} more"] if len(names) > 6 else []
+  return ", ".join([*names[: 5 if more else 6], *more]) or "nothing"

@@ -236,13 +236,21 @@ def test_truncated_file_raises_one_line_or_restores_bit_identically(tmp_path, mo
   assert {largest, tmp_path / "7" / "run" / "metadata"} <= refused
 
 
-def test_missing_file_raises_one_line_with_the_folder(tmp_path):
+@pytest.mark.parametrize(
+  ("steps", "advice"),
+  [
+    ((7,), "there is no earlier one; give another --workdir"),
+    ((3, 5, 7), "remove it to resume from the earlier one, 5"),
+  ],
+)
+def test_missing_file_raises_one_line_with_the_folder_and_the_way_on(tmp_path, steps, advice):
   state = {"params": jnp.arange(4.0)}
   checkpoints = Checkpoints(tmp_path)
-  checkpoints.save(7, state, None, {})
+  for step in steps:
+    checkpoints.save(step, state, None, {})
   checkpoints.close()
   (tmp_path / "7" / "run" / "metadata").unlink()
-  with pytest.raises(ValueError, match=rf"checkpoint {tmp_path}/7: cannot be read"):
+  with pytest.raises(ValueError, match=rf"checkpoint {tmp_path}/7: cannot be read .*; {advice}"):
     Checkpoints(tmp_path).restore(abstract(state))
 
 

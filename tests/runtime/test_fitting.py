@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from prefpaint_jax.runtime import fitting, sharding
+from prefpaint_jax.runtime import fitting, interrupts, sharding
 from prefpaint_jax.runtime.checkpoint import Checkpoints
 
 
@@ -66,7 +66,9 @@ def test_parameters_with_the_highest_score_are_returned(tmp_path, scores, judge_
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_the_fit_and_the_same_call_goes_on(tmp_path, number, capsys):
+def test_a_signal_saves_the_fit_and_the_same_call_goes_on(tmp_path, number, capsys, monkeypatch):
+  monkeypatch.setattr(interrupts, "status", 0)
+
   class Interrupted(Batches):
     drawn = 0
 
@@ -77,6 +79,7 @@ def test_a_signal_saves_the_fit_and_the_same_call_goes_on(tmp_path, number, caps
       return super().__next__()
 
   assert fit(tmp_path, (), None, Interrupted()) is None
+  assert interrupts.status == 128 + number  # of a command, as a shell expects
   assert "stopped after iteration 3 and saved; the same command goes on" in capsys.readouterr().out
   assert Checkpoints(tmp_path / "checkpoints").latest() == 3
   resumed = Batches()

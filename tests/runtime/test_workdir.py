@@ -103,7 +103,7 @@ def test_folder_with_other_files_is_accepted_and_said_once(tmp_path, monkeypatch
     with open_as("train", tmp_path):
       pass
   (line,) = said
-  assert line.startswith(f"{tmp_path} holds 1 files of something else, such as log.txt; train")
+  assert line.startswith(f"{tmp_path} holds files of something else, such as log.txt; train")
   assert read_workdir(tmp_path).to_dict() == {"seed": 0, "size": 8}
 
 
