@@ -8,14 +8,15 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from prefpaint_jax.runtime.ranges import Choice, check, shorten
 from prefpaint_jax.runtime.text import first_line
 from prefpaint_jax.weights import names
+from prefpaint_jax.weights.file_names import WeightsFile, without_copies
 from prefpaint_jax.weights.files import load_file, save_tensors
 
 _PIPELINE_FILES = (
@@ -153,7 +154,7 @@ def _fetch(name: str, patterns: list[str]) -> str:
       return snapshot_download(name, allow_patterns=patterns, local_files_only=True)
     raise  # the error of the hub, which says more than the error of the cache
   wanted = list(filter_repo_objects(listed, allow_patterns=patterns))
-  return snapshot_download(name, allow_patterns=_without_copies(wanted))
+  return snapshot_download(name, allow_patterns=without_copies(wanted))
 
 
 def read_config(folder: str | Path, file: str = "config.json") -> dict[str, Any]:
@@ -263,35 +264,6 @@ def load_reward(path: str | Path, template: names.Params) -> names.Params:
   return names.to_tree(tensors, template, what=str(path))
 
 
-# Names of weights files: model.safetensors and model.fp16.safetensors, their shards with the parts
-# of the name in the old and the new order, the indices of the shards, and all of these with .bin.
-_WEIGHTS = re.compile(
-  r"(?P<stem>[^./]+?)(?P<shard>-\d+-of-\d+)?(\.(?P<variant>\w+)(?P<variant_shard>-\d+-of-\d+)?)?"
-  r"\.(?P<kind>safetensors|bin)(?P<index>\.index(\.(?P<index_variant>\w+))?\.json)?"
-)
-
-
-class _WeightsFile(NamedTuple):
-  """The parts of a weights file's name."""
-
-  stem: str
-  # (.bin, a variant, not fp16, the variant); of several copies the smallest is preferred.
-  generation: tuple[bool, bool, bool, str]
-  is_shard: bool
-  is_index: bool
-
-  @classmethod
-  def parse(cls, file_name: str) -> "_WeightsFile | None":
-    """Returns None if the file is not a weights file."""
-    match = _WEIGHTS.fullmatch(file_name)
-    if match is None:
-      return None
-    variant = match["variant"] or match["index_variant"] or ""
-    generation = (match["kind"] == "bin", variant != "", variant != "fp16", variant)
-    is_shard = bool(match["shard"] or match["variant_shard"])
-    return cls(match["stem"], generation, is_shard, bool(match["index"]))
-
-
 def _weights_file(folder: Path, stem: str, variant: str | None) -> Path:
   """Finds the preferred weights file, or the index of its shards."""
   stems = (stem, "pytorch_model") if stem == "model" else (stem,)  # transformers' stem of .bin
@@ -299,7 +271,7 @@ def _weights_file(folder: Path, stem: str, variant: str | None) -> Path:
   candidates = [
     (parsed.generation, parsed.is_index, name)
     for name in present
-    if (parsed := _WeightsFile.parse(name)) and parsed.stem in stems and not parsed.is_shard
+    if (parsed := WeightsFile.parse(name)) and parsed.stem in stems and not parsed.is_shard
     if variant in (None, parsed.generation[-1])
   ]
   if not candidates:
@@ -308,21 +280,6 @@ def _weights_file(folder: Path, stem: str, variant: str | None) -> Path:
       f"{folder}: no {wanted}, found {_listing(folder)}; give a folder that contains it"
     )
   return folder / min(candidates)[-1]
-
-
-def _without_copies(files: Sequence[str]) -> list[str]:
-  """Removes, in each folder, weights files that are not of the preferred format and precision."""
-  parsed = {file: _WeightsFile.parse(PurePosixPath(file).name) for file in files}
-  best: dict[PurePosixPath, tuple] = {}
-  for file, weights in parsed.items():
-    if weights:
-      parent = PurePosixPath(file).parent
-      best[parent] = min(weights.generation, best.get(parent, weights.generation))
-  return [
-    file
-    for file, weights in parsed.items()
-    if weights is None or weights.generation == best[PurePosixPath(file).parent]
-  ]
 
 
 def _listing(folder: Path) -> str:
