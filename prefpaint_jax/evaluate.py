@@ -10,7 +10,6 @@ The same command resumes an interrupted evaluation.
 """
 # Shapes: N prompts, b prompts of a batch, S samples of each, H W pixels, h w of a thumbnail.
 
-import contextlib
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -201,8 +200,8 @@ def run_batches(config: ConfigDict, workdir: Path) -> tuple[dict[str, np.ndarray
       if received:
         break
       batch = examples.stack([prompts[i] for i in indices])
-      first = waiting("compiling, and sampling the first batch", batch["mask"].shape)
-      with first if number == missing[0][0] else contextlib.nullcontext():
+      what, size = "compiling, and sampling the first batch", batch["mask"].shape
+      with waiting(what, size, number == missing[0][0]):
         results = examine(policies, judges, batch, jax.random.fold_in(key, number), config)
       with atomic_path(file_of(number)) as partial, partial.open("wb") as output:
         np.savez_compressed(output, **{name: values[:new] for name, values in results.items()})

@@ -1,6 +1,5 @@
 """Supervised training of one network, which `pretrain` and `train_reward` share."""
 
-import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -92,8 +91,8 @@ def fit(
   step = _make_step(loss, optimizer, ema_decay, layout)
   gather = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
   current = lambda state: state.average if ema_decay else state.params
-
-  done, stopping, compiled = int(state.iteration), False, False
+  start = done = int(state.iteration)
+  stopping = False
   writer = MetricsWriter(workdir, is_writer)
   writer.truncate(done)
   restored()
@@ -103,10 +102,8 @@ def fit(
     while done < iterations and not stopping:
       stopping, done = asked_to_stop(), done + 1
       arrays = {name: x for name, x in next(loader).items() if x.dtype.kind != "U"}  # no IDs
-      arrays = sharding.to_global(mesh, arrays)
-      with contextlib.nullcontext() if compiled else waiting("compiling the update", workdir.name):
-        state, metrics = step(state, frozen, arrays, key)
-      compiled = True
+      with waiting("compiling the update", workdir.name, done == start + 1):
+        state, metrics = step(state, frozen, sharding.to_global(mesh, arrays), key)
       is_due = lambda every, done=done: bool(every) and (done % every == 0 or done == iterations)
       line = _show(metrics, bar) if is_due(log_every) else {}
       if judge and (is_due(judge_every) or done == iterations):
@@ -121,9 +118,8 @@ def fit(
         checkpoints.save(done, state, loader.get_state(), {})
       bar.update()
   check_state(done, state.params)
-  bar.close()
-  checkpoints.close()
-  writer.close()
+  for part in (bar, checkpoints, writer):
+    part.close()
   if done < iterations:
     interrupts.end_early()
     if is_writer:

@@ -32,14 +32,15 @@ def _count(event: str, **_) -> None:
 
 
 @contextlib.contextmanager
-def waiting(what: str, size: object = "") -> Iterator[None]:
+def waiting(what: str, size: object = "", is_first: bool = True) -> Iterator[None]:
   """Prints `what` to standard error, with the seconds that it took in an earlier process.
 
   Args:
     what: the work, "compiling the update" for example.
     size: times of work of other sizes are different entries.
+    is_first: false for work that has been done in this process; it prints nothing.
   """
-  if not _speaks:
+  if not (_speaks and is_first):
     yield
     return
   file = Path(jax.config.jax_compilation_cache_dir or "", FILE)
