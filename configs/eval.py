@@ -1,11 +1,14 @@
 """Evaluation: `python -m prefpaint_jax.evaluate --config=configs/eval.py[:mini] --workdir=DIR
 --config.policy=A --config.baseline=B`.
-
-`mini`: prompts, base policy and reward model of the mini world, with the simulated annotators as a
-second judge.
 """
 
 from ml_collections import ConfigDict, config_dict
+
+PRESETS = {
+  "": "Stable Diffusion 1.5 inpainting as the baseline, judged by the released reward model",
+  "mini": "prompts, base policy and reward model of the mini world, with the simulated annotators "
+  "as a second judge; minutes on two CPU cores",
+}
 
 
 def get_config(preset: str = "") -> ConfigDict:

@@ -1,11 +1,13 @@
 """Reward model: `python -m prefpaint_jax.train_reward --config=configs/reward.py[:mini]
 --workdir=DIR --config.preferences=DIR`.
-
-Without a preset: the released PrefPaint architecture on CLIP ViT-B/32. `mini`: a small network for
-the mini world; it trains in minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict, config_dict
+
+PRESETS = {
+  "": "the released PrefPaint architecture on CLIP ViT-B/32",
+  "mini": "a small network for the mini world; minutes on two CPU cores",
+}
 
 
 def get_config(preset: str = "") -> ConfigDict:

@@ -1,4 +1,4 @@
-"""Scores collected candidates with simulated annotators, to test the pipeline without people.
+"""Scores collected candidates with simulated annotators, a test without people.
 
   python -m prefpaint_jax.annotate --candidates=runs/candidates
 
@@ -20,8 +20,9 @@ from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import cli
 from prefpaint_jax.runtime.cli import within
 from prefpaint_jax.runtime.config_fields import SEED
-from prefpaint_jax.runtime.files import atomic_path
+from prefpaint_jax.runtime.files import atomic_path, check_is_folder
 from prefpaint_jax.runtime.ranges import Integer, Number, Text
+from prefpaint_jax.runtime.text import print_next
 from prefpaint_jax.runtime.workdir import exclusive
 
 _CHUNK = 512  # candidates scored at a time
@@ -43,6 +44,7 @@ def annotate(folder: Path, annotators: int, noise: float, seed: int) -> int:
   Raises:
     ValueError: annotations.jsonl has scores of people, or the noise is not finite.
   """
+  check_is_folder(folder, "the --workdir of prefpaint_jax.collect")
   file = folder / "candidates.jsonl"
   if not file.is_file():
     raise ValueError(f"{file}: no such file; give the --workdir of prefpaint_jax.collect")
@@ -105,5 +107,13 @@ if __name__ == "__main__":
     folder = Path(_CANDIDATES.value)
     number = annotate(folder, _ANNOTATORS.value, _NOISE.value, _SEED.value)
     print(f"{folder / 'annotations.jsonl'}: {number} candidates, {_ANNOTATORS.value} scores each")
+    print_next(
+      (
+        "data.preferences",
+        "--config=configs/preferences.py",
+        f"--workdir={folder}_preferences",
+        f"--config.source={folder}",
+      )
+    )
 
   cli.run(main)

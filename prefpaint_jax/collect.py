@@ -1,6 +1,6 @@
 """Samples candidate inpaintings for people to score.
 
-  python -m prefpaint_jax.collect --config=configs/collect.py --workdir=runs/candidates \
+  python -m prefpaint_jax.collect --config=configs/collect.py --workdir=runs/candidates \\
     --config.pictures=FOLDER
 
 Draws prompts from images and samples candidates for each with one or several policies. Writes the
@@ -34,8 +34,9 @@ from prefpaint_jax.runtime.files import parse_json, write_text
 from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.metrics import progress
 from prefpaint_jax.runtime.ranges import Text, check
-from prefpaint_jax.runtime.runs import pin_steps
+from prefpaint_jax.runtime.runs import PINNED, pin_steps
 from prefpaint_jax.runtime.signals import stop_requests
+from prefpaint_jax.runtime.waiting import waiting
 from prefpaint_jax.runtime.workdir import open_workdir
 
 WRITES = (
@@ -185,11 +186,12 @@ def _collect(
   if not finished:
     (workdir / "checkpoints.json").unlink(missing_ok=True)
   mesh = sharding.make_mesh(devices=jax.local_devices())
-  steps = pin_steps(workdir / "checkpoints.json", {name: (name, None) for name in config.policies})
-  policies = [
-    (name, inpainter.open_policy(name, config.dtype, steps[name]).place(mesh))
-    for name in config.policies
-  ]
+  steps = pin_steps(workdir / PINNED, {name: (name, None) for name in config.policies})
+  with waiting(f"loading {', '.join(config.policies)}"):
+    policies = [
+      (name, inpainter.open_policy(name, config.dtype, steps[name]).place(mesh))
+      for name in config.policies
+    ]
   write_config()
 
   B, key = config.batch_size, jax.random.key(config.seed)

@@ -1,6 +1,6 @@
 """Compares a policy with a baseline on held-out prompts.
 
-  python -m prefpaint_jax.evaluate --config=configs/eval.py:mini --workdir=runs/eval \
+  python -m prefpaint_jax.evaluate --config=configs/eval.py:mini --workdir=runs/eval \\
     --config.policy=runs/mini
 
 Policy and baseline draw S samples of every prompt from the same seeds, and every judge scores them.
@@ -39,8 +39,9 @@ from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.files import atomic_path, write_json
 from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.metrics import progress
-from prefpaint_jax.runtime.runs import pin_steps
+from prefpaint_jax.runtime.runs import PINNED, pin_steps
 from prefpaint_jax.runtime.signals import stop_requests
+from prefpaint_jax.runtime.waiting import waiting
 from prefpaint_jax.runtime.workdir import open_workdir
 
 SIDES = ("policy", "baseline")
@@ -163,11 +164,12 @@ def run_batches(config: ConfigDict, workdir: Path) -> tuple[dict[str, np.ndarray
   asked = {side: (config[side], config[f"{side}_step"]) for side in SIDES}
   if process == 0 and not any(folder.glob("*.npz")):
     (workdir / "checkpoints.json").unlink(missing_ok=True)
-  steps = pin_steps(workdir / "checkpoints.json", asked)
-  policies = {
-    side: inpainter.open_policy(config[side], config.dtype, steps[side]).place(mesh)
-    for side in SIDES
-  }
+  steps = pin_steps(workdir / PINNED, asked)
+  with waiting(f"loading {config.policy} and {config.baseline}"):
+    policies = {
+      side: inpainter.open_policy(config[side], config.dtype, steps[side]).place(mesh)
+      for side in SIDES
+    }
 
   folder.mkdir(parents=True, exist_ok=True)
   work = list(batch_files.batches(chosen, config.batch_size))
@@ -178,13 +180,16 @@ def run_batches(config: ConfigDict, workdir: Path) -> tuple[dict[str, np.ndarray
   if damaged and process == 0:
     print(f"{folder}: computes {len(damaged)} damaged batches again, the first is {damaged[0]}")
   missing = [x for x in work[process::processes] if x[0] in damaged or not file_of(x[0]).is_file()]
-  bar = progress(len(work), len(work) - processes * len(missing), visible=process == 0)
+  done = len(work) - processes * len(missing)
+  bar = progress(len(work), done, visible=process == 0, unit="batch")
   with stop_requests() as received:
     for number, indices, new in missing:
       if received:
         break
       batch = examples.stack([prompts[i] for i in indices])
-      results = examine(policies, judges, batch, jax.random.fold_in(key, number), config)
+      what, size = "compiling, and sampling the first batch", batch["mask"].shape
+      with waiting(what, size, number == missing[0][0]):
+        results = examine(policies, judges, batch, jax.random.fold_in(key, number), config)
       with atomic_path(file_of(number)) as partial, partial.open("wb") as output:
         np.savez_compressed(output, **{name: values[:new] for name, values in results.items()})
       bar.update()

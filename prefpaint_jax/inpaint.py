@@ -2,17 +2,21 @@
 
   python -m prefpaint_jax.inpaint --model=MODEL --image=I --mask=M --output=O.png
   python -m prefpaint_jax.inpaint --model=MODEL --image=I --extend=left=256,right=256 --output=O.png
-  python -m prefpaint_jax.inpaint --model=MODEL --image=I --depth=D.npy --move=0.3,0,0 \
+  python -m prefpaint_jax.inpaint --model=MODEL --image=I --depth=D.npy --move=0.3,0,0 \\
     --turn=-5,0 --views=8 --output=O.gif
 
-The mask is white where the image is missing. With --num_samples=N the samples are written to
+The mask is white where the image is missing. Folders as --image, --mask and --output are inpainted
+image by image: the mask of NAME.jpg is NAME.* or NAME_mask.*, or one file for all, and the result
+is NAME.png. Elsewhere the suffix of --output gives the format: PNG, JPEG or WebP.
+
+With --num_samples=N the samples are written to
 O_0.png, O_1.png, ...; with --best only the sample of the greatest reward is written, to O.png.
 Several views are written to a GIF, or side by side to a PNG, after the image itself.
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +24,31 @@ import jax
 import numpy as np
 from absl import flags
 from PIL import Image
-from tqdm import tqdm
 
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.data.depth import load_depth, synthetic_depth
 from prefpaint_jax.data.grids import image_grid
-from prefpaint_jax.data.images import save_png, to_bytes
+from prefpaint_jax.data.image_files import FORMATS, Pair, check_drawn, find_pairs, save_image
+from prefpaint_jax.data.images import to_bytes
 from prefpaint_jax.data.warping import Intrinsics
 from prefpaint_jax.editing import extension
 from prefpaint_jax.editing.extension import Borders
 from prefpaint_jax.editing.views import sweep
-from prefpaint_jax.inpainter import open_policy
+from prefpaint_jax.inpainter import Inpainter, open_policy
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli
 from prefpaint_jax.runtime.cli import within
 from prefpaint_jax.runtime.config_fields import COUNT, ETA, GUIDANCE_SCALE, NUM_STEPS, SEED
 from prefpaint_jax.runtime.files import atomic_path, check_output
+from prefpaint_jax.runtime.metrics import progress
 from prefpaint_jax.runtime.ranges import Number, Several
+from prefpaint_jax.runtime.waiting import waiting
 
 _MODEL = flags.DEFINE_string("model", "mini", "Folder, hub name, workdir of a run, or mini.")
-_IMAGE = flags.DEFINE_string("image", None, "Image to start from.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "PNG to write; GIF for views.", required=True)
+_IMAGE = flags.DEFINE_string("image", None, "Image, or a folder of images.", required=True)
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "PNG, JPEG or WebP to write, GIF for views, or a folder.", required=True
+)
 _TEXT = flags.DEFINE_string("text", "", "Description of the missing part, or empty.")
 _NUM_STEPS = flags.DEFINE(within(NUM_STEPS), "num_steps", 50, "Denoising steps.")
 _ETA = flags.DEFINE(within(ETA), "eta", 0.0, "Noise in each step, 0 to 1.")
@@ -49,7 +57,7 @@ _GUIDANCE = flags.DEFINE(
 )
 _SEED = flags.DEFINE(within(SEED), "seed", 0, "The same seed gives the same samples.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
-_MASK = flags.DEFINE_string("mask", None, "Mask of the image, white = missing.")
+_MASK = flags.DEFINE_string("mask", None, "Mask, white = missing, or a folder of them.")
 _NUM_SAMPLES = flags.DEFINE(within(COUNT), "num_samples", 1, "Number of samples.")
 _REWARD = flags.DEFINE_string("reward", None, "Reward model that scores the samples.")
 _BEST = flags.DEFINE_bool("best", False, "Write only the sample of the greatest reward.")
@@ -65,13 +73,21 @@ _INPUTS = ("image", "mask", "depth", "intrinsics", "reward", "model")  # flags t
 def main() -> None:
   """Runs the task that the flags ask for."""
   task = _choose_task()
+  pairs = [Pair(Path(_IMAGE.value), Path(), Path(_OUTPUT.value))]
+  if task is _inpaint:
+    pairs = find_pairs(_IMAGE.value, _MASK.value, _OUTPUT.value)
   inputs = {f"--{name}": flags.FLAGS[name].value for name in _INPUTS}
-  for file in _files(Path(_OUTPUT.value)):
-    check_output(file, inputs)
-  task(image_io.load_image(_IMAGE.value), Path(_OUTPUT.value))
+  for pair in pairs:
+    files = inputs | {"--image": pair.image, "--mask": pair.mask if task is _inpaint else None}
+    for file in _files(pair.output):
+      check_output(file, files)
+  if task is _inpaint:
+    _inpaint(pairs)
+  else:
+    task(image_io.load_image(_IMAGE.value), Path(_OUTPUT.value))
 
 
-def _choose_task() -> Callable[[np.ndarray, Path], None]:
+def _choose_task() -> Callable[..., None]:
   """Returns the task whose flags are given; raises ValueError for none, or for two tasks."""
   tasks = {
     _inpaint: ("mask", "num_samples", "reward", "best"),
@@ -92,42 +108,59 @@ def _choose_task() -> Callable[[np.ndarray, Path], None]:
     raise ValueError(
       "nothing to inpaint; give --mask=M.png, --extend=left=256 (and other sides), or --move=x,y,z"
     )
-  suffixes = (".png", ".gif") if chosen == [_show_views] else (".png",)
+  if chosen == [_inpaint] and Path(_IMAGE.value).is_dir():
+    return _inpaint
+  suffixes = (*FORMATS, *((".gif",) if chosen == [_show_views] else ()))
   if Path(_OUTPUT.value).suffix.lower() not in suffixes:
     raise ValueError(f"--output={_OUTPUT.value}: give a name that ends in {' or '.join(suffixes)}")
   return chosen[0]
 
 
 # ------------------------------------------------------------------------------------------- tasks
-def _inpaint(image: np.ndarray, output: Path) -> None:
-  """Inpaints the pixels under the mask and writes the samples."""
+def _inpaint(pairs: Sequence[Pair]) -> None:
+  """Inpaints the pixels under the mask of each image and writes the samples."""
   if _BEST.value and not _REWARD.value:
     raise ValueError("--best without --reward; name the reward model that chooses, --reward=mini")
-  mask = image_io.load_mask(_MASK.value, image.shape[:2])
-  inpainter = open_policy(_MODEL.value, _DTYPE.value)
+  load = lambda pair: image_io.load_pairs(str(pair.image), str(pair.mask))
+  for pair in pairs:  # all are checked before the model is loaded
+    check_drawn(pair.mask)
+    load(pair)
+  inpainter = _open_policy()
   reward_model = _REWARD.value and RewardModel.from_pretrained(_REWARD.value, dtype=_DTYPE.value)
-  with _settings() as settings:
-    samples = inpainter(image, mask, num_samples=_NUM_SAMPLES.value, **settings)
-  rewards = reward_model.score(samples, (image * (1.0 - mask))[None])[0] if reward_model else None
+  written = []
+  with _settings(len(pairs)) as settings:
+    for pair in pairs:
+      pair.output.parent.mkdir(parents=True, exist_ok=True)
+      (image,), (mask,) = load(pair)
+      samples = inpainter(image, mask, num_samples=_NUM_SAMPLES.value, **settings)
+      rewards = None
+      if reward_model:
+        rewards = reward_model.score(samples, (image * (1.0 - mask))[None])[0]
+      written += _write(pair.output, samples, rewards)
+  print(*written, sep="\n")
+
+
+def _write(output: Path, samples: np.ndarray, rewards: np.ndarray | None) -> Iterator[str]:
+  """Writes samples [S, H, W, 3], or the best of them, and yields a line for each file."""
   kept = [int(np.nanargmax(rewards))] if _BEST.value else range(len(samples))
   for name, i in zip(_files(output), kept, strict=True):
     text = {} if rewards is None else {"reward": f"{rewards[i]:.4f}"}
-    message = [f"{field} {value}" for field, value in text.items()]
+    message = [str(name), *(f"{field} {value}" for field, value in text.items())]
     if _BEST.value:
       text |= {"sample": str(i), "rewards": " ".join(f"{reward:.4f}" for reward in rewards)}
       message += [f"the best of {len(rewards)}"]
-    save_png(name, to_bytes(samples[i]), _fields(**text))
-    print(name, *message)
+    save_image(name, to_bytes(samples[i]), _fields(**text))
+    yield " ".join(message)
 
 
 def _extend(image: np.ndarray, output: Path) -> None:
   """Extends the image beyond its borders and writes it."""
   borders = Borders.parse(_EXTEND.value)
-  inpainter = open_policy(_MODEL.value, _DTYPE.value)
+  inpainter = _open_policy()
   plan = extension.plan_windows(inpainter, image.shape[:2], borders)
   with _settings(len(plan.batches)) as settings:
     extended = extension.extend(inpainter, image, *borders, **settings)
-  save_png(output, to_bytes(extended), _fields(extend=_EXTEND.value))
+  save_image(output, to_bytes(extended), _fields(extend=_EXTEND.value))
   print(output)
 
 
@@ -137,7 +170,7 @@ def _show_views(image: np.ndarray, output: Path) -> None:
   turn = _numbers("turn", _TURN.value or "0,0", 2)
   intrinsics = Intrinsics.parse(_INTRINSICS.value) if _INTRINSICS.value else None
   depth = _read_depth(image.shape[:2])
-  inpainter = open_policy(_MODEL.value, _DTYPE.value)
+  inpainter = _open_policy()
   with _settings(_VIEWS.value) as settings:
     views = sweep(inpainter, image, depth, intrinsics, move, turn, _VIEWS.value, **settings)
   if output.suffix.lower() == ".gif":
@@ -147,23 +180,37 @@ def _show_views(image: np.ndarray, output: Path) -> None:
     if len(views) > 1:
       shown = image_grid(np.stack([image, *views]), columns=len(views) + 1)
     text = {"move": ",".join(map(str, move)), "turn": ",".join(map(str, turn))}
-    save_png(output, shown, _fields(**text))
+    save_image(output, shown, _fields(**text))
   print(output)
 
 
 # ---------------------------------------------------------------------------------- flags and files
+def _open_policy() -> Inpainter:
+  """Loads the model; says what the embedded one is for."""
+  if _MODEL.value == "mini":
+    print("mini paints at 32 pixels: an example; give --model for a real one", file=sys.stderr)
+  with waiting(f"loading {_MODEL.value}"):
+    return open_policy(_MODEL.value, _DTYPE.value)
+
+
 @contextmanager
 def _settings(calls: int = 1) -> Iterator[dict[str, Any]]:
   """Yields keyword arguments for `Inpainter`, with one progress bar for `calls` of its calls."""
-  total = calls * _NUM_STEPS.value
-  with tqdm(total=total, unit="step", disable=not sys.stderr.isatty()) as bar:
+  compiling = ExitStack()
+  compiling.enter_context(waiting("compiling", f"{_MODEL.value} {_DTYPE.value}"))
+
+  def report(steps: int) -> None:
+    compiling.close()
+    bar.update(steps)
+
+  with closing(progress(calls * _NUM_STEPS.value, unit="step")) as bar:
     yield {
       "key": jax.random.key(_SEED.value),
       "num_steps": _NUM_STEPS.value,
       "eta": _ETA.value,
       "text": _TEXT.value,
       "guidance_scale": _GUIDANCE.value,
-      "report": None if bar.disable else lambda: bar.update() and None,
+      "report": report,
     }
 
 

@@ -4,6 +4,7 @@
 """
 # Shapes: B images, S samples of each, H W pixels, h w latents, L text tokens, D text width.
 
+import dataclasses
 import functools
 import os
 import shutil
@@ -13,71 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from prefpaint_jax import mini
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.diffusion import ddim
-from prefpaint_jax.diffusion.ddim import Steps
-from prefpaint_jax.models import lora
+from prefpaint_jax.models import lora, sampling
 from prefpaint_jax.models.exported import exported_configs
 from prefpaint_jax.models.pipeline import NETWORKS, Modules, list_texts, make_modules, sampling_key
 from prefpaint_jax.models.text import tokenize
 from prefpaint_jax.runtime import files, sharding
-from prefpaint_jax.runtime.compilation import fast_jit
+from prefpaint_jax.runtime.compilation import enable_cache
 from prefpaint_jax.runtime.config_check import check_values
 from prefpaint_jax.runtime.config_fields import ARGUMENTS
 from prefpaint_jax.runtime.memory import check_memory
-from prefpaint_jax.runtime.runs import open_run
+from prefpaint_jax.runtime.runs import open_run, pinned_step
 from prefpaint_jax.runtime.text import first_line
 from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights.names import Params
-
-
-@functools.partial(jax.jit, static_argnames="modules")
-def _encode_text(
-  modules: Modules, params: Params, ids: np.ndarray, mask: np.ndarray | None
-) -> jax.Array:
-  return modules.text_encoder.apply({"params": params}, ids, mask).astype(jnp.float32)
-
-
-def _inpaint(
-  modules: Modules,
-  params: dict[str, Params],
-  images: jax.Array,
-  masks: jax.Array,
-  context: jax.Array,
-  empty_context: jax.Array,
-  guidance_scale: jax.Array,
-  latents: jax.Array,
-  key: jax.Array,
-  steps: Steps,
-  num_samples: int,
-  guided: bool,
-  report: Callable[[], None] | None,
-) -> jax.Array:
-  """Samples S inpaintings [B S, H, W, 3] of each image: encodes, runs the DDIM chain, decodes."""
-  prompts = modules.encode_prompts(params["vae"], images, masks, context).repeat(num_samples)
-
-  def predict(latents: jax.Array, timestep: jax.Array) -> jax.Array:
-    if report is not None:
-      jax.debug.callback(lambda _: report(), timestep)
-    if guided:
-      return modules.predict_guided(
-        params["unet"], prompts, empty_context, guidance_scale, latents, timestep
-      )
-    return modules.predict(params["unet"], prompts, latents, timestep)
-
-  final = ddim.sample(predict, modules.schedule, steps, latents, key)
-  return modules.decode(params["vae"], final)
-
-
-@functools.cache
-def _inpainting_program() -> Callable:
-  """Returns `_inpaint`, jitted once per process."""
-  return fast_jit()(_inpaint, static_argnames=("modules", "num_samples", "guided", "report"))
 
 
 class Inpainter:
@@ -112,6 +67,9 @@ class Inpainter:
   ) -> "Inpainter":
     """Loads a pipeline in the diffusers format.
 
+    It also enables JAX's compilation cache, unless the process has chosen one (see
+    `runtime.compilation.enable_cache`).
+
     Args:
       name: a folder, a hub name ("stable-diffusion-v1-5/stable-diffusion-inpainting"), or "mini",
         the model inside this package.
@@ -124,6 +82,7 @@ class Inpainter:
       ValueError: a file is missing, or the folder is not an inpainting pipeline.
     """
     check_values({"remat": remat}, ARGUMENTS, owner="")
+    enable_cache()
     path = weights.resolve_pipeline(mini.locate(name, "policy"))
     configs = {part: weights.read_config(path / part) for part in NETWORKS}
     configs["scheduler"] = weights.read_config(path / "scheduler", "scheduler_config.json")
@@ -186,7 +145,7 @@ class Inpainter:
   def encode_text(self, texts: Sequence[str]) -> jax.Array:
     """Computes the context [B, L, D] of texts; texts of more than L tokens are cut."""
     ids, mask = tokenize(self.tokenizer, self.modules.text_encoder.config, texts)
-    return _encode_text(self.modules, self.params["text_encoder"], ids, mask)
+    return sampling.encode_text(self.modules, self.params["text_encoder"], ids, mask)
 
   @functools.cached_property
   def empty_context(self) -> jax.Array:
@@ -216,7 +175,7 @@ class Inpainter:
     latents: Any = None,
     num_samples: int = 1,
     paste_back: bool = True,
-    report: Callable[[], None] | None = None,
+    report: Callable[[int], Any] | None = None,
   ) -> np.ndarray:
     """Inpaints one image, or several images of one size.
 
@@ -234,7 +193,7 @@ class Inpainter:
       latents: initial noise [B S, h, w, 4]; default: drawn from `key`.
       num_samples: S.
       paste_back: keep the known pixels of `image`; otherwise the VAE reconstructs them.
-      report: called at each step, for a progress bar.
+      report: called about once a second with the number of steps done since, for a progress bar.
 
     Returns:
       float32 [B S, H, W, 3] in [0, 1], the S samples of each image in a row.
@@ -257,7 +216,7 @@ class Inpainter:
       small_images, small_masks, latents = jax.device_put(
         (small_images, small_masks, latents), self._batch_sharding
       )
-    samples = _inpainting_program()(
+    samples = sampling.inpaint(
       self.modules,
       self.params,
       small_images,
@@ -293,7 +252,9 @@ class Inpainter:
     return latents
 
 
-def open_policy(name: str, dtype: str = "float32", step: int | str | None = None) -> "Inpainter":
+def open_policy(
+  name: str, dtype: str = "float32", step: int | str | None = None, remat: bool = False
+) -> "Inpainter":
   """Loads the policy of an alignment run, or a pipeline as `Inpainter.from_pretrained` does.
 
   From a run it takes the moving average of the parameters, if the run has one, merges LoRA adapters
@@ -304,14 +265,15 @@ def open_policy(name: str, dtype: str = "float32", step: int | str | None = None
     dtype: compute dtype of the networks.
     step: iteration of the run's checkpoint, or "best" for the one that `keep_best` keeps; default:
       the latest.
+    remat: rematerialise the UNet's blocks in the backward pass.
   """
   run = open_run(name)
   if run is None:
-    return Inpainter.from_pretrained(name, dtype)
+    return Inpainter.from_pretrained(name, dtype, remat)
   config, checkpoints = run
-  inpainter = Inpainter.from_pretrained(
-    config.policy, dtype, mask_latents=config.get("mask_latents", "corner")
-  )
+  inpainter = open_policy(config.policy, dtype, pinned_step(name), remat)
+  mask_latents = config.get("mask_latents", "corner")
+  inpainter.modules = dataclasses.replace(inpainter.modules, mask_latents=mask_latents)
   kept = "ema" if config.ema_decay else "params"
   trained = checkpoints.load(kept, step)
   if config.get("lora", {}).get("rank", 0):

@@ -1,6 +1,6 @@
-"""Denoising training of an inpainting model, to adapt a base policy or to make a small one.
+"""Trains an inpainting model to denoise, to adapt a base policy or to make a small one.
 
-  python -m prefpaint_jax.pretrain --config=configs/pretrain.py --workdir=runs/adapt \
+  python -m prefpaint_jax.pretrain --config=configs/pretrain.py --workdir=runs/adapt \\
     --config.pictures=FOLDER
 
 Trains the VAE if `vae.iterations` is not 0, then the UNet, on crops of the images in FOLDER with
@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from prefpaint_jax.data.drawn_prompts import DrawnPrompts
 from prefpaint_jax.diffusion import ddim
-from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.inpainter import Inpainter, open_policy
 from prefpaint_jax.models.pipeline import Modules, make_modules
 from prefpaint_jax.models.tokenizer import byte_tokenizer
 from prefpaint_jax.models.vae import AutoencoderKL
@@ -193,7 +193,7 @@ def _pretrain(
 ) -> None:
   """Trains in a workdir that this process holds, until the end or a request to stop."""
   if config.policy:
-    inpainter = Inpainter.from_pretrained(config.policy, config.dtype, config.remat)
+    inpainter = open_policy(config.policy, config.dtype, remat=config.remat)
   else:
     inpainter = new_inpainter(config)
   modules, params = inpainter.modules, inpainter.params

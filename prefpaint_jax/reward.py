@@ -15,6 +15,7 @@ from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.models.reward import RewardNetwork, apply, network_shapes
 from prefpaint_jax.preference.bound import FILE_NAME, Bound, check_bound, load_bound, save_bound
 from prefpaint_jax.runtime import files
+from prefpaint_jax.runtime.compilation import enable_cache
 from prefpaint_jax.runtime.config_fields import DTYPE
 from prefpaint_jax.runtime.ranges import check
 from prefpaint_jax.weights import folder as weights
@@ -50,7 +51,7 @@ class RewardModel:
     shift: float | None = None,
     scale: float | None = None,
   ) -> "RewardModel":
-    """Loads a reward model.
+    """Loads a reward model, and enables JAX's compilation cache as `Inpainter` does.
 
     Args:
       name: a folder of `save_pretrained`, a released `.pt` file (needs torch), a hub name, or
@@ -66,6 +67,7 @@ class RewardModel:
       ValueError: a file is missing or damaged, or does not fit the network.
     """
     check("dtype", str(dtype), DTYPE)
+    enable_cache()
     path = weights.resolve_reward(mini.locate(name, "reward"))
     config = {} if path.is_file() else weights.read_config(path)
     given = {"shift": shift, "scale": scale}

@@ -1,4 +1,4 @@
-"""Random models and synthetic data in the real formats: tiny for tests, full-size for timing.
+"""Makes random models and data in the real formats: tiny for tests, full-size for timing.
 
   python -m prefpaint_jax.testing --output=full_size   # Stable Diffusion 1.5's size, 5 GB
 

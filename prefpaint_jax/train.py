@@ -20,8 +20,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from prefpaint_jax.align.held_out import SAMPLES, HeldOut
+from prefpaint_jax.align.held_out import HeldOut
 from prefpaint_jax.align.optimizer import rate_of_iteration
+from prefpaint_jax.align.results import print_comparison, print_results
 from prefpaint_jax.align.run import Run, image_shapes, make_run
 from prefpaint_jax.align.settings import (
   check_batch,
@@ -40,9 +41,7 @@ from prefpaint_jax.align.state import (
 )
 from prefpaint_jax.data.images import save_png
 from prefpaint_jax.data.prompts import final_split, open_prompts, prompt_loader
-from prefpaint_jax.evaluation import winrate
-from prefpaint_jax.evaluation.tables import describe
-from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.inpainter import open_policy
 from prefpaint_jax.preference.bound import check_condition
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli, sharding
@@ -50,7 +49,9 @@ from prefpaint_jax.runtime.checkpoint import Checkpoints
 from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.finite import check_state
 from prefpaint_jax.runtime.metrics import IterationLog, MetricsWriter
+from prefpaint_jax.runtime.runs import base_step
 from prefpaint_jax.runtime.signals import agreed_stop_requests
+from prefpaint_jax.runtime.waiting import waiting
 from prefpaint_jax.runtime.workdir import open_workdir
 
 WRITES = ("checkpoints", "metrics.jsonl", "samples", "tensorboard")
@@ -60,10 +61,14 @@ FREE = ("num_iterations", "samples_per_pass", "keep_checkpoints", "keep_best")
 SMALL_SPREAD = 0.02  # of the trust weights, as a share of their mean
 
 
-def load_run(config: ConfigDict, mesh: Mesh) -> Run:
-  """Loads the policy and the reward model of a config and places them on the mesh."""
+def load_run(config: ConfigDict, mesh: Mesh, step: int | None = None) -> Run:
+  """Loads the policy and the reward model of a config and places them on the mesh.
+
+  Args:
+    step: the checkpoint of the policy, if that is a run.
+  """
   trust = settings_from(config).trust
-  policy = Inpainter.from_pretrained(config.policy, config.dtype, config.remat)
+  policy = open_policy(config.policy, config.dtype, step, config.remat)
   reward_model = RewardModel.from_pretrained(config.reward, config.bound or None, config.dtype)
   if trust.needs_bound and reward_model.bound is None:
     raise ValueError(
@@ -112,11 +117,13 @@ def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session
     "final_prompts": open_prompts(config.prompts, final_split(config.prompts), config.size),
   }
   check_prompts(config, {field: len(found) for field, found in prompts_of.items()})
-  run = load_run(config, mesh)
+  checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best)
+  is_new = checkpoints.latest() is None
+  with waiting(f"loading {config.policy} and {config.reward}"):
+    run = load_run(config, mesh, base_step(config.policy, workdir, is_new))
 
   ### State: fresh, or exactly where an earlier run stopped.
-  checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best)
-  if checkpoints.latest() is None:
+  if is_new:
     state = run.stages.init(run.begin)
   else:
     state, position, _ = checkpoints.restore(run.state_shapes)
@@ -161,9 +168,11 @@ def iterate(
   if start < config.num_iterations:
     compile_iteration(stages, state, frozen, *image_shapes(config, mesh))
   if start == 0 and config.sample_every:
-    write_sample(session, state)
+    with waiting(f"sampling {config.num_samples} held-out prompts"):
+      write_sample(session, state)
   if start == 0 and config.eval_every and config.eval_prompts:
-    session.writer.write(0, held_out.metrics(current_params(state), config.eval_prompts))
+    with waiting(f"evaluating {config.eval_prompts} held-out prompts"):
+      session.writer.write(0, held_out.metrics(current_params(state), config.eval_prompts))
   log.restart_clock()
   for iteration in range(start, config.num_iterations):
     rollout_key, timestep_key = jax.random.split(jax.random.fold_in(loop_key, iteration))
@@ -243,6 +252,10 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
   check_batch(config, mesh)
   sharding.check_batch(config.num_samples, mesh, "num_samples")
   check_config(config)
+  if Path(config.policy).resolve() == workdir.resolve():
+    raise ValueError(
+      f"config.policy is {config.policy}, the run's own workdir; give another --workdir"
+    )
   free = FREE + tuple(f"mesh.{name}" for name in config.mesh)
   is_writer = jax.process_index() == 0
   with open_workdir(config, workdir, "train", WRITES, free, is_writer=is_writer) as write_config:
@@ -272,7 +285,8 @@ def _train(
     state, saved, stopped = iterate(session, state, asked_to_stop)
     compared = None
     if count:
-      compared = session.final.compare(current_params(state), count, asked_to_stop)
+      with waiting(f"evaluating {count} held-out prompts, policy and base"):
+        compared = session.final.compare(current_params(state), count, asked_to_stop)
     if compared is None and (stopped or count):
       done = int(state.iteration)
       if saved != done:
@@ -282,14 +296,10 @@ def _train(
         print(f"stopped after iteration {done} and saved; the same command goes on")
       return state
 
-  if compared is not None and is_writer:
-    policy, base = compared
-    split = final_split(config.prompts)
-    print(f"{count} held-out prompts ({split}), policy against base, {SAMPLES} samples of each:")
-    titles = {"reward": "learned reward", "true_preference": "true preference"}
-    for name in (name for name in titles if name in policy):
-      group = winrate.estimate(winrate.Scores(policy[name], base[name]))
-      print(describe(titles[name], group))
+  if is_writer:
+    if compared is not None:
+      print_comparison(config, *compared)
+    print_results(config, workdir, int(state.iteration))
   return state
 
 

@@ -1,6 +1,6 @@
 """Trains a reward model on preferences and bounds its error.
 
-  python -m prefpaint_jax.train_reward --config=configs/reward.py --workdir=runs/reward \
+  python -m prefpaint_jax.train_reward --config=configs/reward.py --workdir=runs/reward \\
     --config.preferences=DIR
 
 1. Trains the network on human scores, and keeps the parameters with the highest pair accuracy on
@@ -47,6 +47,7 @@ from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli, fitting, sharding
 from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.files import write_json
+from prefpaint_jax.runtime.text import print_next
 from prefpaint_jax.runtime.workdir import open_workdir
 from prefpaint_jax.weights.names import Params
 
@@ -196,6 +197,8 @@ def report(
         )
   print(calibration.describe(calibrated))
   print(f"{workdir / 'reward'}: open with RewardModel.from_pretrained or --config.reward")
+  run = ("--config=configs/rl.py", f"--workdir={workdir}_run", "--config.prompts=FOLDER")
+  print_next(("train", *run, f"--config.reward={workdir / 'reward'}"))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from prefpaint_jax import collect, evaluate, pretrain, train, train_reward
 from prefpaint_jax.align.settings import check_prompts, settings_from
 from prefpaint_jax.data import preferences
 from prefpaint_jax.planning import stages
+from prefpaint_jax.runtime.config_fields import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
@@ -296,6 +297,40 @@ LINES = [  # TMP is the folder of `answers`
   (("train", RL, "--workdir=x", "--config.seed=-1"), r"config\.seed is -1; expected"),
   (("train", RL, "--workdir=x", "--config.skip_steps=3"), r"config\.skip_steps is \(3,\)"),
 ]
+LINES += [
+  (("train", "--lr=1"), r"--lr: no such option; did you mean --config\.learning_rate\?"),
+  (
+    ("train", RL, "--workdir=x", "--seed=1"),
+    r"--seed: .*mean --config\.seed\?",
+  ),
+  (
+    ("train", RL, "--workdir=x", "--config.lr=1"),
+    r"lr: .* mean --config\.learning_rate\?",
+  ),
+  (("train", RL, "--workdir=x", "--config.bananas=1"), "bananas: no such field; --help lists"),
+  (("plot", "--bananas"), "--bananas: no such option; --help lists the options"),
+  (("train", RL), r"give --workdir=\.\.\.; --help explains the options"),
+]
+FILE = "README.md"  # where a folder is expected
+WORK, PREFERENCES = "--workdir=x", "--config=configs/preferences.py"
+LINES += [
+  ((*arguments, f"--{flag}={FILE}"), f"{FILE}.* file; {wanted}")
+  for *arguments, flag, wanted in (
+    ("train", RL, WORK, "config.policy", "expected a diffusers folder"),
+    ("train", RL, WORK, "config.prompts", "give 'mini', a folder"),
+    ("plan", RL, "config.policy", "expected a folder; give a diffusers folder"),
+    ("annotate", "candidates", "expected a folder; give the --workdir of"),
+    ("export", "--output=x", "workdir", "expected a folder; give the --workdir of a run"),
+    ("plot", "--output=x.png", "workdir", "expected a folder; give the --workdir of a run"),
+    ("data.preferences", PREFERENCES, WORK, "config.source", "expected a folder; give a folder"),
+    ("train_reward", "--config=configs/reward.py", WORK, "config.preferences", "expected a folder"),
+    ("collect", "--config=configs/collect.py:mini", WORK, "config.pictures", "give a folder"),
+  )
+]
+HELP = [  # command, config file of its page
+  *((command, f"configs/{file}.py") for file, (_, names) in CONFIGS.items() for command in names),
+  *((command, None) for command in ("annotate", "data.masks", "export", "inpaint", "plot")),
+]
 CONFIG_FILES = {  # content of a config file: expected words, after its name
   "def get_config(preset=''):\n  return 1 / 0\n": ", line 2: ZeroDivisionError: division by zero",
   "def get_config(:\n": ", line 1: invalid syntax",
@@ -321,6 +356,8 @@ def answers(tmp_path_factory) -> list:
   for number, content in enumerate(CONFIG_FILES):
     (folder / f"{number}.py").write_text(content)
     lines.append(("data.preferences", f"--config={folder / f'{number}.py'}", "--workdir=x"))
+  lines += [(command, "--help") for command, _ in HELP]
+  lines += [("train", "-h", RL), ("train",)]
   done = subprocess.run(
     [sys.executable, "-c", RUN_ALL],
     input=json.dumps(lines),
@@ -348,6 +385,62 @@ def test_broken_config_file_is_named_with_the_line(number, answers):
   assert status == 1, printed
   assert f"{number}.py{list(CONFIG_FILES.values())[number]}" in printed
   assert printed.startswith("error: ") and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", range(len(HELP)), ids=lambda i: HELP[i][0])
+def test_help_shows_usage_options_presets_and_every_field(number, answers):
+  status, page = answers[len(LINES) + len(CONFIG_FILES) + number]
+  command, file = HELP[number]
+  assert status == 0, page
+  assert f"\n  python -m prefpaint_jax.{command} --" in page
+  assert "\nOptions:\n  --" in page
+  assert max(map(len, page.splitlines())) <= 100
+  if file:
+    name = Path(file).stem
+    fields = load_config(name).to_dict()
+    leaves = re.findall(r"^  --config\.([a-z][\w.]+)=", page, re.MULTILINE)
+    assert sorted(leaves) == sorted(leaves_of(fields))
+    for preset in re.findall(r'preset == "(\w+)"', (ROOT / file).read_text()):
+      assert re.search(rf"--config={file}:{preset} +\w", page)
+
+
+def leaves_of(tree, prefix=""):
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      yield from leaves_of(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name
+
+
+def test_help_of_a_preset_has_its_values_with_the_comments_of_the_file(answers):
+  status, page = answers[-2]
+  assert status == 0
+  assert "\nFields of configs/rl.py:mini:\n" in page
+  assert re.search(r"\n  --config\.batch_size=16 +prompts per iteration, over all devices\n", page)
+  assert "\n  Rollout.\n  --config.batch_size" in page
+
+
+def test_a_command_without_arguments_prints_its_usage(answers):
+  status, printed = answers[-1]
+  assert status == 1
+  assert printed.startswith("Aligns an inpainting model with a reward model.\n\n  python -m ")
+  assert printed.endswith("--help explains every option.\n")
+
+
+def test_the_list_of_commands_names_every_module_that_runs():
+  done = subprocess.run(
+    [sys.executable, "-m", "prefpaint_jax"], cwd=ROOT, capture_output=True, text=True, check=True
+  )
+  listed = re.findall(r"^  ([a-z_.]+)  +[A-Z]\w+s ", done.stdout, re.MULTILINE)
+  package = ROOT / "prefpaint_jax"
+  runs = [path for path in package.rglob("*.py") if "cli.run" in path.read_text()]
+  runs = {".".join(path.relative_to(package).with_suffix("").parts) for path in runs}
+  assert set(listed) == runs - {"runtime.cli"} | {"data.masks"}
+  wrong = subprocess.run(
+    [sys.executable, "-m", "prefpaint_jax", "trian"], cwd=ROOT, capture_output=True, text=True
+  )
+  assert wrong.returncode == 1
+  assert wrong.stderr == "error: trian: no such command; did you mean train?\n"
 
 
 def test_every_number_of_every_flag_has_a_range():

@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from prefpaint_jax import benchmark, testing
-from prefpaint_jax.runtime import cli, sharding
+from prefpaint_jax.runtime import compilation, sharding
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parents[1]
@@ -168,7 +168,7 @@ def test_compilation_cache_follows_the_environment(environment, expected, monkey
   before = jax.config.jax_compilation_cache_dir
   try:
     jax.config.update("jax_compilation_cache_dir", None)
-    cli.enable_compilation_cache()
+    compilation.enable_cache()
     assert jax.config.jax_compilation_cache_dir == expected
   finally:
     jax.config.update("jax_compilation_cache_dir", before)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,11 +59,15 @@ WRONG = {
   "worded turn": (["--turn=left,0", "--depth=synthetic"], "--turn=left,0: give 2 numbers"),
   "other depth": (["--move=1,0,0", "--depth=small.npy"], "the depth is 4x5, its image 10x12"),
   "camera": (["--move=1,0,0", "--intrinsics=3"], "give fx,fy,cx,cy"),
-  "GIF": (["--extend=left=4", "--output=O.gif"], "give a name that ends in .png$"),
-  "JPEG": (["--move=1,0,0", "--output=O.jpg"], "ends in .png or .gif$"),
+  "GIF": (["--extend=left=4", "--output=O.gif"], "ends in .png or .jpg or .jpeg or .webp$"),
+  "BMP": (["--move=1,0,0", "--output=O.bmp"], "ends in .png or .jpg or .jpeg or .webp or .gif$"),
+  "photograph": (["--mask=photo.png"], "photo.png: a colour photograph; expected a mask"),
+  "folder of masks": (["--mask=masks"], "--mask=masks is a folder; expected the mask of image.png"),
 }
 RIGHT = {
   "one": ["--mask=mask.png"],
+  "folder": ["--image=images", "--mask=masks", "--output=filled"],
+  "small": ["--mask=mask.png", "--output=small.jpg"],
   "three": ["--mask=mask.png", "--num_samples=3", "--reward=reward"],
   "best": ["--mask=mask.png", "--num_samples=3", "--reward=reward", "--best"],
   "extended": ["--extend=left=5,bottom=3"],
@@ -83,6 +88,12 @@ def folder(tmp_path_factory) -> Path:
   mask[:, 6:] = 255
   save_png(folder / "image.png", image)
   save_png(folder / "mask.png", mask)
+  noise = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8)
+  save_png(folder / "photo.png", noise)
+  for name, kind in (("images", "image"), ("masks", "mask")):
+    (folder / name).mkdir()
+    shutil.copy(folder / f"{kind}.png", folder / name / "a.png")
+    shutil.copy(folder / f"{kind}.png", folder / name / f"b{'_mask' * (kind == 'mask')}.png")
   np.save(folder / "depth.npy", synthetic_depth(1, *SIZE))
   np.save(folder / "small.npy", np.ones((4, 5)))
   return folder
@@ -134,6 +145,20 @@ def test_samples_are_written_to_numbered_files_with_their_rewards(answers, folde
     np.testing.assert_array_equal(read(folder / f"three_{i}.png")[:, :6], image[:, :6])
   assert answers["right one"] == "one.png\n"
   assert read(folder / "one.png").shape == image.shape
+
+
+@pytest.mark.slow
+def test_a_folder_gives_the_files_of_its_images_one_by_one(answers, folder):
+  assert answers["right folder"] == "filled/a.png\nfilled/b.png\n"
+  for name in "ab":
+    np.testing.assert_array_equal(read(folder / "filled" / f"{name}.png"), read(folder / "one.png"))
+
+
+@pytest.mark.slow
+def test_the_suffix_gives_the_format(answers, folder):
+  with Image.open(folder / "small.jpg") as file:
+    assert file.format == "JPEG" and file.getexif()[0x010E] == "model: policy; seed: 0"
+  assert np.abs(read(folder / "small.jpg").astype(int) - read(folder / "one.png")).mean() < 8
 
 
 @pytest.mark.slow

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prefpaint_jax import inpainter as inpainter_module
 from prefpaint_jax import testing
 from prefpaint_jax.data.images import load_pairs
 from prefpaint_jax.inpainter import Inpainter
-from prefpaint_jax.models import architectures
+from prefpaint_jax.models import architectures, sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEPS = 10
@@ -138,10 +137,10 @@ def test_text_and_guidance_change_the_samples(inpainter, prompt):
 
 
 def test_all_texts_share_one_compiled_program(inpainter):
-  compiled = inpainter_module._encode_text._cache_size()
+  compiled = sampling.encode_text._cache_size()
   a, b = inpainter.encode_text(["a door"]), inpainter.encode_text(["a wall"])
   assert np.abs(a - b).max() > 0.01
-  assert inpainter_module._encode_text._cache_size() - compiled <= 1
+  assert sampling.encode_text._cache_size() - compiled <= 1
 
 
 @pytest.mark.parametrize("text", ["", "A red tree, 3 m high!", "größer — 木", "x" * 200])
@@ -226,12 +225,15 @@ def test_samples_of_an_image_are_consecutive(inpainter):
   assert all(np.abs(samples[0] - sample).max() > 1e-3 for sample in samples[1:])
 
 
-@pytest.mark.slow
-def test_report_is_called_at_each_step(inpainter, prompt):
+def test_reports_and_numbers_of_steps_share_programs_and_reports_keep_every_bit(inpainter, prompt):
   calls = []
-  inpainter(*prompt, num_steps=STEPS, report=lambda: calls.append(1) and None)
-  jax.effects_barrier()
-  assert len(calls) == STEPS
+  inpaint = lambda steps, **options: inpainter(*prompt, num_steps=steps, eta=1.0, **options)
+  silent = inpaint(STEPS)
+  sizes = [program._cache_size() for program in sampling.programs()]
+  np.testing.assert_array_equal(inpaint(STEPS, report=calls.append), silent)
+  assert sum(calls) == STEPS and len(calls) > 1
+  inpaint(STEPS + 1)
+  assert [program._cache_size() for program in sampling.programs()] == sizes
 
 
 @pytest.mark.parametrize("size", [(16, 16), (5, 9)])

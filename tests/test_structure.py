@@ -36,6 +36,7 @@ LEVELS = (
 )
 # The top level. No command imports another one.
 COMMANDS = (
+  "__main__",
   "annotate",
   "benchmark",
   "collect",

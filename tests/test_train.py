@@ -337,6 +337,30 @@ def test_best_checkpoint_has_the_highest_metric(finished):
 
 
 @pytest.mark.slow
+def test_a_run_can_begin_with_another_run_and_keeps_the_checkpoint_that_it_began_with(
+  world, finished, tmp_path
+):
+  first, second = tmp_path / "first", tmp_path / "second"
+  shutil.copytree(finished.workdir, first)
+  config = make_config(world, **BARE | {"policy": str(first), "num_iterations": 1, "lora.rank": 2})
+  train(config, second)
+  expected = Checkpoints(finished.workdir / "checkpoints").load("ema")
+  opened = lambda: open_policy(str(second)).params["unet"]
+  before, flat = opened(), jax.tree_util.tree_leaves_with_path
+  for (path, ours), theirs in zip(flat(before), jax.tree.leaves(expected), strict=True):
+    if "attn" not in jax.tree_util.keystr(path):  # without adapters
+      np.testing.assert_array_equal(ours, theirs)
+  train(make_config(world, **RHYTHMS | {"num_iterations": 6, "checkpoint_every": 6}), first)
+  jax.tree.map(np.testing.assert_array_equal, opened(), before)
+  assert (
+    architectures.read_architecture(str(second))[0]
+    == architectures.read_architecture(world["policy"])[0]
+  )
+  with pytest.raises(ValueError, match="the run's own workdir; give another --workdir"):
+    train(make_config(world, policy=str(second)), second)
+
+
+@pytest.mark.slow
 def test_finished_run_can_be_longer_but_not_have_another_config(world, finished, tmp_path, capsys):
   workdir = tmp_path / "copy"
   shutil.copytree(finished.workdir, workdir)

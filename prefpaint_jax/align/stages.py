@@ -32,6 +32,7 @@ from prefpaint_jax.models.pipeline import Prompts
 from prefpaint_jax.models.reward import RewardNetwork
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.runtime.compilation import Program, fast_jit
+from prefpaint_jax.runtime.waiting import waiting
 from prefpaint_jax.weights.names import Params
 
 
@@ -109,12 +110,14 @@ def compile_iteration(
   On a CPU their buffers then share one part of the heap; otherwise leftovers of the compiler would
   separate them. Every argument may be a shape with its sharding.
   """
-  key = jax.random.key(0)
-  prompts, trajectory, samples = stages.rollout.compile(
-    behaviour_params(state), frozen, images, masks, key
-  )
-  scores, _ = stages.score.compile(frozen, prompts, samples)
+  key, behaviour = jax.random.key(0), behaviour_params(state)
+  size = *images.shape, sum(x.size for x in jax.tree.leaves(behaviour))
+  with waiting("compiling the rollout", size):
+    prompts, trajectory, samples = stages.rollout.compile(behaviour, frozen, images, masks, key)
+  with waiting("compiling the score", size):
+    scores, _ = stages.score.compile(frozen, prompts, samples)
   indices = stages.draw_timesteps(key)[0]
   experience = Experience(prompts, trajectory, scores)
-  state, _ = stages.update.compile(state, frozen, experience, indices)
-  stages.end_iteration.compile(state)
+  with waiting("compiling the update", size):
+    state, _ = stages.update.compile(state, frozen, experience, indices)
+    stages.end_iteration.compile(state)

@@ -46,6 +46,7 @@ from prefpaint_jax.data.annotation_files import (
   read_ratings,
 )
 from prefpaint_jax.data.examples import CRITERIA
+from prefpaint_jax.runtime.files import check_is_folder
 
 MAX_ERRORS = 50  # that a report lists; it counts the others
 
@@ -111,8 +112,7 @@ def read_annotations(folder: str | Path, weights: Mapping[str, float] = CRITERIA
   """
   folder, errors = Path(folder), []
   weights = _check_weights(weights)
-  if not folder.is_dir():
-    raise ValueError(f"{folder}: no such folder; give a folder with masks/, inpaint/ and scores")
+  check_is_folder(folder, "a folder with masks/, inpaint/ and scores")
   prompts = read_prompts(folder, errors)
   candidates = read_candidates(folder, prompts, errors)
   ratings = read_ratings(folder, prompts, candidates, errors)

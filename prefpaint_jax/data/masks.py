@@ -1,5 +1,6 @@
-"""Random masks: a missing border, imitated holes of a new camera view, a box, and brush strokes.
+"""Draws random masks; as a command, a sheet of examples.
 
+Kinds: a missing border, imitated holes of a new camera view, a box, and brush strokes.
 `warping.draw_view` draws the true holes of a new camera view, together with the warped image.
 
 A mask depends only on its size and an integer seed or NumPy generator. It is float32 [H, W, 1],

@@ -78,8 +78,9 @@ class FolderPictures(Sequence):
     self.source = str(source)
     self._folder = Path(mini.locate(source, "photos"))
     if not self._folder.is_dir():
+      found = "is a file" if self._folder.is_file() else "is not a folder"
       raise ValueError(
-        f"pictures: {self.source!r} is not a folder; give a folder, tfds:NAME, or a mixture of both"
+        f"pictures: {self.source!r} {found}; give a folder, tfds:NAME, or a mixture of both"
       )
     self._files = sorted(_find_images(self._folder))
     if not self._files:

@@ -1,4 +1,4 @@
-"""Preferences: prompts with candidates and their human scores. Builds, opens and batches them.
+"""Builds a dataset of preferences: prompts with candidates and their human scores.
 
   python -m prefpaint_jax.data.preferences --config=configs/preferences.py --workdir=DIR \\
       --config.source=FOLDER
@@ -32,8 +32,9 @@ from prefpaint_jax.data.records import endless_batches, find_records
 from prefpaint_jax.runtime import cli
 from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.config_fields import COUNT
-from prefpaint_jax.runtime.files import read_json
+from prefpaint_jax.runtime.files import check_is_folder, read_json
 from prefpaint_jax.runtime.ranges import check
+from prefpaint_jax.runtime.text import print_next
 from prefpaint_jax.runtime.workdir import open_workdir
 
 with epy.lazy_imports():
@@ -160,6 +161,7 @@ class StoredPreferences(Sequence[Preference]):
 
 def _find(folder: str | Path) -> Path:
   """Finds the preference dataset in a folder: the folder itself, or at most two levels below."""
+  check_is_folder(folder, "one that prefpaint_jax.data.preferences wrote")
   # Only preference datasets have metadata.json.
   found = [path for path in find_records(folder) if (path / "metadata.json").exists()]
   if len(found) != 1:
@@ -259,6 +261,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
     sys.exit(f"error: {error}")  # cli would print only one line
   print(summary(read_metadata(folder)))
   print(f"{folder}: read it with prefpaint_jax.data.preferences.open_preferences")
+  reward = ("--config=configs/reward.py", f"--workdir={workdir}_reward")
+  print_next(("train_reward", *reward, f"--config.preferences={workdir}"))
 
 
 if __name__ == "__main__":

@@ -70,8 +70,9 @@ def open_prompts(
     if size is None:
       raise ValueError(f"prompts: {source} contains images; give the size of the prompts to draw")
     return DrawnPrompts(source, split, None, size)
+  found = "is a file" if folder.is_file() else "is not a folder"
   raise ValueError(
-    f"prompts: {folder} is not a folder; give 'mini', a folder, FOLDER:LIST.txt, or tfds:NAME"
+    f"prompts: {folder} {found}; give 'mini', a folder, FOLDER:LIST.txt, or tfds:NAME"
   )
 
 

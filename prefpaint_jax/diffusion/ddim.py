@@ -234,7 +234,9 @@ def step(
   return x_prev, log_prob(x_prev, mean, step.sigma, weight)
 
 
-def _transition(predict: Predict, schedule: Schedule, key: jax.Array, weight: Weight | None = None):
+def make_transition(
+  predict: Predict, schedule: Schedule, key: jax.Array, weight: Weight | None = None
+):
   """Makes the scan body (x_t, (i, step i)) -> (x_t', log p), with noise from fold_in(key, i)."""
 
   def transition(latents, numbered_step):
@@ -266,7 +268,7 @@ def rollout(
     key: of the noise of the transitions.
     weight: that of `log_prob`.
   """
-  transition = _transition(predict, schedule, key, weight)
+  transition = make_transition(predict, schedule, key, weight)
 
   def keep(latents, numbered_step):
     latents, score = transition(latents, numbered_step)
@@ -282,11 +284,8 @@ def sample(
   predict: Predict, schedule: Schedule, steps: Steps, latents: Latents, key: Key[Array, ""]
 ) -> Float[Array, "B h w c"]:
   """Runs the chain of `rollout` and returns only its last state."""
-  transition = _transition(predict, schedule, key)
-
-  def advance(latents, numbered_step):
-    return transition(latents, numbered_step)[0], None
-
+  transition = make_transition(predict, schedule, key)
+  advance = lambda latents, numbered_step: (transition(latents, numbered_step)[0], None)
   return jax.lax.scan(advance, latents.astype(jnp.float32), _numbered(steps))[0]
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from prefpaint_jax.runtime.files import check_is_folder
 from prefpaint_jax.runtime.workdir import flatten, read_workdir
 
 HELD_OUT = "held_out/"  # not written in every iteration, so drawn as joined points
@@ -48,8 +49,7 @@ def load_run(workdir: str | Path) -> Run:
     ValueError: if the folder is not a workdir, has no metrics yet, or a line is damaged.
   """
   workdir = Path(workdir)
-  if not workdir.is_dir():
-    raise ValueError(f"{workdir}: no such folder; give the --workdir of a run")
+  check_is_folder(workdir, "the --workdir of a run")
   config = flatten(read_workdir(workdir).to_dict())
   file = workdir / "metrics.jsonl"
   if not file.is_file():

@@ -8,6 +8,8 @@ import numpy as np
 from prefpaint_jax import mini
 from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.models.pipeline import NETWORKS
+from prefpaint_jax.runtime.files import check_is_folder
+from prefpaint_jax.runtime.runs import base_of
 from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights.names import Params
 
@@ -23,7 +25,8 @@ def read_architecture(policy: str) -> tuple[dict[str, dict], str]:
   """Reads the configs of a policy's networks without its weights.
 
   Args:
-    policy: folder of a pipeline, "mini", or a hub name in KNOWN, for which nothing is downloaded.
+    policy: folder of a pipeline, workdir of a run, "mini", or a hub name in KNOWN, for which
+      nothing is downloaded.
 
   Returns:
     The configs by network, with "scheduler", and a phrase that says where they come from.
@@ -31,8 +34,10 @@ def read_architecture(policy: str) -> tuple[dict[str, dict], str]:
   Raises:
     ValueError: the policy is neither a folder nor a known hub name.
   """
-  path = weights.local_path(mini.locate(policy, "policy"), "config.policy")
-  if (path / "model_index.json").is_file():
+  path = weights.local_path(mini.locate(base_of(policy), "policy"), "config.policy")
+  if path.exists():
+    check_is_folder(path, "a diffusers folder, a workdir, or a hub name")
+    weights.check_pipeline(path)
     configs = {part: weights.read_config(path / part) for part in NETWORKS}
     configs["scheduler"] = weights.read_config(path / "scheduler", "scheduler_config.json")
     return configs, "read from its folder"

@@ -1,7 +1,6 @@
 """The frame of every command: flags, a locked config, one-line errors, compilation cache."""
 
 import contextlib
-import difflib
 import errno
 import os
 import re
@@ -15,8 +14,9 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from prefpaint_jax.runtime import interrupts
+from prefpaint_jax.runtime import help_pages, interrupts
 from prefpaint_jax.runtime.ranges import Range, Text
+from prefpaint_jax.runtime.suggestions import suggest
 from prefpaint_jax.runtime.workdir import flatten
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a full disk
@@ -70,14 +70,16 @@ def run(main: Callable[[], None], several_processes: bool = False) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
       if "jax" in sys.modules:  # a command that does not import JAX compiles nothing
-        from prefpaint_jax.runtime import checkpoint, compilation
+        from prefpaint_jax.runtime import checkpoint, compilation, waiting
 
-        enable_compilation_cache()
+        compilation.enable_cache()
         compilation.replace_damaged_cache_entries()
         compilation.keep_memory()
         checkpoint.silence_orbax()
       if several_processes:
         distributed.initialize()
+      if "jax" in sys.modules and (not several_processes or distributed.is_first()):
+        waiting.speak()
       interrupts.raise_again()
       main()
       if output:
@@ -100,6 +102,7 @@ def run(main: Callable[[], None], several_processes: bool = False) -> None:
     from prefpaint_jax.runtime import distributed
 
     guarded = distributed.exit_on_error()(guarded)
+    distributed.silence_gloo()
   output = sys.stdout and _Output(sys.stdout)  # None in a process without a standard output
   with contextlib.redirect_stdout(output):
     try:
@@ -137,17 +140,29 @@ class _Output:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-  """Parses the flags; returns the other arguments, or exits with a one-line error."""
+  """Parses the flags; returns the other arguments, prints help, or exits with a one-line error."""
   lines = "\n".join(argv)
   given = re.search(r"^--?config[=\n](.*)$", lines, re.MULTILINE)
+  source = given[1] if given else ""
+  if not source and help_pages.is_asked(argv):
+    source = str(help_pages.config_file() or "")
   try:
-    config = _read_config(given[1]) if given and "config" in flags.FLAGS else None
+    config = _read_config(source) if source and "config" in flags.FLAGS else None
   except ValueError as error:
     sys.exit(f"error: {error}")
+  if help_pages.is_asked(argv):
+    print(help_pages.page(source, config and flatten(config.to_dict())))
+    sys.exit()
   try:
     return flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    reason = _unknown_flag(error.flagname, config)
   except flags.Error as error:
-    reason = _one_line(error)
+    missing = help_pages.missing_flags() if "other than None" in str(error) else []
+    if missing and not argv[1:]:
+      sys.exit(help_pages.usage())
+    needed = " ".join(f"--{name}=..." for name in missing)
+    reason = f"give {needed}; --help explains the options" if missing else _one_line(error)
   except (AttributeError, KeyError):  # ml_collections raises them for an unknown config field
     reason = config and _unknown_field(config, lines)
     if not reason:
@@ -189,7 +204,7 @@ def _error_in_file(file: str, error: BaseException) -> str:
 
 
 def _unknown_field(config: ConfigDict, lines: str) -> str | None:
-  """Returns an error for the first unknown `--config.FIELD`, with the most similar known field.
+  """Returns an error for the first unknown `--config.FIELD`, with the field that it may mean.
 
   Args:
     config: the config without the changes of the command line.
@@ -198,9 +213,19 @@ def _unknown_field(config: ConfigDict, lines: str) -> str | None:
   known = flatten(config.to_dict())
   for name in re.findall(r"^--?(?:no)?config\.([\w.]+)", lines, re.MULTILINE):
     if name not in known:
-      nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-      return f"--config.{name}: no such field; the most similar one is --config.{nearest}"
+      meant = suggest(name, known)
+      hint = f"did you mean --config.{meant}?" if meant else "--help lists the fields"
+      return f"--config.{name}: no such field; {hint}"
   return None
+
+
+def _unknown_flag(name: str, config: ConfigDict | None) -> str:
+  """Returns an error for an unknown flag, with the flag or the field that it may mean."""
+  fields = flatten(config.to_dict()) if config else help_pages.field_names()
+  known = [*help_pages.own_flags(), *(f"config.{field}" for field in fields)]
+  meant = suggest(name, known)
+  hint = f"did you mean --{meant}?" if meant else "--help lists the options"
+  return f"--{name}: no such option; {hint}"
 
 
 def _is_bug(error: Exception) -> bool:
@@ -264,17 +289,3 @@ def _disk_errors_name(workdir: Path) -> Iterator[None]:
       f"{error.filename or workdir}: {error.strerror}; make room and run the same command to "
       "resume from the latest checkpoint"
     ) from error
-
-
-def enable_compilation_cache() -> None:
-  """Enables JAX's persistent compilation cache, in the user's cache folder.
-
-  JAX caches programs that take a second or more to compile. JAX_COMPILATION_CACHE_DIR chooses
-  another folder; an empty value disables the cache.
-  """
-  # Imported here, because commands that compile nothing do not need JAX.
-  import jax
-
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not jax.config.jax_compilation_cache_dir:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(home / "prefpaint_jax"))

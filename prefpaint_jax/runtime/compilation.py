@@ -1,4 +1,4 @@
-"""Compiler options, ahead-of-time compilation, and memory that XLA:CPU reuses."""
+"""Compiler options, ahead-of-time compilation, its cache, and memory that XLA:CPU reuses."""
 
 import contextlib
 import ctypes
@@ -6,6 +6,7 @@ import functools
 import gc
 import glob
 import importlib.util
+import os
 import platform
 import re
 import sys
@@ -110,6 +111,18 @@ class Program:
     if self._compiled is None:
       self.compile(*arguments)
     return self._compiled(*arguments)
+
+
+def enable_cache() -> None:
+  """Enables JAX's persistent compilation cache, in the user's cache folder.
+
+  It changes nothing where the user or a program has chosen: JAX_COMPILATION_CACHE_DIR names another
+  folder, or is empty to disable the cache; `jax.config.jax_compilation_cache_dir` does the same.
+  JAX caches programs that take a second or more to compile.
+  """
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not jax.config.jax_compilation_cache_dir:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(home / "prefpaint_jax"))
 
 
 def has_tpu() -> bool:

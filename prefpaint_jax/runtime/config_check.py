@@ -1,6 +1,5 @@
 """Checks configs and arguments against the ranges of `config_fields`."""
 
-import difflib
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,6 +8,7 @@ from ml_collections import ConfigDict
 
 from prefpaint_jax.runtime.config_fields import CONFIGS
 from prefpaint_jax.runtime.ranges import Range, check, shorten
+from prefpaint_jax.runtime.suggestions import suggest
 
 
 def check_fields(config: ConfigDict, name: str) -> None:
@@ -116,8 +116,8 @@ def _refuse(missing: list[str], unknown: list[str], fields: Mapping[str, Any], n
       f"config.{missing[0]} is missing; expected {CONFIGS[name][0][missing[0]]}; copy the field "
       f"from configs/{name}.py"
     )
-  similar = difflib.get_close_matches(unknown[0], CONFIGS[name][0], n=1, cutoff=0.0)[0]
+  meant = suggest(unknown[0], CONFIGS[name][0])
+  hint = f"did you mean config.{meant}?" if meant else f"remove it, or see {command} --help"
   raise ValueError(
-    f"config.{unknown[0]} is unknown to {command}; expected fields of configs/{name}.py; the most "
-    f"similar one is config.{similar}"
+    f"config.{unknown[0]} is unknown to {command}; expected fields of configs/{name}.py; {hint}"
   )

@@ -6,6 +6,7 @@ process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Without any of these, the run 
 """
 
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -42,6 +43,29 @@ def initialize() -> None:
     # Only process 0 would write the compilation cache. After a restart it would run programs while
     # the others still compile, and Gloo, the CPU collectives, times out after 30 seconds.
     jax.config.update("jax_enable_compilation_cache", False)
+
+
+def is_first() -> bool:
+  """Returns whether this is process 0 of the run."""
+  return jax.process_index() == 0
+
+
+def silence_gloo() -> None:
+  """Gives Python's standard output a descriptor of its own, in a process of several.
+
+  Gloo, the CPU collectives, prints its connections to descriptor 1, which then leads nowhere.
+  """
+  several = any(os.environ.get(name) for name in VARIABLES) or known_launcher(os.environ)
+  if several and sys.stdout:
+    sys.stdout.flush()
+    stream = sys.stdout
+    sys.stdout = io.TextIOWrapper(
+      os.fdopen(os.dup(stream.fileno()), "wb"),
+      encoding=stream.encoding,
+      errors=stream.errors,
+      line_buffering=stream.line_buffering,
+    )
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def read_environment(environment: Mapping[str, str]) -> tuple[str, int, int] | None:

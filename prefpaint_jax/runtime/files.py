@@ -32,6 +32,13 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
     ) from error
 
 
+def check_is_folder(path: str | os.PathLike[str], wanted: str) -> None:
+  """Raises ValueError, which says to give `wanted`, for a file, or a path where nothing is."""
+  if not os.path.isdir(path):
+    found = " is a file; expected a folder" if os.path.exists(path) else ": no such folder"
+    raise ValueError(f"{path}{found}; give {wanted}")
+
+
 def check_output(
   path: str | os.PathLike[str],
   inputs: Mapping[str, str | os.PathLike[str] | None] = types.MappingProxyType({}),

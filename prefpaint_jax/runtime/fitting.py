@@ -14,6 +14,7 @@ from prefpaint_jax.runtime.checkpoint import Checkpoints
 from prefpaint_jax.runtime.finite import check_metrics, check_state
 from prefpaint_jax.runtime.metrics import MetricsWriter, progress
 from prefpaint_jax.runtime.signals import agreed_stop_requests
+from prefpaint_jax.runtime.waiting import waiting
 
 Params = Any  # a tree of arrays
 
@@ -90,8 +91,8 @@ def fit(
   step = _make_step(loss, optimizer, ema_decay, layout)
   gather = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
   current = lambda state: state.average if ema_decay else state.params
-
-  done, stopping = int(state.iteration), False
+  start = done = int(state.iteration)
+  stopping = False
   writer = MetricsWriter(workdir, is_writer)
   writer.truncate(done)
   restored()
@@ -101,7 +102,8 @@ def fit(
     while done < iterations and not stopping:
       stopping, done = asked_to_stop(), done + 1
       arrays = {name: x for name, x in next(loader).items() if x.dtype.kind != "U"}  # no IDs
-      state, metrics = step(state, frozen, sharding.to_global(mesh, arrays), key)
+      with waiting("compiling the update", workdir.name, done == start + 1):
+        state, metrics = step(state, frozen, sharding.to_global(mesh, arrays), key)
       is_due = lambda every, done=done: bool(every) and (done % every == 0 or done == iterations)
       line = _show(metrics, bar) if is_due(log_every) else {}
       if judge and (is_due(judge_every) or done == iterations):
@@ -116,9 +118,8 @@ def fit(
         checkpoints.save(done, state, loader.get_state(), {})
       bar.update()
   check_state(done, state.params)
-  bar.close()
-  checkpoints.close()
-  writer.close()
+  for part in (bar, checkpoints, writer):
+    part.close()
   if done < iterations:
     interrupts.end_early()
     if is_writer:

@@ -113,11 +113,11 @@ class LogLines:
   For output to a file, where a progress bar cannot redraw itself.
   """
 
-  def __init__(self, total: int, initial: int, interval: float, stream: TextIO):
-    self._total, self._interval, self._stream = total, interval, stream
-    self._done = self._reported = initial
+  def __init__(self, total: int, initial: int, interval: float, stream: TextIO, unit: str):
+    self._total, self._interval, self._stream, self._unit = total, interval, stream, unit
+    self._done = self._reported = self._initial = initial
     self._postfix = ""
-    self._last_line = time.monotonic()
+    self._began = self._last_line = time.monotonic()
 
   def set_postfix_str(self, text: str, refresh: bool = True) -> None:
     """Sets the text that follows the count; `refresh` exists because tqdm has it."""
@@ -137,8 +137,11 @@ class LogLines:
 
   def _report(self) -> None:
     self._reported, self._last_line = self._done, time.monotonic()
-    line = f"iteration {self._done}/{self._total}"
-    print(f"{line}, {self._postfix}" if self._postfix else line, file=self._stream, flush=True)
+    elapsed = self._last_line - self._began
+    left = elapsed * (self._total - self._done) / max(1, self._done - self._initial)
+    times = [f"elapsed {tqdm.format_interval(elapsed)}", f"remaining {tqdm.format_interval(left)}"]
+    count = f"{self._unit} {self._done}/{self._total}"
+    print(*filter(None, [count, *times, self._postfix]), sep=", ", file=self._stream, flush=True)
 
 
 def progress(
@@ -147,6 +150,7 @@ def progress(
   visible: bool = True,
   interval: float = 30.0,
   stream: TextIO | None = None,
+  unit: str = "iteration",
 ) -> tqdm | LogLines:
   """Makes a progress bar on a terminal, or lines of progress in a log file.
 
@@ -156,11 +160,19 @@ def progress(
     visible: whether this process shows progress; False on all processes but one.
     interval: seconds between lines in a log file.
     stream: where to print; default: standard error.
+    unit: what is counted.
   """
   stream = sys.stderr if stream is None else stream
   if visible and not stream.isatty():
-    return LogLines(total, initial, interval, stream)
-  return tqdm(total=total, initial=initial, file=stream, disable=not visible, dynamic_ncols=True)
+    return LogLines(total, initial, interval, stream, unit)
+  return tqdm(
+    total=total,
+    initial=initial,
+    file=stream,
+    disable=not visible,
+    dynamic_ncols=True,
+    unit=f" {unit}",
+  )
 
 
 class IterationLog:

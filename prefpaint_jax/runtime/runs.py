@@ -14,6 +14,8 @@ from prefpaint_jax.runtime.files import read_json, write_json
 from prefpaint_jax.runtime.ranges import Integer, Optional, shorten
 from prefpaint_jax.runtime.workdir import CONFIG, read_workdir
 
+PINNED = "checkpoints.json"  # the file of `pin_steps` in the workdir of a command
+
 
 def open_run(name: str) -> tuple[ConfigDict, Checkpoints] | None:
   """Returns config and checkpoints of a run of `train`; None if `name` is not a workdir.
@@ -31,6 +33,18 @@ def open_run(name: str) -> tuple[ConfigDict, Checkpoints] | None:
     if field not in config:
       raise ValueError(f"{workdir / CONFIG}: no field {field!r}; restore it, or give another run")
   return config, Checkpoints(workdir / "checkpoints", best=config.get("keep_best", ""))
+
+
+def base_of(name: str) -> str:
+  """Returns the pipeline that a run began with; `name` itself if it is no workdir of a run."""
+  run = open_run(name)
+  return base_of(run[0].policy) if run else name
+
+
+def pinned_step(workdir: str) -> int | None:
+  """Returns the checkpoint that a run of another run's policy began with; None: it has none."""
+  file = Path(workdir) / PINNED
+  return read_json(file).get("policy") if file.is_file() else None
 
 
 def pin_steps(
@@ -70,3 +84,12 @@ def pin_steps(
   if jax.process_index() == 0:
     write_json(file, steps)
   return steps
+
+
+def base_step(policy: str, workdir: Path, is_new: bool) -> int | None:
+  """Returns the checkpoint of a policy that is a run; a resumed run keeps that of its start."""
+  if open_run(policy) is None:
+    return None
+  if is_new and jax.process_index() == 0:
+    (workdir / PINNED).unlink(missing_ok=True)  # of a start that failed, perhaps of another policy
+  return pin_steps(workdir / PINNED, {"policy": (policy, None)})["policy"]

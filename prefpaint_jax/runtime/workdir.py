@@ -14,7 +14,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from prefpaint_jax.runtime.config_check import check_stored
-from prefpaint_jax.runtime.files import check_folder, read_json, write_json
+from prefpaint_jax.runtime.files import check_folder, check_is_folder, read_json, write_json
 
 CONFIG = "config.json"
 LOCK = ".lock"
@@ -176,6 +176,7 @@ def read_workdir(workdir: Path, command: str | None = None) -> ConfigDict:
     ValueError: the folder has no config.json, is that of another command, or a field has a value
       that it cannot have.
   """
+  check_is_folder(workdir, "the --workdir of a run")
   file = workdir / CONFIG
   if not file.is_file():
     raise ValueError(f"{workdir}: no config.json; give the --workdir of a run")

@@ -8,14 +8,15 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from prefpaint_jax.runtime.ranges import Choice, check, shorten
 from prefpaint_jax.runtime.text import first_line
 from prefpaint_jax.weights import names
+from prefpaint_jax.weights.file_names import WeightsFile, without_copies
 from prefpaint_jax.weights.files import load_file, save_tensors
 
 _PIPELINE_FILES = (
@@ -48,6 +49,8 @@ def local_path(name: str | os.PathLike[str], what: str = "model") -> Path:
 def resolve_pipeline(name_or_folder: str | Path) -> Path:
   """Finds the folder of a diffusers pipeline, local or on the hub.
 
+  The class that its model_index.json names is checked before anything else is read or downloaded.
+
   Raises ValueError if the folder does not exist or is not a pipeline.
   """
   path = local_path(name_or_folder)
@@ -56,19 +59,34 @@ def resolve_pipeline(name_or_folder: str | Path) -> Path:
       f"{path}: a single file; expected a diffusers folder; convert it with diffusers: "
       "StableDiffusionInpaintPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
     )
-  folder = resolve(name_or_folder, _PIPELINE_FILES)
+  check_pipeline(resolve(name_or_folder, ("model_index.json",)))  # before anything else is read
+  return resolve(name_or_folder, _PIPELINE_FILES)
+
+
+def check_pipeline(folder: Path) -> None:
+  """Raises ValueError, which says what a folder is, if it is not a pipeline of a known class."""
   if not (folder / "model_index.json").is_file():
     raise ValueError(
-      f"{folder}: no model_index.json, so not a diffusers pipeline; give the folder that contains"
-      " unet/, vae/ and text_encoder/"
+      f"{folder}: {_what_is(folder)}no model_index.json, so not a diffusers pipeline; give the "
+      "folder that contains unet/, vae/ and text_encoder/"
     )
   name = read_config(folder, "model_index.json").get("_class_name")
   if name is not None and not re.fullmatch(_PIPELINE_CLASSES, str(name)):
     raise ValueError(
-      f"{folder / 'model_index.json'}: _class_name is {name}, which is not supported; expected "
-      "StableDiffusionInpaintPipeline; give an inpainting checkpoint of Stable Diffusion 1 or 2"
+      f"{folder}: {name}: not supported yet; supported: StableDiffusionInpaintPipeline; give an "
+      "inpainting checkpoint of Stable Diffusion 1 or 2"
     )
-  return folder
+
+
+def _what_is(folder: Path) -> str:
+  """Returns what the files of a folder that is no pipeline say it is, or nothing."""
+  if (folder / "adapter_config.json").is_file() or list(folder.glob("*lora*.safetensors")):
+    return "LoRA adapters; "
+  with contextlib.suppress(ValueError):
+    config = read_config(folder)
+    name = config.get("_class_name") or config.get("architectures") or config.get("model_type")
+    return f"{name[0] if isinstance(name, list) else name}; " if name else ""
+  return ""
 
 
 def resolve_reward(name_or_path: str | Path) -> Path:
@@ -136,7 +154,7 @@ def _fetch(name: str, patterns: list[str]) -> str:
       return snapshot_download(name, allow_patterns=patterns, local_files_only=True)
     raise  # the error of the hub, which says more than the error of the cache
   wanted = list(filter_repo_objects(listed, allow_patterns=patterns))
-  return snapshot_download(name, allow_patterns=_without_copies(wanted))
+  return snapshot_download(name, allow_patterns=without_copies(wanted))
 
 
 def read_config(folder: str | Path, file: str = "config.json") -> dict[str, Any]:
@@ -246,35 +264,6 @@ def load_reward(path: str | Path, template: names.Params) -> names.Params:
   return names.to_tree(tensors, template, what=str(path))
 
 
-# Names of weights files: model.safetensors and model.fp16.safetensors, their shards with the parts
-# of the name in the old and the new order, the indices of the shards, and all of these with .bin.
-_WEIGHTS = re.compile(
-  r"(?P<stem>[^./]+?)(?P<shard>-\d+-of-\d+)?(\.(?P<variant>\w+)(?P<variant_shard>-\d+-of-\d+)?)?"
-  r"\.(?P<kind>safetensors|bin)(?P<index>\.index(\.(?P<index_variant>\w+))?\.json)?"
-)
-
-
-class _WeightsFile(NamedTuple):
-  """The parts of a weights file's name."""
-
-  stem: str
-  # (.bin, a variant, not fp16, the variant); of several copies the smallest is preferred.
-  generation: tuple[bool, bool, bool, str]
-  is_shard: bool
-  is_index: bool
-
-  @classmethod
-  def parse(cls, file_name: str) -> "_WeightsFile | None":
-    """Returns None if the file is not a weights file."""
-    match = _WEIGHTS.fullmatch(file_name)
-    if match is None:
-      return None
-    variant = match["variant"] or match["index_variant"] or ""
-    generation = (match["kind"] == "bin", variant != "", variant != "fp16", variant)
-    is_shard = bool(match["shard"] or match["variant_shard"])
-    return cls(match["stem"], generation, is_shard, bool(match["index"]))
-
-
 def _weights_file(folder: Path, stem: str, variant: str | None) -> Path:
   """Finds the preferred weights file, or the index of its shards."""
   stems = (stem, "pytorch_model") if stem == "model" else (stem,)  # transformers' stem of .bin
@@ -282,7 +271,7 @@ def _weights_file(folder: Path, stem: str, variant: str | None) -> Path:
   candidates = [
     (parsed.generation, parsed.is_index, name)
     for name in present
-    if (parsed := _WeightsFile.parse(name)) and parsed.stem in stems and not parsed.is_shard
+    if (parsed := WeightsFile.parse(name)) and parsed.stem in stems and not parsed.is_shard
     if variant in (None, parsed.generation[-1])
   ]
   if not candidates:
@@ -291,21 +280,6 @@ def _weights_file(folder: Path, stem: str, variant: str | None) -> Path:
       f"{folder}: no {wanted}, found {_listing(folder)}; give a folder that contains it"
     )
   return folder / min(candidates)[-1]
-
-
-def _without_copies(files: Sequence[str]) -> list[str]:
-  """Removes, in each folder, weights files that are not of the preferred format and precision."""
-  parsed = {file: _WeightsFile.parse(PurePosixPath(file).name) for file in files}
-  best: dict[PurePosixPath, tuple] = {}
-  for file, weights in parsed.items():
-    if weights:
-      parent = PurePosixPath(file).parent
-      best[parent] = min(weights.generation, best.get(parent, weights.generation))
-  return [
-    file
-    for file, weights in parsed.items()
-    if weights is None or weights.generation == best[PurePosixPath(file).parent]
-  ]
 
 
 def _listing(folder: Path) -> str:

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prefpaint_jax import inpainter as inpainter_module
 from prefpaint_jax import mini
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.editing import extension
 from prefpaint_jax.editing.extension import Borders, extend, inpaint_seamlessly, plan_windows
 from prefpaint_jax.inpainter import Inpainter
-from prefpaint_jax.models import architectures
+from prefpaint_jax.models import architectures, sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEPS = 2
@@ -144,18 +143,20 @@ def test_every_batch_gets_its_own_key(inpainter, monkeypatch):
 
 def test_all_windows_of_all_images_share_one_compiled_program(inpainter, monkeypatch):
   shapes = set()
-  program = inpainter_module._inpainting_program()
+  programs = sampling.programs()
+  encode, *others = programs
 
   def recorded(modules, params, images, masks, *others, **options):
     shapes.add((images.shape, masks.shape))
-    return program(modules, params, images, masks, *others, **options)
+    return encode(modules, params, images, masks, *others, **options)
 
-  monkeypatch.setattr(inpainter_module, "_inpainting_program", lambda: recorded)
-  compiled = program._cache_size()
+  monkeypatch.setattr(sampling, "programs", lambda: (recorded, *others))
+  compiled = [program._cache_size() for program in programs]
   extend(inpainter, photograph(8, 8), right=20, num_steps=STEPS, eta=0.5)
   extend(inpainter, photograph(31, 29), top=9, num_steps=STEPS, eta=0.5)
   assert shapes == {((1, N, N, 3), (1, N, N, 1))}
-  assert program._cache_size() - compiled <= 1
+  for program, before in zip(programs, compiled, strict=True):
+    assert program._cache_size() - before <= 1
 
 
 def test_each_window_gets_the_known_pixels_in_its_overlap(inpainter, monkeypatch):

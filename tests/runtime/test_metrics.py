@@ -16,6 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from prefpaint_jax.data.images import save_png
+from prefpaint_jax.runtime import metrics
 from prefpaint_jax.runtime.metrics import MetricsWriter, progress
 
 
@@ -174,10 +175,19 @@ def test_progress_on_a_terminal_shows_iterations_and_metrics():
 
 
 def test_progress_in_a_log_is_a_line_per_interval_and_one_at_the_end():
-  assert run_progress(io.StringIO()) == "iteration 20/20, reward 14, 3.0 images/s\n"
-  assert run_progress(io.StringIO(), interval=0).splitlines() == [
-    f"iteration {6 + i}/20, reward {i}, 3.0 images/s" for i in range(15)
+  end = "elapsed 00:00, remaining 00:00, reward 14, 3.0 images/s\n"
+  assert run_progress(io.StringIO()) == f"iteration 20/20, {end}"
+  assert run_progress(io.StringIO(), interval=0, unit="step").splitlines() == [
+    f"step {6 + i}/20, elapsed 00:00, remaining 00:00, reward {i}, 3.0 images/s" for i in range(15)
   ]
+
+
+def test_a_line_of_progress_has_the_time_that_is_left(monkeypatch):
+  clock = iter([0.0, 60.0, 60.0, 60.0])
+  monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+  stream = io.StringIO()
+  progress(20, 5, stream=stream).update(3)  # three of fifteen in a minute
+  assert stream.getvalue() == "iteration 8/20, elapsed 01:00, remaining 04:00\n"
 
 
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])

@@ -356,3 +356,18 @@ def test_parts_of_all_processes_in_order_are_the_batch_of_one(shuffle):
     for loaders in parts:
       assert np.concatenate([next(part)["id"] for part in loaders]).tolist() == expected
       assert all(part.get_state() == whole.get_state() for part in loaders)
+
+
+def test_only_python_writes_to_the_standard_output_of_a_process_of_several():
+  code = """
+import os, sys
+from prefpaint_jax.runtime import distributed
+distributed.silence_gloo()
+os.write(1, b"[Gloo] Rank 0 is connected\\n")
+print("ours")
+"""
+  environment = os.environ | {"JAX_NUM_PROCESSES": "2"}
+  ended = subprocess.run(
+    [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
+  )
+  assert (ended.stdout, ended.stderr) == ("ours\n", "")

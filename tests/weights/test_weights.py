@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from parity import params_of, randomise, template_of, tensors_of
 
+from prefpaint_jax.models import architectures
 from prefpaint_jax.models.clip import CLIPTextModel, CLIPVisionModelWithProjection
 from prefpaint_jax.models.config import (
   CLIPTextConfig,
@@ -24,6 +25,7 @@ from prefpaint_jax.models.config import (
 from prefpaint_jax.models.reward import RewardNetwork
 from prefpaint_jax.models.unet import UNet2DConditionModel
 from prefpaint_jax.models.vae import AutoencoderKL
+from prefpaint_jax.runtime.files import write_json
 from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights import names
 
@@ -333,10 +335,39 @@ def test_local_folder_is_returned_unchanged(tmp_path):
   assert weights.resolve(str(tmp_path), ["*"]) == tmp_path
 
 
+@pytest.mark.parametrize(
+  "name",
+  ["StableDiffusionXLInpaintPipeline", "FluxFillPipeline", "StableDiffusionControlNetPipeline"],
+)
+def test_pipeline_of_another_class_is_named_before_anything_else_is_read(name, tmp_path):
+  write_json(tmp_path / "model_index.json", {"_class_name": name})
+  for read in (weights.resolve_pipeline, architectures.read_architecture):
+    with pytest.raises(
+      ValueError, match=f"{name}: not supported yet; supported: StableDiff"
+    ) as error:
+      read(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_only_the_index_of_an_unsupported_hub_model_is_downloaded(tmp_path, monkeypatch):
+  write_json(tmp_path / "model_index.json", {"_class_name": "StableDiffusionXLInpaintPipeline"})
+  fetched = []
+  monkeypatch.setattr(
+    weights, "_fetch", lambda name, patterns: fetched.append(patterns) or str(tmp_path)
+  )
+  with pytest.raises(ValueError, match="not supported yet"):
+    weights.resolve_pipeline("owner/xl")
+  assert fetched == [["model_index.json"]]
+
+
 def test_folder_without_a_pipeline_or_reward_model_raises(tmp_path):
   (tmp_path / "notes.txt").write_text("")
   with pytest.raises(ValueError, match=r"no model_index\.json"):
     weights.resolve_pipeline(tmp_path)
+  write_json(tmp_path / "config.json", {"_class_name": "UNet2DConditionModel"})
+  with pytest.raises(ValueError, match="UNet2DConditionModel; no model_index"):
+    weights.resolve_pipeline(tmp_path)
+  (tmp_path / "config.json").unlink()
   with pytest.raises(
     ValueError, match=r"contains notes\.txt; expected config\.json or one \.pt file"
   ):

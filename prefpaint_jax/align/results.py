@@ -1,0 +1,47 @@
+"""The end of a run: its comparison with the base policy, its files, and what to run next."""
+# Shapes: N prompts, S samples of each.
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from prefpaint_jax.align.held_out import SAMPLES
+from prefpaint_jax.data.prompts import final_split
+from prefpaint_jax.evaluation import winrate
+from prefpaint_jax.evaluation.tables import describe
+from prefpaint_jax.runtime.text import print_next
+
+TITLES = {"reward": "learned reward", "true_preference": "true preference"}
+
+
+def print_comparison(
+  config: ConfigDict, policy: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]
+) -> None:
+  """Prints a line per score [N, S] of held-out prompts, policy against base."""
+  count, split = config.final_prompts, final_split(config.prompts)
+  print(f"{count} held-out prompts ({split}), policy against base, {SAMPLES} samples of each:")
+  for name in (name for name in TITLES if name in policy):
+    group = winrate.estimate(winrate.Scores(policy[name], base[name]))
+    print(describe(TITLES[name], group))
+
+
+def print_results(config: ConfigDict, workdir: Path, iteration: int) -> None:
+  """Prints to standard error where the results of a run are, and the commands that use them."""
+  names = [f"checkpoints/{iteration}", "metrics.jsonl", "tensorboard/"]
+  names += [f"samples/{iteration:06d}.png"] if config.sample_every else []
+  print(f"{workdir}: {', '.join(names)}", file=sys.stderr)
+  evaluation = [
+    f"--config=configs/eval.py{':mini' if config.prompts == 'mini' else ''}",
+    f"--workdir={workdir}_eval",
+    f"--config.policy={workdir}",
+  ]
+  if config.prompts != "mini":
+    evaluation += [f"--config.baseline={config.policy}", f"--config.prompts={config.prompts}"]
+  print_next(
+    ("plot", f"--workdir={workdir}", f"--output={workdir}_curves.png"),
+    ("evaluate", *evaluation),
+    ("export", f"--workdir={workdir}", f"--output={workdir}_aligned"),
+  )
