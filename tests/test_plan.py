@@ -81,6 +81,19 @@ def test_update_holds_parameters_and_moments_and_reduces_each_gradient_once(repo
 
 
 @pytest.mark.slow
+def test_memory_of_an_update_grows_with_the_samples_of_a_pass_and_not_with_the_batch(
+  quick_compilation, tmp_path
+):
+  def temporaries(batch):
+    config = tiny_config(tmp_path, batch_size=batch, samples_per_pass=4)
+    report = stages.plan(config, jax.devices()[:1])
+    return report["stages"]["update"]["memory"]["temporaries"]
+
+  few, many = temporaries(4), temporaries(32)
+  assert few <= many < 1.05 * few
+
+
+@pytest.mark.slow
 def test_estimate_is_the_longer_of_work_and_memory_plus_the_links(report):
   chip = Chip(flops=1e9, memory=1e12, bandwidth=1e15, links=1e9)
   fitted = report | stages.fit_to_chip(report, chip)
