@@ -184,6 +184,8 @@ def _finish_axes(axes: Axes, key: str, curves: Sequence[Curve]) -> None:
     axes.set_yscale("log")
   elif key == "ppo/learning_rate":
     axes.yaxis.set_major_formatter("{x:g}")
+  else:  # an offset of the ticks would be drawn over the title
+    axes.ticklabel_format(axis="y", useOffset=False, style="plain")
   if key in FROM_ZERO:
     axes.set_ylim(bottom=0)
   axes.margins(x=0.02)
