@@ -53,7 +53,7 @@ class RewardModel:
     """Loads a reward model.
 
     Args:
-      name: a folder of `save_pretrained`, a released `.pt` file (needs torch), a hub name, or
+      name: a folder of `save_pretrained`, a released `.pt` file, a hub name, or
         "mini", the model inside this package.
       bound: a `bound.safetensors` file, or a released inverse of V; default: the
         `bound.safetensors` of the folder, if it has one.
@@ -116,18 +116,18 @@ class RewardModel:
 
 
 def read_bound(path: str | Path) -> Bound:
-  """Reads a bound from `bound.safetensors`, or from a released inverse of V (`.pt`, needs torch).
+  """Reads a bound from `bound.safetensors`, or from a released inverse of V (`.pt`).
 
   Raises:
     ValueError: the file cannot be read, or does not hold one matrix.
   """
   if Path(path).suffix not in (".pt", ".pth", ".bin"):
     return load_bound(path)
-  torch, stored = load_torch(path)
+  stored = load_torch(path)
   values = stored.values() if isinstance(stored, dict) else [stored]
-  tensors = [value for value in values if isinstance(value, torch.Tensor)]
+  tensors = [value for value in values if isinstance(value, np.ndarray)]
   if len(tensors) != 1:
     raise ValueError(
       f"{path}: holds {len(tensors)} tensors; expected 1; give the file of the inverse of V"
     )
-  return Bound.from_inverse(tensors[0].detach().double().numpy())
+  return Bound.from_inverse(tensors[0].astype(np.float64))
