@@ -39,6 +39,7 @@ def describe(report: Mapping[str, Any]) -> str:
     f"per chip; {config['size']} pixels, {config['num_steps']} steps, {config['dtype']}, remat "
     f"{'on' if config['remat'] else 'off'}",
   ]
+  head += [report["note"]] if report["note"] else []
   rows = [("per chip", [f"{name} x{stage['times']}" for name, stage in stages.items()])]
 
   def add(title: str, value: Callable[[Mapping[str, Any]], float]) -> None:
