@@ -29,6 +29,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.mask_latents = "cells"  # missing latents: cells with any missing pixel, or corner (stock)
   config.eta = 1.0  # scale of the noise of each DDIM step; above 0
   config.vae_posterior = "mean"  # of a prompt's latents: mean, or sample, as the released code
+  config.samples_per_pass = 0  # images of a device at a time through the UNet; 0: all
   config.decode_batch = 16  # images that a device encodes, decodes and scores at a time; 0: all
   config.behaviour_refresh = 1  # n: every n-th iteration begins with a copy to the behaviour policy
   config.behaviour_dtype = "float32"  # or bfloat16, if dtype is: rounded as in computation

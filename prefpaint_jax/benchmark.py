@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from prefpaint_jax.align.rollout import decode, encode_prompts
 from prefpaint_jax.align.run import outline
+from prefpaint_jax.align.settings import check_batch
 from prefpaint_jax.align.stages import Stages
 from prefpaint_jax.align.state import Experience, Frozen, TrainState, behaviour_params
 from prefpaint_jax.models import architectures
@@ -165,7 +166,7 @@ def benchmark(
     (quartiles of one run), `times` (its runs in an iteration), `compile_seconds` (trace and
     compilation), `flops` (of all devices) and `memory` (bytes per device).
   """
-  sharding.check_batch(config.batch_size, mesh)
+  check_batch(config, mesh)
   run, modules, source = outline(config, mesh)
   settings, stages, frozen = run.settings, run.stages, _materialise_frozen(run.frozen)
   state = stages.init(materialise(run.state_shapes.params))

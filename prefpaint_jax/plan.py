@@ -22,7 +22,8 @@ from ml_collections import ConfigDict, config_flags
 from prefpaint_jax.planning import cost
 from prefpaint_jax.planning.chips import GIB, find_chip, topology_devices
 from prefpaint_jax.planning.stages import plan
-from prefpaint_jax.runtime import cli
+from prefpaint_jax.runtime import cli, sharding
+from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.files import write_json
 
 
@@ -36,8 +37,8 @@ def describe(report: Mapping[str, Any]) -> str:
     f"{report['policy']}, architecture {report['architecture']}",
     f"parameters: {counts}",
     f"{chips} x {report['chip']}, mesh of {mesh}: {images} images an iteration, {images / chips:g} "
-    f"per chip; {config['size']} pixels, {config['num_steps']} steps, {config['dtype']}, remat "
-    f"{'on' if config['remat'] else 'off'}",
+    f"per chip, {config['samples_per_pass'] or 'all'} per pass; {config['size']} pixels, "
+    f"{config['num_steps']} steps, {config['dtype']}, remat {'on' if config['remat'] else 'off'}",
   ]
   head += [report["note"]] if report["note"] else []
   rows = [("per chip", [f"{name} x{stage['times']}" for name, stage in stages.items()])]
@@ -80,36 +81,49 @@ def _verdict(report: Mapping[str, Any]) -> str:
 def search(config: ConfigDict, devices: Sequence[jax.Device]) -> Iterator[dict[str, Any]]:
   """Plans with parameters split over 1, 4 and all chips, with and without rematerialisation.
 
-  For each of these, the batch grows from 1 to 2, 4, 8 and 16 prompts per chip until it does not
-  fit.
+  For each of these, bisection over the divisors of a chip's samples finds the largest
+  `samples_per_pass` that fits in memory. The most samples that fit are the fastest, or nearly so:
+  every pass reads all parameters.
 
   Yields:
     The report of each plan.
+
+  Raises:
+    ValueError: the chips cannot share `batch_size`.
   """
+  check_fields(config, "rl")
+  sharding.check_batch(config.batch_size, sharding.make_mesh(devices=devices))
   chips = len(devices)
+  samples = config.batch_size * config.samples_per_prompt // chips
+  divisors = [n for n in range(1, samples + 1) if samples % n == 0]
   splits = {1, math.gcd(4, chips), chips}
   for fsdp, remat in itertools.product(sorted(splits), (False, True)):
-    for per_chip in (1, 2, 4, 8, 16):
+    fit, exceed = 0, len(divisors)  # divisors before `fit` fit, those from `exceed` on do not
+    while fit < exceed:
+      middle = (fit + exceed) // 2
       tried = config.copy_and_resolve_references()
-      tried.update(remat=remat, batch_size=per_chip * chips, mesh={"data": -1, "fsdp": fsdp})
+      mesh = {"data": -1, "fsdp": fsdp}
+      tried.update(remat=remat, samples_per_pass=divisors[middle], mesh=mesh)
       report = plan(tried, devices)
       jax.clear_caches()  # the next plan needs none of these programs
       yield report
       if "does_not_fit" in report:
-        break
+        exceed = middle
+      else:
+        fit = middle + 1
 
 
 def _summary(report: Mapping[str, Any]) -> str:
   """Formats a report as one line."""
   config, fsdp = report["config"], report["mesh"]["fsdp"]
-  tried = f"batch_size={config['batch_size']} mesh.fsdp={fsdp} remat={config['remat']}"
-  return f"{tried:<44} {_verdict(report)}"
+  tried = f"samples_per_pass={config['samples_per_pass']} mesh.fsdp={fsdp} remat={config['remat']}"
+  return f"{tried:<48} {_verdict(report)}"
 
 
 if __name__ == "__main__":
   _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file[:preset].")
   _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, h100:8, ...; default: this machine.")
-  _SEARCH = flags.DEFINE_bool("search", False, "Try batch sizes, mesh.fsdp and remat.")
+  _SEARCH = flags.DEFINE_bool("search", False, "Try samples_per_pass, mesh.fsdp and remat.")
   _OUTPUT = flags.DEFINE_string(
     "output", None, "JSON file for the report, or of a search the list of reports."
   )
@@ -144,7 +158,8 @@ if __name__ == "__main__":
         keep(result)
       fitting = [report for report in result if "does_not_fit" not in report]
       fitting.sort(key=lambda report: -report["images_per_s"])
-      print("", "fastest first:", *map(_summary, fitting), sep="\n")
+      title = "fastest first:" if fitting else "none of these fits"
+      print("", title, *map(_summary, fitting), sep="\n")
     else:
       report = plan(_CONFIG.value, devices, after_stage)
       keep(report)

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from prefpaint_jax.align.held_out import SAMPLES, HeldOut
 from prefpaint_jax.align.run import Run, image_shapes, make_run
 from prefpaint_jax.align.settings import (
+  check_batch,
   check_config,
   check_prompts,
   compares_with_base,
@@ -51,7 +52,7 @@ from prefpaint_jax.runtime.workdir import open_workdir
 
 WRITES = ("checkpoints", "metrics.jsonl", "samples", "tensorboard")
 # Fields that a resumed run may change; it may also change those that end in _every.
-FREE = ("num_iterations", "keep_checkpoints", "keep_best")
+FREE = ("num_iterations", "samples_per_pass", "keep_checkpoints", "keep_best")
 
 SMALL_SPREAD = 0.02  # of the trust weights, as a share of their mean
 
@@ -234,7 +235,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
   check_fields(config, "rl")
   settings_from(config)  # raises ValueError for fields that cannot work together
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  sharding.check_batch(config.batch_size, mesh)
+  check_batch(config, mesh)
   sharding.check_batch(config.num_samples, mesh, "num_samples")
   check_config(config)
   free = FREE + tuple(f"mesh.{name}" for name in config.mesh)

@@ -58,6 +58,7 @@ FIELDS = [
   ("rl", "checkpoint_every", -1),
   ("rl", "max_nan_fraction", NAN),
   ("rl", "decode_batch", -1),
+  ("rl", "samples_per_pass", -1),
   ("rl", "updates_per_iteration", 0),
   ("rl", "train_timesteps", 0),
   ("rl", "eval_prompts", -16),
@@ -146,6 +147,18 @@ def test_fields_that_do_not_fit_together_are_refused(fields, message):
   with pytest.raises(ValueError, match=message) as error:
     settings_from(config_of("rl", **fields))
   one_line(error)
+
+
+@pytest.mark.parametrize(("batch", "size"), [(24, 4), (16, 3)])
+def test_passes_that_cut_the_samples_of_a_device_unevenly_are_refused(batch, size, tmp_path):
+  config = config_of("rl", batch_size=batch, samples_per_prompt=2, samples_per_pass=size)
+  message = (
+    rf"\Asamples_per_pass is {size}; expected 0 or a divisor of {batch // 4}, the samples .*"
+  )
+  with pytest.raises(ValueError, match=message) as error:
+    train.train(config, tmp_path / "run")
+  one_line(error)
+  assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

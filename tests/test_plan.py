@@ -1,5 +1,6 @@
 """Plans of runs: for this machine, for given peak rates, and for absent TPUs and GPUs."""
 
+import collections
 import importlib.util
 import json
 import re
@@ -104,23 +105,35 @@ def test_plan_names_the_stage_that_does_not_fit(report):
   assert f"DOES NOT FIT: {largest}" in table
 
 
-def test_search_continues_after_a_plan_that_does_not_fit(monkeypatch):
-  tried = []
+@pytest.mark.parametrize(("batch", "most"), [(48, 3), (48, 0), (48, 100), (8, 1), (56, 6)])
+def test_search_finds_the_most_samples_per_pass_that_fit(batch, most, monkeypatch):
+  tried = collections.defaultdict(list)
 
   def plan_without_compiling(config, devices):
-    fits = config.batch_size < (32 if config.remat else 16)
-    tried.append((config.mesh.fsdp, config.remat, config.batch_size))
-    return {} if fits else {"does_not_fit": "rollout: 20G of 10G"}
+    assert config.batch_size == batch
+    fits = config.samples_per_pass <= most * (1 + config.remat)
+    tried[config.mesh.fsdp, config.remat].append((config.samples_per_pass, fits))
+    return {} if fits else {"does_not_fit": "update: 20G of 10G"}
 
   monkeypatch.setattr(plan, "plan", plan_without_compiling)
-  reports = list(plan.search(get_config(), jax.devices()))
-  assert tried == [
-    (fsdp, remat, size)
-    for fsdp in (1, 4, 8)
-    for remat, sizes in ((False, (8, 16)), (True, (8, 16, 32)))
-    for size in sizes
-  ]
-  assert len(reports) == len(tried)
+  config = get_config()
+  config.update(batch_size=batch, samples_per_prompt=2)
+  reports = list(plan.search(config, jax.devices()))
+  assert len(reports) == sum(map(len, tried.values()))
+  samples = batch // 8 * 2
+  divisors = [n for n in range(1, samples + 1) if samples % n == 0]
+  assert set(tried) == {(fsdp, remat) for fsdp in (1, 4, 8) for remat in (False, True)}
+  for (_, remat), found in tried.items():
+    assert len(found) <= 3  # of up to six divisors
+    best = max((n for n, fits in found if fits), default=0)
+    assert best == max((n for n in divisors if n <= most * (1 + remat)), default=0)
+
+
+def test_search_refuses_a_batch_that_the_chips_cannot_share():
+  config = get_config()
+  config.batch_size = 4
+  with pytest.raises(ValueError, match="batch_size 4 does not divide over 8 devices"):
+    next(plan.search(config, jax.devices()))
 
 
 @pytest.mark.parametrize(
@@ -148,6 +161,7 @@ def test_errors_in_a_config_are_one_line(tmp_path):
   cases = [
     ({"policy": "someone/else"}, "config.policy someone/else: .* give a folder"),
     ({"batch_size": 12}, "batch_size 12 does not divide over 8 devices"),
+    ({"batch_size": 24, "samples_per_pass": 4}, "samples_per_pass is 4; .* divisor of 6, the sam"),
     ({"mesh": {"data": 3, "fsdp": 1}}, "the sizes multiply to 3, not 8"),
   ]
   for change, message in cases:

@@ -298,8 +298,10 @@ def test_second_signal_interrupts_the_run(interruptible, world, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_run_with_split_parameters_resumes_on_another_mesh(world, finished, tmp_path, monkeypatch):
-  split = {"mesh.data": 2, "mesh.fsdp": 4, "num_iterations": 3}
+def test_run_with_split_parameters_and_passes_resumes_on_another_mesh_with_the_whole_batch(
+  world, finished, tmp_path, monkeypatch
+):
+  split = {"mesh.data": 2, "mesh.fsdp": 4, "samples_per_pass": 1, "num_iterations": 3}
   with monkeypatch.context() as patch:
     patch.setattr(sharding, "SMALL", 64)  # the tiny models then have arrays to split
     state = train(make_config(world, **RHYTHMS | split), tmp_path)

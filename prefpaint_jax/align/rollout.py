@@ -1,7 +1,6 @@
 """Rollout: encode prompts, sample with the behaviour policy, decode; on any mesh."""
 # Shapes: P prompts, S samples of each, B = P S samples, H W pixels, h w latents, c channels.
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,15 @@ from prefpaint_jax.models.pipeline import Modules, Prompts
 from prefpaint_jax.weights.names import Params
 
 
+def chunk_size(batch: int, most: int) -> int:
+  """Returns the largest size of equal chunks of `batch` examples that is not above `most`.
+
+  Args:
+    most: 0: no limit.
+  """
+  return max(n for n in range(1, min(most or batch, batch) + 1) if batch % n == 0)
+
+
 def in_chunks(function: Callable, size: int, mesh: Mesh | None, params: Any, *arrays: Any) -> Any:
   """Computes `function(params, *arrays)` on each device's examples, at most `size` at a time.
 
@@ -26,19 +34,20 @@ def in_chunks(function: Callable, size: int, mesh: Mesh | None, params: Any, *ar
 
   Args:
     params: a tree of arrays that all examples share.
+    arrays: trees of arrays whose leading dimension counts examples.
     size: examples per call on each device; 0: all of them.
     mesh: the devices that the leading dimension of `arrays` is split over; None: one device.
   """
 
-  def local(params: Any, *arrays: jax.Array):
-    batch = arrays[0].shape[0]
-    chunk = max(n for n in range(1, min(size or batch, batch) + 1) if batch % n == 0)
+  def local(params: Any, *arrays: Any):
+    batch = jax.tree.leaves(arrays)[0].shape[0]
+    chunk = chunk_size(batch, size)
     if chunk == batch:
       return function(params, *arrays)
     split = lambda x: x.reshape(-1, chunk, *x.shape[1:])
     join = lambda x: x.reshape(batch, *x.shape[2:])
     one = lambda some: function(params, *some)
-    return jax.tree.map(join, jax.lax.map(one, tuple(map(split, arrays))))
+    return jax.tree.map(join, jax.lax.map(one, jax.tree.map(split, arrays)))
 
   if mesh is None or mesh.size == 1:
     return local(params, *arrays)
@@ -101,22 +110,21 @@ def _start_chain(
   if settings.vae_posterior == "sample":
     key, posterior_key = jax.random.split(key)
   prompts = encode_prompts(modules, settings, frozen, images, masks, mesh, posterior_key)
-  predict = modules.predict
   # The parameters are gathered once for all steps; then every device works without the others.
   policy = gather(sampler, policy, mesh)
-  if mesh is not None and mesh.size > 1:
-    own = P(mesh.axis_names)
-    predict = jax.shard_map(
-      predict,
-      mesh=mesh,
-      in_specs=(P(), Prompts(*(own,) * 4, context=P()), own, P()),
-      out_specs=own,
-      check_vma=False,
-    )
   policy = modules.round_params(merged_params(settings, frozen.base, policy))
+
+  def predict_some(shared: Any, prompts: Prompts, latents: jax.Array):
+    policy, context, timestep = shared
+    return modules.predict(policy, prompts._replace(context=context), latents, timestep)
+
+  def predict(latents: jax.Array, timestep: jax.Array):
+    shared, own = (policy, prompts.context, timestep), prompts._replace(context=None)
+    return in_chunks(predict_some, settings.samples_per_pass, mesh, shared, own, latents)
+
   noise_key, chain_key = jax.random.split(key)
   noise = jax.random.normal(noise_key, prompts.masked_latents.shape)
-  return prompts, functools.partial(predict, policy, prompts), noise, chain_key
+  return prompts, predict, noise, chain_key
 
 
 def rollout(

@@ -3,8 +3,10 @@
 import dataclasses
 from collections.abc import Mapping
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from prefpaint_jax.runtime import sharding
 from prefpaint_jax.runtime.config_check import check_values
 from prefpaint_jax.runtime.config_fields import RL
 from prefpaint_jax.runtime.config_fields import TRUST_NORMS as TRUST_NORMS
@@ -51,6 +53,7 @@ class Settings:
   train_timesteps: int
   skip_steps: tuple[int, int]
   updates_per_iteration: int
+  samples_per_pass: int
   timesteps_per_pass: int
   gradient_accumulation: int
   eta: float
@@ -113,6 +116,21 @@ def settings_from(config: ConfigDict) -> Settings:
 def compares_with_base(config: ConfigDict) -> bool:
   """Returns whether a run also samples with the base policy, and so keeps its parameters."""
   return bool(config.sample_every or config.eval_every or config.final_prompts)
+
+
+def check_batch(config: ConfigDict, mesh: Mesh) -> None:
+  """Checks that devices can share the batch, and that passes cut each device's samples evenly.
+
+  Raises:
+    ValueError: `batch_size` or `samples_per_pass` does not divide.
+  """
+  sharding.check_batch(config.batch_size, mesh)
+  size = config.samples_per_pass
+  samples = config.batch_size // mesh.size * config.samples_per_prompt
+  if 0 < size < samples and samples % size:
+    raise ValueError(
+      f"samples_per_pass is {size}; expected 0 or a divisor of {samples}, the samples of a device"
+    )
 
 
 def check_config(config: ConfigDict) -> None:

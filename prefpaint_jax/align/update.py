@@ -15,11 +15,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from prefpaint_jax.align.ppo import ppo_loss
+from prefpaint_jax.align.rollout import chunk_size
 from prefpaint_jax.align.settings import Settings
 from prefpaint_jax.align.state import (
   Experience,
   Frozen,
   Sampler,
+  Scores,
   TrainState,
   gather,
   log_prob_weight,
@@ -108,6 +110,10 @@ def update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Takes one optimiser step on the DDIM steps `indices` of a rollout.
 
+  A pass takes `samples_per_pass` samples of each device and `timesteps_per_pass` steps of them
+  through the UNet. The sum over passes is that of the whole batch, whose advantages, weights and
+  count of valid samples it uses.
+
   With `gradient_accumulation` n > 1 gradients accumulate over iterations, and only the updates of
   every n-th iteration step the optimiser and clear the sum, as the released code does. On a `mesh`
   parameters are gathered once and gradients are reduced once, whatever the number of passes.
@@ -121,23 +127,30 @@ def update(
 
   def sum_passes(params, base, count, passes, experience):
     """Returns gradients and metrics of these samples, summed over the passes."""
+    samples = experience.scores.reward.shape[0]
+    size = chunk_size(samples, settings.samples_per_pass)
+    every = passes, None
+    if size < samples:
+      first = jnp.arange(0, samples, size)
+      every = jnp.repeat(passes, len(first), axis=0), jnp.tile(first, len(passes))
 
-    def one_pass(some: jax.Array):
-      loss = lambda params: policy_loss(sampler, params, base, experience, some, count)
+    def one_pass(some: jax.Array, first: jax.Array | None):
+      part = experience if first is None else _part(experience, first, size)
+      loss = lambda params: policy_loss(sampler, params, base, part, some, count)
       gradients, metrics = jax.grad(loss, has_aux=True)(params)
       gradients = dispatch(LAYOUTS, gradients)
       # Gradients of rounded parameters are rounded, as within the UNet; their sums are float32.
       return jax.tree.map(lambda x: x.astype(jnp.float32), gradients), metrics
 
-    if passes.shape[0] == 1:
-      return one_pass(passes[0])
+    if len(every[0]) == 1:
+      return one_pass(passes[0], None)
 
-    def add(total: Params, some: jax.Array):
-      gradients, metrics = one_pass(some)
+    def add(total: Params, one: tuple[jax.Array, jax.Array | None]):
+      gradients, metrics = one_pass(*one)
       return jax.tree.map(jnp.add, total, gradients), metrics
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    gradients, metrics = jax.lax.scan(add, zeros, passes)
+    gradients, metrics = jax.lax.scan(add, zeros, every)
     return gradients, jax.tree.map(jnp.sum, metrics)
 
   if mesh is not None and mesh.size > 1:
@@ -159,6 +172,17 @@ def update(
   else:
     state = _apply(settings, optimizer, state, gradients)
   return state, metrics
+
+
+def _part(experience: Experience, first: jax.Array, size: int) -> Experience:
+  """Selects `size` samples, from number `first` on."""
+  prompts, trajectory, scores = experience
+  cut = lambda x, axis=0: jax.lax.dynamic_slice_in_dim(x, first, size, axis)
+  return Experience(
+    Prompts(*map(cut, prompts[:-1]), context=prompts.context),
+    trajectory._replace(latents=cut(trajectory.latents, 1), log_probs=cut(trajectory.log_probs, 1)),
+    Scores(*map(cut, scores)),
+  )
 
 
 def _row_major(tree: Params) -> Params:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from prefpaint_jax.align.run import Run, image_shapes, outline
-from prefpaint_jax.align.settings import compares_with_base
+from prefpaint_jax.align.settings import check_batch, compares_with_base
 from prefpaint_jax.align.state import Experience, behaviour_params
 from prefpaint_jax.planning import cost
 from prefpaint_jax.planning.chips import GIB, Chip, find_chip, note
@@ -133,11 +133,11 @@ def plan(
   """
   check_fields(config, "rl")
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-  sharding.check_batch(config.batch_size, mesh)
+  check_batch(config, mesh)
   run, _, source = outline(config, mesh)
   kind = devices[0].device_kind
   chip = find_chip(kind)
-  fields = ("batch_size", "samples_per_prompt", "size", "num_steps", "dtype", "remat")
+  fields = ("batch_size", "samples_per_prompt", "samples_per_pass", "size", "num_steps", "dtype")
   report = {
     "policy": config.policy,
     "architecture": source,
@@ -146,7 +146,7 @@ def plan(
     "note": note(kind),
     "chips": mesh.size,
     "mesh": dict(mesh.shape),
-    "config": {name: config[name] for name in fields},
+    "config": {name: config[name] for name in (*fields, "remat")},
     "stages": {},
   }
   try:

@@ -64,6 +64,7 @@ RL: dict[str, Range] = {
   "samples_per_prompt": Integer(1, 10**4),
   "num_steps": NUM_STEPS,
   "eta": Number(0, 1, excluded=(0,)),  # a chain without noise has no policy gradient
+  "samples_per_pass": COUNT_OR_NONE,
   "decode_batch": COUNT_OR_NONE,
   "behaviour_refresh": COUNT,
   "behaviour_dtype": DTYPE,

@@ -1,5 +1,6 @@
 """Samples without a finite reward, batches in chunks, and batches split over eight devices."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,9 @@ from alignment_world import (
   PROMPTS,
   SAMPLES,
   TOY,
+  TOY_FROZEN,
   B,
+  ToyModules,
   assert_trees_close,
   made_up_scores,
   make_settings,
@@ -145,6 +148,46 @@ def test_chunks_equal_the_whole_batch(size):
   whole, chunked = function(2.0, x, y), in_chunks(function, size, None, 2.0, x, y)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), chunked, whole)
   assert max(seen[1:]) <= (size or 8)
+
+
+def test_updates_with_few_samples_per_pass_equal_updates_with_the_whole_batch():
+  """Two accumulating updates with a KL term on one device and on 4 x 2; one sample is invalid."""
+  whole = make_settings(kl_weight=0.5, gradient_accumulation=2, updates_per_iteration=1)
+  join = lambda *trees: jax.tree.map(lambda *x: np.concatenate(x), *trees)
+  prompts = toy_prompts(0)
+  prompts = join(prompts, toy_prompts(1))._replace(context=prompts.context)
+  valid = np.arange(2 * B) != B + 3
+  scores = join(made_up_scores(), made_up_scores(valid[B:]))
+  trajectory = jax.jit(functools.partial(toy_rollout, whole, TOY, prompts))(0)
+  lost = ~valid[:, None, None, None]
+  trajectory = trajectory._replace(latents=jnp.where(lost, jnp.nan, trajectory.latents))
+  experience, indices = Experience(prompts, trajectory, scores), jnp.array([0, 2])
+  moved = TOY | {"a": TOY["a"] + np.float32(0.001)}
+
+  def updated(size, mesh=None):
+    settings = dataclasses.replace(whole, samples_per_pass=size)
+    sampler, optimizer = sampler_of(ToyModules, settings), optax.sgd(0.01)
+
+    @quick_jit
+    def iterate(state):
+      state, line = update_lib.update(
+        sampler, optimizer, state, TOY_FROZEN, experience, indices, mesh
+      )
+      return update_lib.end_iteration(settings, state), line
+
+    # On the host in between, so that the second call needs no other program.
+    state, first = jax.device_get(iterate(jax.device_get(init_state(sampler, optimizer, moved))))
+    state, second = iterate(state)
+    return jax.tree.map(float, (state.params, first, second))
+
+  params, *lines = updated(0)
+  for size, mesh in ((4, None), (1, sharding.make_mesh(4, 2))):
+    ours, *our_lines = updated(size, mesh)
+    for name, start in moved.items():
+      assert abs(params[name] - float(start)) > 1e-3
+      assert ours[name] == pytest.approx(params[name], abs=1e-6)
+    for line, our_line in zip(lines, our_lines, strict=True):
+      assert our_line == pytest.approx(line, rel=1e-4, abs=1e-7)
 
 
 def test_scores_and_samples_do_not_depend_on_the_chunk():

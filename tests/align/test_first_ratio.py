@@ -62,6 +62,7 @@ OPTIONS = {
   "average_accumulation": {"dtype": "float32", "ema_decay": 0.5, "gradient_accumulation": 2},
   "remat": {"dtype": "bfloat16", "behaviour_dtype": "bfloat16", "remat": True},
   "hole_kl": {"dtype": "float32", "log_prob_region": "hole", "kl_weight": 0.1},
+  "few_samples": {"dtype": "bfloat16", "behaviour_dtype": "bfloat16", "samples_per_pass": 2},
   "own_policy": {"dtype": "bfloat16", "behaviour_refresh": 1},
 }
 
