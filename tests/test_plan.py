@@ -14,10 +14,13 @@ import pytest
 from jax.sharding import Mesh
 
 from prefpaint_jax import plan, testing
+from prefpaint_jax.align.run import outline
+from prefpaint_jax.align.settings import check_batch
 from prefpaint_jax.kernels.attention import has_cudnn
 from prefpaint_jax.models import architectures, pipeline
 from prefpaint_jax.planning import cost, stages
-from prefpaint_jax.planning.chips import Chip, topology_devices
+from prefpaint_jax.planning.chips import GIB, GPUS, Chip, topology_devices
+from prefpaint_jax.runtime import sharding
 from prefpaint_jax.runtime.compilation import fast_jit
 
 get_config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rl.py"))["get_config"]
@@ -154,6 +157,21 @@ def test_architecture_of_mini_is_read_from_its_folder():
   configs, source = architectures.read_architecture("mini")
   assert configs["unet"]["in_channels"] == 9 and "folder" in source
   assert architectures.read_reward("mini") != architectures.read_reward("kd5678/prefpaintReward")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("preset", "topology", "held"), [("sd15_24gb", "4090", 5), ("sd15_80gb", "a100", 15)]
+)
+def test_presets_of_cards_are_runs_of_one_device(preset, topology, held):
+  """Parameters, moments and frozen networks leave most of three quarters of the memory free."""
+  config = get_config(preset)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  check_batch(config, mesh)
+  run, _, _ = outline(config, mesh)
+  trees = [run.state_shapes, run.frozen, run.begin]
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trees)) / GIB
+  assert size < held < 0.75 * GPUS[topology].chip.memory / GIB / 3
 
 
 def test_errors_in_a_config_are_one_line(tmp_path):
