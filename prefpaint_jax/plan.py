@@ -40,6 +40,7 @@ def describe(report: Mapping[str, Any]) -> str:
     f"per chip, {config['samples_per_pass'] or 'all'} per pass; {config['size']} pixels, "
     f"{config['num_steps']} steps, {config['dtype']}, remat {'on' if config['remat'] else 'off'}",
   ]
+  head += [report["note"]] if report["note"] else []
   rows = [("per chip", [f"{name} x{stage['times']}" for name, stage in stages.items()])]
 
   def add(title: str, value: Callable[[Mapping[str, Any]], float]) -> None:

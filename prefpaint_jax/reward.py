@@ -54,7 +54,7 @@ class RewardModel:
     """Loads a reward model, and enables JAX's compilation cache as `Inpainter` does.
 
     Args:
-      name: a folder of `save_pretrained`, a released `.pt` file (needs torch), a hub name, or
+      name: a folder of `save_pretrained`, a released `.pt` file, a hub name, or
         "mini", the model inside this package.
       bound: a `bound.safetensors` file, or a released inverse of V; default: the
         `bound.safetensors` of the folder, if it has one.
@@ -118,7 +118,7 @@ class RewardModel:
 
 
 def read_bound(path: str | Path) -> Bound:
-  """Reads a bound from `bound.safetensors`, or from a released inverse of V (`.pt`, needs torch).
+  """Reads a bound from `bound.safetensors`, or from a released inverse of V (`.pt`).
 
   Raises:
     ValueError: the file cannot be read, or does not hold one matrix.
@@ -131,11 +131,11 @@ def read_bound(path: str | Path) -> Bound:
     )
   if file.suffix not in (".pt", ".pth", ".bin"):
     return load_bound(path)
-  torch, stored = load_torch(path)
+  stored = load_torch(path)
   values = stored.values() if isinstance(stored, dict) else [stored]
-  tensors = [value for value in values if isinstance(value, torch.Tensor)]
+  tensors = [value for value in values if isinstance(value, np.ndarray)]
   if len(tensors) != 1:
     raise ValueError(
       f"{path}: holds {len(tensors)} tensors; expected 1; give the file of the inverse of V"
     )
-  return Bound.from_inverse(tensors[0].detach().double().numpy())
+  return Bound.from_inverse(tensors[0].astype(np.float64))

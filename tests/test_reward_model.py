@@ -1,6 +1,5 @@
 """RewardModel: preprocessing, scoring, saving and loading, and released files of the bound."""
 
-import sys
 from pathlib import Path
 
 import jax
@@ -260,16 +259,3 @@ def test_truncated_inverse_raises_one_line_that_names_the_file(keep, tmp_path):
   file.write_bytes(file.read_bytes()[:keep])
   with pytest.raises(ValueError, match=r"\A[^\n]*V_inverse\.pt: cannot be read[^\n]*\Z"):
     reward_lib.read_bound(file)
-
-
-def test_only_released_files_need_torch(model, tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "torch", None)
-  model.save_pretrained(tmp_path / "ours")
-  released, inverse = tmp_path / "prefpaintReward.pt", tmp_path / "V_inverse.pt"
-  for file in (released, inverse):
-    file.write_bytes(b"never read")
-  with pytest.raises(ValueError, match=r"\A[^\n]*prefpaintReward\.pt: a torch file; install torch"):
-    RewardModel.from_pretrained(released)
-  with pytest.raises(ValueError, match=r"\A[^\n]*V_inverse\.pt: a torch file; install torch"):
-    RewardModel.from_pretrained(tmp_path / "ours", bound=inverse)
-  assert RewardModel.from_pretrained(tmp_path / "ours").bound.width == 6

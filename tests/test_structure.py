@@ -137,6 +137,18 @@ def test_no_command_imports_another_one():
   assert not between, "\n".join(between)
 
 
+def test_no_module_imports_torch():
+  """Not even in a function: torch files are read without it."""
+  nodes = ((module, node) for module, tree in TREES.items() for node in ast.walk(tree))
+  importing = [
+    place(module, node.lineno)
+    for module, node in nodes
+    if (isinstance(node, ast.Import) and any(x.name.split(".")[0] == "torch" for x in node.names))
+    or (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch")
+  ]
+  assert not importing, "\n".join(importing)
+
+
 def test_modules_import_each_other_without_circles():
   graph = {module: {imported for imported, _ in imports(module)} for module in FILES}
   try:

@@ -5,7 +5,8 @@
 # Shapes: L text tokens, D features, C context width.
 
 import dataclasses
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,7 @@ def make_run(
     abstract: the trees are shapes, and so are those of the result.
   """
   settings = settings_from(config)
+  check_dtype(config.dtype, mesh.devices.flat[0])
   modules = dataclasses.replace(modules, mask_latents=config.mask_latents)
   modules.latent_shape(1, config.size, config.size)  # raises ValueError for a size that cannot be
   steps = ddim.ddim_steps(modules.schedule, settings.num_steps, settings.eta)
@@ -87,6 +89,19 @@ def make_run(
   sampler = Sampler(modules, settings, steps)
   stages = make_stages(sampler, network, optimizer_from(config), mesh, begin)
   return Run(settings, network, stages, begin, frozen)
+
+
+def check_dtype(dtype: str, device: Any) -> None:
+  """Raises ValueError for bfloat16 on an NVIDIA GPU before Ampere, such as a T4 or a V100.
+
+  XLA has no bfloat16 attention for them; it says so at the end of a compilation, in ten lines.
+  """
+  capability = str(getattr(device, "compute_capability", ""))  # AMD's is such as gfx90a
+  if dtype == "bfloat16" and re.fullmatch(r"[1-7]\.\d", capability):
+    raise ValueError(
+      f"dtype is bfloat16, which a {device.device_kind} does not compute; expected float32 there; "
+      "set --config.dtype=float32"
+    )
 
 
 def image_shapes(config: ConfigDict, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:

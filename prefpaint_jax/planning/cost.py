@@ -239,6 +239,8 @@ def _total(jaxpr: Any, count: Callable[[Any], float]) -> float:
       total += max(_total(branch, count) for branch in params["branches"])
       continue
     times = params["length"] if name == "scan" else 1
+    if name == "pallas_call":
+      times = math.prod(params["grid_mapping"].grid)
     if name == "shard_map":
       manual = next(value for key, value in params.items() if key.endswith("manual_axes"))
       times = math.prod(params["mesh"].shape[axis] for axis in manual)
@@ -259,6 +261,10 @@ def _product_operations(equation: Any) -> float:
       terms = kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
       # The gradient of a strided convolution puts zeros between pixels; they cost nothing.
       terms /= math.prod(params["lhs_dilation"])
+    case name if name.startswith("dot_product_attention_"):
+      # cuDNN's kernel: scores and values; backwards it computes the scores again for four more.
+      query, key = (equation.invars[i].aval.shape for i in (0, 1))
+      return (10 if "_bwd" in name else 4) * math.prod(query) * key[1]
     case _:
       return 0.0
   return 2 * equation.outvars[0].aval.size * terms

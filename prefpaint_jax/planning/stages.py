@@ -16,7 +16,7 @@ from prefpaint_jax.align.run import Run, image_shapes, outline
 from prefpaint_jax.align.settings import check_batch, compares_with_base
 from prefpaint_jax.align.state import Experience, behaviour_params
 from prefpaint_jax.planning import cost
-from prefpaint_jax.planning.chips import GIB, Chip, find_chip
+from prefpaint_jax.planning.chips import GIB, Chip, find_chip, note
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.text import first_line
@@ -143,6 +143,7 @@ def plan(
     "architecture": source,
     "parameters": run.parameters,
     "chip": kind,
+    "note": note(kind),
     "chips": mesh.size,
     "mesh": dict(mesh.shape),
     "config": {name: config[name] for name in (*fields, "remat")},

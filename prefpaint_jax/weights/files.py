@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors, and torch files read without running pickled code."""
+"""Files of tensors: safetensors, and torch files, which need no torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from prefpaint_jax.runtime.text import first_line
+from prefpaint_jax.weights import torch_files
 
 # Types of safetensors that are read: others are of quantised weights.
 _TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
@@ -25,20 +26,12 @@ def load_file(path: str | Path) -> dict[str, np.ndarray]:
     raise ValueError(f"{path}: not found; download the folder again")
   if path.suffix == ".safetensors":
     return _load_safetensors(path)
-  torch, tensors = load_torch(path)
+  tensors = load_torch(path)
   if not isinstance(tensors, dict) or not all(
-    isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in tensors.items()
+    isinstance(name, str) and isinstance(x, np.ndarray) for name, x in tensors.items()
   ):
     raise ValueError(f"{path}: not a dict of tensors; give a file that contains only a state_dict")
-  plain = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool)
-  plain += (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-  arrays = {}
-  for name, tensor in tensors.items():
-    if tensor.dtype not in plain or tensor.layout != torch.strided:
-      raise _quantised(path, name, str(tensor.dtype))
-    tensor = tensor.detach()
-    arrays[name] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-  return arrays
+  return {name: _floats_as_float32(x) for name, x in tensors.items()}
 
 
 def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -49,28 +42,29 @@ def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
         kind = str(file.get_slice(name).get_dtype())
         if kind not in _TYPES:
           raise _quantised(path, name, kind)
-        tensor = file.get_tensor(name)
-        is_float = tensor.dtype.kind not in "iub"
-        tensors[name] = tensor.astype(np.float32, copy=False) if is_float else tensor
+        tensors[name] = _floats_as_float32(file.get_tensor(name))
   except (SafetensorError, OSError) as error:
     raise _unreadable(path, error) from error
   return tensors
 
 
-def load_torch(path: str | Path) -> tuple[Any, Any]:
-  """Reads a torch file without running pickled code; returns (the torch module, the content).
+def _floats_as_float32(x: np.ndarray) -> np.ndarray:
+  return x if x.dtype.kind in "iub" else x.astype(np.float32, copy=False)
 
-  Raises ValueError if torch is not installed or the file is damaged.
+
+def load_torch(path: str | Path) -> Any:
+  """Reads a torch file; its content has an array in place of each tensor or parameter.
+
+  Raises ValueError if the file is damaged, or contains something other than tensors.
   """
   try:
-    import torch
-  except ImportError as error:
+    return torch_files.load(Path(path))
+  except torch_files.ForbiddenError as error:
     raise ValueError(
-      f"{path}: a torch file; install torch to read it, or give a safetensors file"
+      f"{path}: holds {first_line(error)}; expected tensors alone, neither code nor quantised "
+      "weights; give a file that contains only a state_dict"
     ) from error
-  try:
-    return torch, torch.load(path, map_location="cpu", weights_only=True)
-  except Exception as error:  # torch raises many types of errors for a damaged file
+  except Exception as error:  # pickle and zipfile raise many types of errors for a damaged file
     raise _unreadable(Path(path), error) from error
 
 

@@ -8,8 +8,13 @@ from jax.sharding import PartitionSpec as P
 
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.diffusion.schedule import Schedule
+from prefpaint_jax.kernels import attention
 from prefpaint_jax.planning import cost
 from prefpaint_jax.runtime import sharding
+
+needs_cuda = pytest.mark.skipif(
+  not attention.has_cudnn(), reason="needs JAX's plugin: pip install jax[cuda13]"
+)
 
 # A loop of five trips with a permutation and an asynchronous all-reduce, as in TPU programs.
 HLO = """\
@@ -218,6 +223,25 @@ def test_flops_of_convolutions_and_their_gradients_are_close_to_xla(stride):
   program = jax.jit(jax.grad(loss, (0, 1)))
   xla = program.lower(*shapes).cost_analysis()["flops"]
   assert cost.flops(program.trace(*shapes).jaxpr) == pytest.approx(xla, rel=0.15)
+
+
+@pytest.mark.parametrize(
+  ("name", "forward", "both"),
+  [
+    ("reference", 2, 6),
+    pytest.param("cudnn", 2, 7, marks=needs_cuda),  # backwards the scores again
+    ("flash", 2, 9),  # backwards the scores and a gradient of them again, in two kernels
+  ],
+)
+def test_flops_of_attention_kernels_are_those_of_their_products(name, forward, both):
+  function = getattr(attention, name)
+  x = jax.ShapeDtypeStruct((1, 1024, 2, 40), jnp.bfloat16)
+  weight = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+  loss = lambda q, k, v, w: (function(q, k, v).astype(jnp.float32) * w).sum()
+  product = 2 * x.size * x.shape[1]
+  assert cost.flops(jax.make_jaxpr(function)(x, x, x)) == forward * product
+  gradients = jax.make_jaxpr(jax.value_and_grad(loss, (0, 1, 2)))(x, x, x, weight)
+  assert cost.flops(gradients) == both * product
 
 
 def test_flops_of_shard_map_are_summed_over_devices():

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import jax
@@ -284,20 +283,6 @@ def test_truncated_file_raises_one_line_with_its_path(tmp_path, tensors, suffix,
   with pytest.raises(ValueError, match="truncated") as error:
     weights.load_tensors(tmp_path, STEM)
   assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
-
-
-def test_torch_file_without_torch_raises_and_names_the_package(tmp_path, monkeypatch):
-  (tmp_path / f"{STEM}.bin").write_bytes(b"")
-  monkeypatch.setitem(sys.modules, "torch", None)
-  with pytest.raises(ValueError, match="install torch"):
-    weights.load_tensors(tmp_path, STEM)
-
-
-def test_torch_file_with_code_raises(tmp_path):
-  torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
-  torch.save({"tensor": torch.zeros(1), "path": Path("x")}, tmp_path / "model.pt")
-  with pytest.raises(ValueError, match=r"model\.pt"):
-    weights.load_file(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("missing", ["shard", "tensor"])
