@@ -8,9 +8,10 @@ PRESETS = {
   "mini": "the embedded model and prompts; about 4 minutes on two CPU cores",
   "released": "the settings of the released PrefPaint code; prefpaint_jax.plan estimates the time",
   "sd2": "Stable Diffusion 2 inpainting; the time of the first",
-  "sd15_24gb": "Stable Diffusion 1.5 with LoRA on one device of 24 GB; ESTIMATE: at least 6 hours on "
-  "an RTX 4090",
-  "sd15_80gb": "Stable Diffusion 1.5 on one device of 80 GB; ESTIMATE: at least 6.4 hours on an A100",
+  "sd15_24gb": "Stable Diffusion 1.5 with LoRA on one device of 24 GB; ESTIMATE: at least 6 "
+  "hours on an RTX 4090",
+  "sd15_80gb": "Stable Diffusion 1.5 on one device of 80 GB; ESTIMATE: at least 6.4 hours "
+  "on an A100",
 }
 
 
