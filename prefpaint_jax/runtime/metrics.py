@@ -253,6 +253,7 @@ class IterationLog:
     line["time/update_s"] = self._updated_at - scored_at
     line["time/iteration_s"] = line["time/rollout_s"] + line["time/update_s"]
     line["time/images_per_s"] = self._images / line["time/iteration_s"]
+    line["images_per_s"] = line["time/images_per_s"]  # the name of earlier versions
     if all(math.isfinite(line.get(name, 0.0)) for name in FINITE):
       line |= more()
     self._writer.write(iteration, line)
