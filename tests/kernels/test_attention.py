@@ -94,6 +94,7 @@ def test_attention_equals_torch(monkeypatch):
   np.testing.assert_allclose(attention(*xs), theirs.transpose(1, 2).numpy(), atol=2e-6)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="older XLA makes slower programs of it")
 def test_xla_makes_one_kernel_of_it_on_a_cpu():
   text = fast_jit()(attention).lower(*arrays((2, 256, 256, 8, 24))).compile().as_text()
   assert text.count("kind=kCustom") == 1

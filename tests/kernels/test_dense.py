@@ -59,7 +59,9 @@ def test_halves_equal_those_of_a_dense_layer_of_flax(name, leading, dtype):
   with implementation(name):
     got = value_and_gradients(ours.apply)
   tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
-  close = lambda a, b: np.testing.assert_allclose(
-    np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0, atol=tolerance * jnp.abs(b).max()
-  )
+
+  def close(a, b):
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
   jax.tree.map(close, got, value_and_gradients(split))
