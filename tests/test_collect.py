@@ -93,6 +93,18 @@ def test_killed_and_resumed_equals_uninterrupted(world, monkeypatch):
   assert files(folder / "killed") == files(folder / "whole")
 
 
+@pytest.mark.parametrize("lacking", ["prompts", "candidates"])
+def test_prompt_that_one_of_the_files_lacks_is_collected_again(world, tmp_path, lacking):
+  for name in ("prompts", "candidates"):
+    whole = (world[0] / "whole" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+    kept = whole[:-1] if name == lacking else whole
+    (tmp_path / f"{name}.jsonl").write_text("".join(kept))
+  ids = [line["image_id"] for line in lines(world[0] / "whole" / "prompts.jsonl")]
+  assert command.recover(tmp_path, 3) == set(ids[:-1])
+  assert [line["image_id"] for line in lines(tmp_path / "prompts.jsonl")] == ids[:-1]
+  assert {line["image_id"] for line in lines(tmp_path / "candidates.jsonl")} == set(ids[:-1])
+
+
 @pytest.mark.slow
 def test_a_signal_keeps_finished_prompts_and_the_same_command_goes_on(world, monkeypatch, capsys):
   folder, config = world

@@ -368,7 +368,7 @@ def test_finished_run_can_be_longer_but_not_have_another_config(world, finished,
   train(make_config(world, **RHYTHMS | longer), workdir)
   assert f"{workdir}: finished after iteration 6, with metrics.jsonl" in capsys.readouterr().out
   (workdir / "checkpoints" / "6" / "run" / "metadata").unlink()
-  with pytest.raises(ValueError, match=r"cannot be read .*; remove it to resume from the earlier"):
+  with pytest.raises(ValueError, match=r"cannot be read .*; remove this folder to resume from the"):
     train(make_config(world, **RHYTHMS | longer | {"num_iterations": 9}), workdir)
   assert stored() == 6  # a refused resume changes nothing
 

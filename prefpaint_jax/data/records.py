@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from etils import epy
 from PIL import Image
 
 from prefpaint_jax.data.images import to_bytes
+from prefpaint_jax.runtime.text import first_line
 
 with epy.lazy_imports():
   import grain
@@ -23,6 +25,8 @@ with epy.lazy_imports():
 
 ENDLESS = 2**31  # epochs; the endless repetition of grain overflows for batches of one
 
+_INCOMPLETE = "incomplete.*"  # folders that tfds is writing, or that a killed process left
+
 
 def find_records(folder: str | Path) -> list[Path]:
   """Finds the tfds datasets in a folder: NAME/VERSION, VERSION, or the folder itself."""
@@ -30,6 +34,7 @@ def find_records(folder: str | Path) -> list[Path]:
     info.parent
     for depth in ("", "*/", "*/*/")
     for info in Path(folder).glob(depth + "dataset_info.json")
+    if not info.parent.match(_INCOMPLETE)
   ]
 
 
@@ -43,6 +48,8 @@ def write_records(
 ) -> Path:
   """Writes examples, in their order, as a tfds dataset in the format array_record.
 
+  Removes what a killed call left; one call at a time may write to a folder.
+
   Args:
     output_dir: the folder in which the dataset's folder is made.
     kind: name of the dataset.
@@ -55,6 +62,7 @@ def write_records(
 
   Raises:
     ValueError: that folder exists.
+    OSError: it cannot be written, on a full disk for example.
   """
 
   class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -83,12 +91,17 @@ def write_records(
   folder = Path(builder.data_dir)
   if folder.exists():
     raise ValueError(f"{folder}: already contains {kind}; give another folder or delete this one")
+  for left in folder.parent.glob(f"{_INCOMPLETE}_{folder.name}"):
+    shutil.rmtree(left)
   with (
     tempfile.TemporaryDirectory() as downloads,  # remains empty
     contextlib.redirect_stdout(io.StringIO()),  # hides the message of tfds about a download
   ):
     tfds.disable_progress_bar()
-    builder.download_and_prepare(download_dir=downloads)
+    try:
+      builder.download_and_prepare(download_dir=downloads)
+    except RuntimeError as error:  # array_record wraps the errors of the file system
+      raise OSError(f"{folder}: cannot be written ({first_line(error)}); make room") from error
   return folder
 
 

@@ -2,8 +2,9 @@
 
 A checkpoint is a folder named by its step. `state/` holds every array of the state under its
 "/"-joined path ("params/conv_in/kernel"); the types of the tree's containers are not stored. `run/`
-holds, as JSON, the position in the data and the statistics of the run. `metrics/`, if present,
-holds the metric by which the best checkpoint is chosen.
+holds, as JSON, the position in the data, the statistics of the run, and a checksum of every array,
+which restored arrays are compared with. `metrics/`, if present, holds the metric by which the best
+checkpoint is chosen.
 """
 
 import functools
@@ -22,6 +23,7 @@ from etils import epath, epy
 from prefpaint_jax.runtime.checkpoint_content import (
   DataState,
   check_same,
+  check_undamaged,
   decode,
   encode,
   flatten,
@@ -30,6 +32,7 @@ from prefpaint_jax.runtime.checkpoint_content import (
   typed,
   writable,
 )
+from prefpaint_jax.runtime.checksum import checksums
 
 with epy.lazy_imports():
   import orbax.checkpoint as ocp
@@ -123,9 +126,10 @@ class Checkpoints:
     Raises:
       OSError: this save or the previous one could not be written (the disk is full).
     """
-    # Serialise now: the caller may change its dictionary while the thread writes.
-    run = json.loads(json.dumps({"data_state": encode(data_state), "extra": dict(extra)}))
     arrays = {path: raw(leaf) for path, leaf in flatten(state).items()}
+    run = {"data_state": encode(data_state), "extra": dict(extra), "checksums": checksums(arrays)}
+    # Serialise now: the caller may change its dictionary while the thread writes.
+    run = json.loads(json.dumps(run))
     args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), run=ocp.args.JsonSave(run))
     value = (metrics or {}).get(self._best, math.nan)
     known = {self._best: float(value)} if math.isfinite(value) else None
@@ -176,8 +180,8 @@ class Checkpoints:
       step: the checkpoint; None: the latest; `BEST`: the one with the highest metric.
 
     Raises:
-      ValueError: the checkpoint does not exist, cannot be read, or has other arrays than
-        `abstract_state`.
+      ValueError: the checkpoint does not exist, cannot be read, has other arrays than
+        `abstract_state`, or an array differs from its checksum.
     """
     folder = self._folder_of(step)
     leaves = flatten(abstract_state)
@@ -186,10 +190,10 @@ class Checkpoints:
     restore_args = {
       path: ocp.ArrayRestoreArgs(sharding=leaves[path].sharding, strict=True) for path in wanted
     }
-    arrays = _read_arrays(folder, restore_args)
+    arrays, run = _read_arrays(folder, restore_args), _read_run(folder)
     with readable(folder):
-      run = ocp.JsonCheckpointHandler().restore(folder / "run")
       data_state, extra = decode(run["data_state"]), run["extra"]
+    check_undamaged(arrays, run, folder)
     restored = [typed(arrays[path], leaf.dtype) for path, leaf in leaves.items()]
     state = jax.tree.unflatten(jax.tree.structure(abstract_state), restored)
     return state, data_state, extra
@@ -198,7 +202,8 @@ class Checkpoints:
     """Reads only the arrays under `name` ("params"), as nested dictionaries of numpy arrays.
 
     Raises:
-      ValueError: the checkpoint does not exist, cannot be read, or has no such arrays.
+      ValueError: the checkpoint does not exist, cannot be read, has no such arrays, or an array
+        differs from its checksum.
     """
     folder = self._folder_of(step)
     saved = _saved_arrays(folder)
@@ -208,6 +213,7 @@ class Checkpoints:
       raise ValueError(f"checkpoint {folder}: has no arrays under {name!r}; it has {present}")
     on_host = ocp.RestoreArgs(restore_type=np.ndarray)
     arrays = _read_arrays(folder, dict.fromkeys(paths, on_host))
+    check_undamaged(arrays, _read_run(folder), folder)
     tree: dict[str, Any] = {}
     for path, array in arrays.items():
       *parents, leaf = path.removeprefix(name + "/").split("/")
@@ -217,7 +223,7 @@ class Checkpoints:
 
   def _metrics(self, step: int) -> dict[str, float]:
     folder = self.folder / str(step)
-    if not (folder / "metrics").exists():
+    if not (folder / "metrics" / "metrics").exists():  # never written, or deleted when killed
       return {}
     with readable(folder):
       return ocp.JsonCheckpointHandler(filename="metrics").restore(folder / "metrics")
@@ -256,6 +262,11 @@ def _saved_arrays(folder: epath.Path) -> dict[str, Any]:
   """Reads the shape and dtype of every array in the checkpoint, by path."""
   with readable(folder):
     return dict(ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree)
+
+
+def _read_run(folder: epath.Path) -> dict[str, Any]:
+  with readable(folder):
+    return ocp.JsonCheckpointHandler().restore(folder / "run")
 
 
 def _read_arrays(folder: epath.Path, restore_args: dict[str, Any]) -> dict[str, Any]:

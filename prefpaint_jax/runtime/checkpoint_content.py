@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from prefpaint_jax.runtime.checksum import checksums
 from prefpaint_jax.runtime.text import first_line
 
 DataState = Mapping[str, Any] | bytes | str | None
@@ -57,6 +58,23 @@ def check_same(saved: dict[str, Any], wanted: dict[str, Any], folder: epath.Path
     )
 
 
+def check_undamaged(arrays: dict[str, Any], run: dict[str, Any], folder: epath.Path) -> None:
+  """Raises ValueError unless arrays have the checksums of the checkpoint.
+
+  Args:
+    arrays: restored arrays by path.
+    run: the checkpoint's JSON; checkpoints of earlier versions have no checksums.
+    folder: the checkpoint.
+  """
+  saved = run.get("checksums", {})
+  found = checksums({path: array for path, array in arrays.items() if path in saved})
+  if damaged := [path for path in found if found[path] != saved[path]]:
+    raise ValueError(
+      f"checkpoint {folder}: {damaged[0]} is damaged ({len(damaged)} of {len(found)} arrays differ "
+      f"from their checksums); {_way_on(folder)}"
+    )
+
+
 def encode(data_state: DataState) -> dict[str, Any]:
   """Wraps a data state so that JSON can hold it; `decode` is the inverse."""
   if isinstance(data_state, bytes):
@@ -78,11 +96,17 @@ def readable(folder: epath.Path) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    steps = [int(path.name) for path in folder.parent.glob("*") if path.name.isdecimal()]
-    advice = "there is no earlier one; give another --workdir to start again"
-    if earlier := [step for step in steps if step < int(folder.name)]:
-      advice = f"remove it to resume from the earlier one, {max(earlier)}"
-    raise ValueError(f"checkpoint {folder}: cannot be read ({_reason(error)}); {advice}") from error
+    raise ValueError(
+      f"checkpoint {folder}: cannot be read ({_reason(error)}); {_way_on(folder)}"
+    ) from error
+
+
+def _way_on(folder: epath.Path) -> str:
+  """Says what to do without this checkpoint."""
+  steps = [int(path.name) for path in folder.parent.glob("*") if path.name.isdecimal()]
+  if earlier := [step for step in steps if step < int(folder.name)]:
+    return f"remove this folder to resume from the earlier one, {max(earlier)}"
+  return "there is no earlier one; give another --workdir to start again"
 
 
 @contextlib.contextmanager

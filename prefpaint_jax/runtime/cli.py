@@ -32,6 +32,7 @@ _ADVICE = {
   errno.ENAMETOOLONG: "give a shorter name",
   errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
+_STDOUT = "standard output"
 
 
 class within(flags.ArgumentParser):
@@ -72,6 +73,7 @@ def run(main: Callable[[], None], several_processes: bool = False) -> None:
         from prefpaint_jax.runtime import checkpoint, compilation, waiting
 
         compilation.enable_cache()
+        compilation.replace_damaged_cache_entries()
         compilation.keep_memory()
         checkpoint.silence_orbax()
       if several_processes:
@@ -133,7 +135,7 @@ class _Output:
       os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
       if isinstance(error, BrokenPipeError):  # the reader has seen enough, `head` for example
         sys.exit(128 + signal.SIGPIPE)
-      error.filename = "standard output"
+      error.filename = _STDOUT
       raise
 
 
@@ -277,16 +279,13 @@ def run_with_config(
 
 @contextlib.contextmanager
 def _disk_errors_name(workdir: Path) -> Iterator[None]:
-  """Adds the workdir to an error of a full disk.
-
-  An error of `write` has no file name, unlike an error of `open`.
-  """
+  """Says in an error of a full disk how to resume, and adds the workdir if it names no file."""
   try:
     yield
   except OSError as error:
-    if error.errno not in _FULL or error.filename:
+    if error.errno not in _FULL or error.filename == _STDOUT:
       raise
     raise OSError(
-      f"{workdir}: {error.strerror}; make room and run the same command to resume from the latest "
-      "checkpoint"
+      f"{error.filename or workdir}: {error.strerror}; make room and run the same command to "
+      "resume from the latest checkpoint"
     ) from error

@@ -8,6 +8,9 @@ import glob
 import importlib.util
 import os
 import platform
+import re
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,3 +146,28 @@ def keep_memory() -> None:
     libc.mallopt(mmap_max, 0)
     libc.mallopt(trim_threshold, 2**31 - 1)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def replace_damaged_cache_entries() -> None:
+  """Deletes the entries of the compilation cache that JAX cannot read, so that it replaces them.
+
+  A process that is killed while it writes an entry, or finds the disk full, leaves a part of the
+  entry. JAX never replaces it: every later start compiles that program and prints a warning. This
+  function changes the display of warnings in the whole process.
+  """
+  show, told = warnings.showwarning, []
+  error = re.compile(
+    r"Error (reading|writing) persistent compilation cache entry for '(.+?)': (.+)"
+  )
+
+  def delete_entries(message: Any, *place: Any, **more: Any) -> None:
+    found, folder = error.match(str(message)), jax.config.jax_compilation_cache_dir
+    if not found or not folder:
+      return show(message, *place, **more)
+    for entry in Path(folder).glob(f"{glob.escape(found[2])}-*-cache"):
+      entry.unlink(missing_ok=True)
+    if found[1] == "writing" and not told:
+      told.append(found[3])
+      print(f"{folder}: {found[3]}; later starts compile again; make room", file=sys.stderr)
+
+  warnings.showwarning = delete_entries

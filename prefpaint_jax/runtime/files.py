@@ -90,7 +90,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.tmp")
   try:
-    yield temporary
+    with _errors_name(path):
+      yield temporary
     os.replace(temporary, path)
   except BaseException:
     temporary.unlink(missing_ok=True)
@@ -123,12 +124,13 @@ def atomic_folder(path: str | os.PathLike[str], replaces: Collection[str] = ()) 
   shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
   try:
     temporary.mkdir()
-    yield temporary
-    for file in temporary.rglob("*"):
-      if file.is_file():
-        with file.open("rb") as opened:
-          os.fsync(opened.fileno())
-    if path.exists():
+    with _errors_name(path):
+      yield temporary
+      for file in temporary.rglob("*"):
+        if file.is_file():
+          with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    if path.exists() and any(path.iterdir()):  # the rename below replaces an empty folder
       path.rename(before)
     try:
       temporary.rename(path)
@@ -139,6 +141,17 @@ def atomic_folder(path: str | os.PathLike[str], replaces: Collection[str] = ()) 
     shutil.rmtree(before, ignore_errors=True)
   except BaseException:
     shutil.rmtree(temporary, ignore_errors=True)
+    raise
+
+
+@contextlib.contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+  """Adds `path` to an OSError without a file, such as that of `write` on a full disk."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno is not None and error.filename is None:
+      error.filename = str(path)
     raise
 
 

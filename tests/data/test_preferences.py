@@ -1,6 +1,7 @@
 """Preferences: reading equals the scores as given; splits; the order of batches; errors."""
 
 import json
+import resource
 import runpy
 import shutil
 import subprocess
@@ -122,6 +123,31 @@ def test_tfds_reads_every_feature(source, built):
     scores = np.array(candidates["score"])
     np.testing.assert_array_equal(candidates["rank"], stats.rankdata(-scores, method="min"))
     assert list(candidates["annotators"]) == [2] * len(names)
+
+
+def test_folder_that_a_killed_process_left_is_no_dataset_and_is_removed(source, built, tmp_path):
+  left = tmp_path / "preferences" / "incomplete.4UEM6Y_1.0.0"  # the name that tfds chooses
+  shutil.copytree(built / "preferences" / "1.0.0", left)
+  for folder in (tmp_path, left.parent, left):
+    with pytest.raises(ValueError, match="contains 0 datasets"):
+      preferences.open_preferences(folder, "train")
+  preference_records.build_preferences(source, tmp_path)
+  assert not left.exists()
+  assert len(preferences.open_preferences(tmp_path, "train")) > 0
+
+
+def test_full_disk_is_one_line_and_leaves_no_dataset(source, tmp_path):
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+  try:
+    with pytest.raises(
+      OSError, match=r"preferences/1\.0\.0: cannot be written .*; make room"
+    ) as error:
+      preference_records.build_preferences(source, tmp_path)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert "\n" not in str(error.value)
+  assert not list((tmp_path / "preferences").iterdir())
 
 
 def test_ranks_equal_scipy_and_ignore_rounding():

@@ -1,6 +1,7 @@
 """Checkpoints: exact round trips, selection, killed saves, damaged files, several processes."""
 
 import gc
+import json
 import logging
 import subprocess
 import sys
@@ -180,6 +181,17 @@ def test_best_checkpoint_is_kept_in_addition_to_the_latest(tmp_path, reopened):
     Checkpoints(tmp_path).load("params", "best")
 
 
+def test_best_is_found_beside_a_checkpoint_whose_deletion_was_killed(tmp_path):
+  checkpoints = Checkpoints(tmp_path, best="reward")
+  for step, reward in ((1, 0.1), (2, 0.3), (3, 0.2)):
+    checkpoints.save(step, {"params": {"bias": jnp.full(4, step)}}, None, {}, {"reward": reward})
+  checkpoints.close()
+  (tmp_path / "1" / "metrics" / "metrics").unlink()
+  reader = Checkpoints(tmp_path, best="reward")
+  assert (reader.best(), reader.latest()) == (2, 3)
+  np.testing.assert_array_equal(reader.load("params", "best")["bias"], np.full(4, 2))
+
+
 def test_killed_while_saving_resumes_from_the_previous_checkpoint(tmp_path):
   state = {"params": jnp.arange(4.0)}
   checkpoints = Checkpoints(tmp_path)
@@ -236,11 +248,56 @@ def test_truncated_file_raises_one_line_or_restores_bit_identically(tmp_path, mo
   assert {largest, tmp_path / "7" / "run" / "metadata"} <= refused
 
 
+# When one read fails, Orbax abandons the other reads, and Python warns of their coroutines.
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+def test_flipped_bit_of_an_array_is_never_restored(tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+  state = {"params": {"kernel": jax.random.normal(jax.random.key(0), (32, 32))}}
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(7, state, None, {})
+  checkpoints.close()
+  file = max((tmp_path / "7" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+  whole = file.read_bytes()
+  messages = []
+  for position in range(0, len(whole), len(whole) // 10):
+    file.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
+    for read in (
+      lambda: checkpoints.restore(abstract(state))[0]["params"],
+      lambda: checkpoints.load("params"),
+    ):
+      try:
+        assert_identical(jax.tree.map(jnp.asarray, read()), state["params"])
+      except ValueError as error:
+        messages.append(str(error))
+  gc.collect()
+  damaged = (
+    f"checkpoint {tmp_path}/7: params/kernel is damaged (1 of 1 arrays differ from their "
+    "checksums); there is no earlier one; give another --workdir to start again"
+  )
+  assert damaged in messages
+  assert all(str(tmp_path / "7") in message and "\n" not in message for message in messages)
+
+
+def test_checkpoint_without_checksums_is_restored(tmp_path):
+  state = {"params": {"kernel": jnp.arange(4.0)}}
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(7, state, {"next": 5}, EXTRA)
+  checkpoints.close()
+  file = tmp_path / "7" / "run" / "metadata"
+  run = json.loads(file.read_text())
+  assert run.pop("checksums").keys() == {"params/kernel"}
+  file.write_text(json.dumps(run))
+  restored, data_state, extra = checkpoints.restore(abstract(state))
+  assert_identical(restored, state)
+  assert (data_state, extra) == ({"next": 5}, EXTRA)
+  np.testing.assert_array_equal(checkpoints.load("params")["kernel"], np.arange(4.0))
+
+
 @pytest.mark.parametrize(
   ("steps", "advice"),
   [
     ((7,), "there is no earlier one; give another --workdir"),
-    ((3, 5, 7), "remove it to resume from the earlier one, 5"),
+    ((3, 5, 7), "remove this folder to resume from the earlier one, 5"),
   ],
 )
 def test_missing_file_raises_one_line_with_the_folder_and_the_way_on(tmp_path, steps, advice):

@@ -55,3 +55,46 @@ def test_memory_is_kept_unless_jax_may_find_an_accelerator(platforms, accelerate
   )
   keeps = platforms == "cpu" or not accelerated
   assert ended.stdout.strip() == str(not keeps)
+
+
+CACHED = """
+import pathlib, resource, sys
+import jax, jax.numpy as jnp
+from prefpaint_jax.runtime import compilation
+
+compilation.replace_damaged_cache_entries()
+folder = pathlib.Path(sys.argv[1])
+jax.config.update("jax_compilation_cache_dir", str(folder))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+x = jnp.arange(3.0)
+entries = lambda: sorted(folder.glob("jit_double-*-cache"))
+
+def double(x):
+  return 2 * x
+
+def start():
+  jax.clear_caches()
+  assert jax.jit(double)(x).tolist() == [0.0, 2.0, 4.0]
+
+start()
+(entry,) = entries()
+damaged = entry.read_bytes()[: entry.stat().st_size // 2]  # of a process killed while it writes
+entry.write_bytes(damaged)
+start()
+assert entry.stat().st_size > len(damaged)
+entry.unlink()
+resource.setrlimit(resource.RLIMIT_FSIZE, (len(damaged),) * 2)  # as a full disk
+start()
+assert not entries()
+"""
+
+
+def test_damaged_entries_of_the_compilation_cache_are_replaced(tmp_path):
+  run = [sys.executable, "-c", CACHED, str(tmp_path)]
+  environment = os.environ | {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+  ended = subprocess.run(run, capture_output=True, text=True, env=environment)
+  assert ended.returncode == 0, ended.stderr
+  assert ended.stderr == (
+    f"{tmp_path}: OSError: [Errno 27] File too large; later starts compile again; make room\n"
+  )

@@ -1,10 +1,15 @@
-"""JSON files: what is read, and the one line for each broken file."""
+"""Files: folders of killed processes, JSON, and the one line for each broken file."""
 
 import json
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
 from prefpaint_jax.runtime.files import (
+  atomic_folder,
+  atomic_path,
   check_folder,
   check_output,
   check_output_folder,
@@ -71,3 +76,85 @@ def test_folder_without_the_right_to_write_is_named(tmp_path, monkeypatch):
   for check in (check_output, check_output_folder, check_folder):
     with pytest.raises(ValueError, match=message):
       check(tmp_path / "a" / "b")
+
+
+@pytest.mark.parametrize("earlier", [None, "empty", "whole"])
+def test_folder_of_a_process_killed_at_any_step_is_whole_after_the_next_call(tmp_path, earlier):
+  code = f"""
+    import os, pathlib, shutil, sys
+    from prefpaint_jax.runtime.files import atomic_folder
+
+    root, earlier = pathlib.Path({str(tmp_path)!r}), {earlier!r}
+    names, steps = ("a", "b"), iter(())
+
+    def write(path, text):
+      with atomic_folder(path, replaces=names) as new:
+        for name in names:
+          next(steps, None)
+          (new / name).write_text(text)
+
+    def content(path):
+      return {{file.name: file.read_text() for file in path.iterdir()}}
+
+    def killable(function):
+      def call(*arguments, **options):
+        next(steps, None)
+        return function(*arguments, **options)
+      return call
+
+    def until(number):
+      for _ in range(number):
+        yield
+      os._exit(9)
+
+    for module, name in [(os, "rename"), (os, "mkdir"), (os, "unlink"), (os, "rmdir")]:
+      setattr(module, name, killable(getattr(module, name)))
+    kills = 0
+    for number in range(100):
+      path = root / str(number) / "new"
+      path.parent.mkdir()
+      if earlier:
+        path.mkdir()
+      if earlier == "whole":
+        write(path, "earlier")
+      child = os.fork()
+      if child == 0:
+        steps = until(number)
+        write(path, "later")
+        os._exit(0)
+      status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+      found = path.exists() and content(path)
+      whole = [{{name: text for name in names}} for text in ("earlier", "later")]
+      assert not found or found in whole, found
+      if not found or earlier == "whole":  # export refuses a folder with files
+        write(path, "last")
+        assert content(path) == {{name: "last" for name in names}}
+      assert [other.name for other in path.parent.iterdir()] == ["new"], status
+      if status == 0:
+        break
+      kills += 1
+    print(kills)
+  """
+  ended = subprocess.run(
+    [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+  )
+  assert ended.returncode == 0, ended.stderr
+  assert 3 < int(ended.stdout) < 99
+
+
+@pytest.mark.parametrize("writer", [atomic_path, atomic_folder])
+def test_error_of_a_full_disk_names_the_output_and_leaves_the_earlier_one(tmp_path, writer):
+  path = tmp_path / "new"
+  with writer(path) as partial:
+    (partial if writer is atomic_path else partial / "file").write_text("earlier")
+  options = {"replaces": ["file"]} if writer is atomic_folder else {}
+  with (
+    pytest.raises(OSError, match="No space left on device") as error,
+    writer(path, **options),
+    open("/dev/full", "w", buffering=1) as full,
+  ):
+    full.write("\n")
+  assert error.value.filename == str(path)
+  file = path if writer is atomic_path else path / "file"
+  assert file.read_text() == "earlier"
+  assert [other.name for other in tmp_path.iterdir()] == ["new"]
