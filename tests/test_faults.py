@@ -301,8 +301,8 @@ def test_run_on_a_full_disk_prints_one_line_and_resumes_from_its_latest_checkpoi
     command = "import test_faults; test_faults.run_command()"
     arguments = [sys.executable, "-c", command, *sys.argv[1:]]
     for changes in [], ["--config.keep_checkpoints=1"]:
-      ended = subprocess.run([*arguments, *changes], stderr=subprocess.PIPE, text=True)
-      error = [line for line in ended.stderr.splitlines() if not line.startswith("iteration ")]
+      ended = subprocess.run([*arguments, *changes], capture_output=True, text=True)
+      error = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
       latest = Checkpoints(disk + "/run/checkpoints").latest()
       print(ended.returncode, latest, *error, sep="\\t")
       os.system(f"rm -rf {disk}/run/checkpoints/[123]")  # makes room

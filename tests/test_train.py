@@ -508,7 +508,8 @@ def test_diffusers_opens_the_export_and_inpaints(exported):
 def test_export_to_a_folder_with_files_is_an_error(finished, exported):
   ended = run_command(*command("export", f"--workdir={finished.workdir}", f"--output={exported}"))
   assert ended.returncode == 1
-  assert ended.stderr == f"error: {exported} is not empty: name a new folder\n"
+  message = f"error: {exported} is not empty, it has model_index.json; name a new folder\n"
+  assert ended.stderr == message
 
 
 @pytest.mark.slow

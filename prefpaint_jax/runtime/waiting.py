@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Timer
 
 import jax
 from tqdm import tqdm
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from prefpaint_jax.runtime.files import write_json
 
 FILE = "seconds.json"  # in the folder of the compilation cache
+DELAY = 1.0  # seconds until the line appears
 LONG = 2.0  # seconds; shorter work is not remembered
 
 _speaks = False
@@ -35,6 +37,8 @@ def _count(event: str, **_) -> None:
 def waiting(what: str, size: object = "", is_first: bool = True) -> Iterator[None]:
   """Prints `what` to standard error, with the seconds that it took in an earlier process.
 
+  It prints nothing for work that ends within a second, or fails: an error stays one line.
+
   Args:
     what: the work, "compiling the update" for example.
     size: times of work of other sizes are different entries.
@@ -46,9 +50,14 @@ def waiting(what: str, size: object = "", is_first: bool = True) -> Iterator[Non
   file = Path(jax.config.jax_compilation_cache_dir or "", FILE)
   key, known = f"{what} {size}".strip(), _read(file)
   last = f" ({known[key]:.0f} s the last time)" if key in known else ""
-  tqdm.write(f"{what}{last} ...", file=sys.stderr)
+  line = Timer(DELAY, tqdm.write, (f"{what}{last} ...", sys.stderr))
+  line.daemon = True
+  line.start()
   hits, began = _hits, time.monotonic()
-  yield
+  try:
+    yield
+  finally:
+    line.cancel()
   seconds = time.monotonic() - began
   if seconds >= LONG and _hits == hits and jax.config.jax_compilation_cache_dir:
     with contextlib.suppress(OSError):  # a folder that takes no files costs only the memory

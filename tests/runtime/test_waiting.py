@@ -10,6 +10,7 @@ from prefpaint_jax.runtime import waiting
 def seconds(tmp_path, monkeypatch):
   """Makes each reading of the clock seven seconds later than the one before."""
   monkeypatch.setattr(waiting, "_speaks", True)
+  monkeypatch.setattr(waiting.Timer, "start", lambda timer: timer.function(*timer.args))
   clock = iter(range(0, 1000, 7))
   monkeypatch.setattr(waiting.time, "monotonic", lambda: next(clock))
   before = jax.config.jax_compilation_cache_dir
@@ -46,4 +47,11 @@ def test_a_damaged_file_of_seconds_is_ignored(seconds, capsys, tmp_path, content
 def test_library_functions_are_silent(capsys):
   with waiting.waiting("compiling"):
     pass
+  assert capsys.readouterr().err == ""
+
+
+def test_an_error_at_once_stays_one_line(capsys, monkeypatch):
+  monkeypatch.setattr(waiting, "_speaks", True)
+  with pytest.raises(ValueError), waiting.waiting("loading"):
+    raise ValueError("no such folder")
   assert capsys.readouterr().err == ""
