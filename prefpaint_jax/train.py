@@ -119,7 +119,7 @@ def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session
   check_prompts(config, {field: len(found) for field, found in prompts_of.items()})
   checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best)
   is_new = checkpoints.latest() is None
-  with waiting(f"loading {config.policy} and {config.reward}"):
+  with waiting(f"loading {config.policy} (reward: {config.reward})"):
     run = load_run(config, mesh, base_step(config.policy, workdir, is_new))
 
   ### State: fresh, or exactly where an earlier run stopped.

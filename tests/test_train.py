@@ -342,8 +342,8 @@ def test_a_run_can_begin_with_another_run_and_keeps_the_checkpoint_that_it_began
 ):
   first, second = tmp_path / "first", tmp_path / "second"
   shutil.copytree(finished.workdir, first)
-  config = make_config(world, **BARE | {"policy": str(first), "num_iterations": 1, "lora.rank": 2})
-  train(config, second)
+  changes = {"policy": str(first), "num_iterations": 1, "lora.rank": 2, "checkpoint_every": 1}
+  train(make_config(world, **BARE | changes), second)
   expected = Checkpoints(finished.workdir / "checkpoints").load("ema")
   opened = lambda: open_policy(str(second)).params["unet"]
   before, flat = opened(), jax.tree_util.tree_leaves_with_path

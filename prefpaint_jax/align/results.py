@@ -30,7 +30,8 @@ def print_comparison(
 
 def print_results(config: ConfigDict, workdir: Path, iteration: int) -> None:
   """Prints to standard error where the results of a run are, and the commands that use them."""
-  names = [f"checkpoints/{iteration}", "metrics.jsonl", "tensorboard/"]
+  names = [f"checkpoints/{iteration}"] if config.checkpoint_every else []
+  names += ["metrics.jsonl", "tensorboard/"]
   names += [f"samples/{iteration:06d}.png"] if config.sample_every else []
   print(f"{workdir}: {', '.join(names)}", file=sys.stderr)
   evaluation = [
