@@ -153,7 +153,8 @@ def complete_lines(workdir: Path) -> list[dict]:
   file = workdir / "metrics.jsonl"
   *lines, _ = file.read_text().split("\n") if file.exists() else [""]
   return [
-    {k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines
+    {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "images_per_s"))}
+    for line in lines
   ]
 
 

@@ -169,7 +169,7 @@ def test_command_writes_a_reward_with_its_bound_and_resumes_exactly(
     ({"augmentation": "flip"}, "augmentation is 'flip'; expected one of none"),
     ({"frozen_share": 2.0}, r"frozen_share is 2\.0"),
     ({"score_weight": 0.0, "pair_weight": 0.0}, "nothing to learn"),
-    ({"preferences": "nowhere"}, "nowhere contains 0 datasets"),
+    ({"preferences": "nowhere"}, "nowhere: no such folder"),
   ],
 )
 def test_errors_name_the_field_in_one_line(tmp_path, change, message):

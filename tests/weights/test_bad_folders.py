@@ -71,8 +71,8 @@ def indexed(weight_map):
 UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.json"
 POLICIES = [
   (of_json("model_index.json", _class_name="StableDiffusionXLInpaintPipeline"), "XLInpaint"),
-  (of_json("model_index.json", _class_name="FluxFillPipeline"), "_class_name is FluxFill"),
-  (of_json("model_index.json", _class_name=["x"]), "_class_name is ['x']"),
+  (of_json("model_index.json", _class_name="FluxFillPipeline"), "FluxFillPipeline: not supported"),
+  (of_json("model_index.json", _class_name=["x"]), "['x']: not supported"),
   (of_text("model_index.json", "[]"), "expected a JSON object"),
   (of_text("model_index.json", "{"), "not valid JSON"),
   (of_text(UNET, ""), "not valid JSON"),
