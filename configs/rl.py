@@ -7,7 +7,7 @@ PRESETS = {
   "eight H100",
   "mini": "the embedded model and prompts; about 4 minutes on two CPU cores",
   "released": "the settings of the released PrefPaint code; prefpaint_jax.plan estimates the time",
-  "sd2": "Stable Diffusion 2 inpainting; the time of the first",
+  "sd2": "Stable Diffusion 2 inpainting; ESTIMATE: at least 17 minutes on eight H100",
   "sd15_24gb": "Stable Diffusion 1.5 with LoRA on one device of 24 GB; ESTIMATE: at least 6 "
   "hours on an RTX 4090",
   "sd15_80gb": "Stable Diffusion 1.5 on one device of 80 GB; ESTIMATE: at least 6.4 hours "
@@ -109,8 +109,7 @@ def get_config(preset: str = "") -> ConfigDict:
     _sd15_80gb(config)
   elif preset:
     raise ValueError(
-      f"configs/rl.py has no preset {preset!r}; expected mini, released, sd2, sd15_24gb or "
-      "sd15_80gb"
+      f"configs/rl.py has no preset {preset!r}; expected one of {', '.join(filter(None, PRESETS))}"
     )
   return config
 
@@ -162,11 +161,11 @@ def _released(config: ConfigDict) -> None:
   config.trust.update(norm="released", k=0.05, minimum=1.0, maximum=2.21)
 
 
-# Memory and time below are those of `plan`: compiled for the card, not run on one. The time is at
-# the card's peak rates, which no run reaches; docs/plan.md has the table of all cards.
+# Memory and time below are those of `plan`: compiled for the GPU, not run on one. The time is at
+# the GPU's peak rates, which no run reaches; docs/plan.md has the table of all devices.
 def _sd15_24gb(config: ConfigDict) -> None:
   # RTX 4090: 10.2 GiB of 23.5; 21.5 s an iteration, 3.0 images per second. The three quarters of a
-  # card that JAX takes by default are enough.
+  # GPU that JAX takes by default are enough.
   config.update(batch_size=64, samples_per_pass=16)
   config.lora.rank = 16
   config.learning_rate = 1e-4  # adapters need larger steps than whole kernels; not tuned

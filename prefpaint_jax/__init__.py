@@ -7,7 +7,8 @@ if TYPE_CHECKING:
   from prefpaint_jax.inpainter import Inpainter
   from prefpaint_jax.reward import RewardModel
 
-if sys.argv[:1] == ["-m"]:  # `python -m prefpaint_jax.NAME`: this process is a command
+# `python -m prefpaint_jax.NAME`: this process is a command.
+if sys.argv[:1] == ["-m"] and any(x.partition(".")[0] == __name__ for x in sys.orig_argv):
   from prefpaint_jax.runtime import interrupts
 
   interrupts.exit_at_once()

@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from prefpaint_jax.runtime import interrupts
 from prefpaint_jax.runtime.suggestions import suggest
 from prefpaint_jax.runtime.text import explain
 
@@ -33,6 +34,7 @@ def commands() -> dict[str, str]:
 
 def main() -> None:
   """Runs the command that the first argument names."""
+  interrupts.exit_at_once()
   found, arguments = commands(), sys.argv[1:]
   if not arguments or arguments[0] in ("-h", "--help", "help"):
     print(USAGE)
@@ -42,7 +44,7 @@ def main() -> None:
   name, *arguments = arguments
   if name not in found:
     meant = suggest(name, found)
-    hint = f"; did you mean {meant}?" if meant else "; give one of the list of --help"
+    hint = f"; did you mean {meant}?" if meant else "; --help lists the commands"
     sys.exit(f"error: {name}: no such command{hint}")
   sys.argv = [f"prefpaint-jax {name}", *arguments]
   runpy.run_module(f"prefpaint_jax.{name}", run_name="__main__", alter_sys=True)

@@ -70,7 +70,7 @@ def recover(folder: Path, per_prompt: int) -> set[str]:
       check(f"{place}: image_id", ids[-1], Text(empty=False))
     lines[name] = list(zip(ids, complete, strict=True))
   counts = Counter(image_id for image_id, _ in lines["candidates"])
-  # Of a killed process, either file may lack lines: a full buffer is written before the others.
+  # A killed process may have written the line of one file only: each file has its own buffer.
   finished = {name for name, _ in lines["prompts"] if counts[name] == per_prompt}
   for name, file in files.items():
     kept = [line.decode() + "\n" for image_id, line in lines[name] if image_id in finished]

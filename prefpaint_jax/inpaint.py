@@ -188,7 +188,8 @@ def _show_views(image: np.ndarray, output: Path) -> None:
 def _open_policy() -> Inpainter:
   """Loads the model; says what the embedded one is for."""
   if _MODEL.value == "mini":
-    print("mini paints at 32 pixels: an example; give --model for a real one", file=sys.stderr)
+    advice = "mini inpaints at 32 pixels, as an example; for photographs give --model=FOLDER"
+    print(advice, file=sys.stderr)
   with waiting(f"loading {_MODEL.value}"):
     return open_policy(_MODEL.value, _DTYPE.value)
 
@@ -196,14 +197,13 @@ def _open_policy() -> Inpainter:
 @contextmanager
 def _settings(calls: int = 1) -> Iterator[dict[str, Any]]:
   """Yields keyword arguments for `Inpainter`, with one progress bar for `calls` of its calls."""
-  compiling = ExitStack()
-  compiling.enter_context(waiting("compiling", f"{_MODEL.value} {_DTYPE.value}"))
 
   def report(steps: int) -> None:
     compiling.close()
     bar.update(steps)
 
-  with closing(progress(calls * _NUM_STEPS.value, unit="step")) as bar:
+  with ExitStack() as compiling, closing(progress(calls * _NUM_STEPS.value, unit="step")) as bar:
+    compiling.enter_context(waiting("compiling", f"{_MODEL.value} {_DTYPE.value}"))
     yield {
       "key": jax.random.key(_SEED.value),
       "num_steps": _NUM_STEPS.value,
@@ -243,7 +243,7 @@ def _files(output: Path) -> list[Path]:
 
 
 def _fields(**others: str) -> dict[str, str]:
-  """Returns the text fields of a PNG: model, seed and `others`."""
+  """Returns the text fields of an image file: model, seed and `others`."""
   return {"model": _MODEL.value, "seed": str(_SEED.value)} | others
 
 

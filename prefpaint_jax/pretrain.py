@@ -143,7 +143,7 @@ def fit(
     loss: function (*frozen, params, batch, key) -> (loss, metrics).
     frozen: arguments of `loss` that are not trained.
     params: initial parameters.
-    restored: called when the state of an earlier start is restored.
+    restored: called before the first iteration, when the state is restored or made.
   """
   settings = config[stage]
   return fitting.fit(

@@ -101,7 +101,7 @@ class HeldOut:
     return {name: np.stack([one[name] for one in found], axis=1) for name in found[0]}
 
   def sample(self, params: Params, iteration: int) -> np.ndarray:
-    """Draws a grid, uint8: the first chunk's prompts, the base's samples, those of `params`."""
+    """Draws a grid, uint8: the first prompts, samples of the base policy and of `params`."""
     samples, rewards = self._inpaint(params, self._shown, self._sample_key)
     base_samples, base_rewards = self._base_sample
     # Grey tells the hole from black pixels.
@@ -139,7 +139,7 @@ class HeldOut:
     """Returns `held_out/*`: scores, WinRates and gains against the base, changes of measures.
 
     NAME/low and NAME/high are the ends of the 95 % interval of a score, a WinRate or a gain, and
-    SCORE/base is the base's score. The base has WinRate ½, and its gains and changes are 0.
+    SCORE/base is the base policy's score. The base policy has WinRate ½, gain 0 and change 0.
     """
     policy, base = self.compare(params, count)
     line = {}

@@ -39,7 +39,7 @@ def print_results(config: ConfigDict, workdir: Path, iteration: int) -> None:
     f"--workdir={workdir}_eval",
     f"--config.policy={workdir}",
   ]
-  if config.prompts != "mini":
+  if (config.policy, config.prompts) != ("mini", "mini"):
     evaluation += [f"--config.baseline={config.policy}", f"--config.prompts={config.prompts}"]
   print_next(
     ("plot", f"--workdir={workdir}", f"--output={workdir}_curves.png"),

@@ -60,9 +60,7 @@ def choose(gains: np.ndarray, each: int = 6) -> dict[str, np.ndarray]:
   Returns:
     {section: indices of prompts, largest gain first}.
   """
-  gains = np.asarray(gains, np.float64)
-  order = np.argsort(-gains, kind="stable")
-  order = order[np.isfinite(gains[order])]
+  order = _ranked(np.asarray(gains, np.float64))
   number = len(order)
   each = min(each, max(1, number // 3))
   middle = (number - each) // 2
@@ -100,6 +98,12 @@ def make_examples(
   return [Example(*row) for row in zip(*columns, strict=True)]
 
 
+def _ranked(gains: np.ndarray) -> np.ndarray:
+  """Returns the indices of the finite gains [N], largest gain first."""
+  order = np.argsort(-gains, kind="stable")
+  return order[np.isfinite(gains[order])]
+
+
 def _gains(examples: Sequence[Example]) -> np.ndarray:
   """Returns the gains [N] by the first judge."""
   scores = np.array([next(iter(example.scores.values())) for example in examples])
@@ -125,9 +129,9 @@ def draw_examples(
     policy, baseline: names of the policies.
     number: the largest number of columns.
   """
-  gains = _gains(examples)
-  order = np.argsort(-gains, kind="stable")
-  order = order[np.isfinite(gains[order])]
+  order = _ranked(_gains(examples))
+  if not len(order):
+    raise ValueError("examples: no prompt has a finite gain by the first judge; check its scores")
   number = min(number, len(order))
   shown = [examples[i] for i in order[(2 * np.arange(number) + 1) * len(order) // (2 * number)]]
   judge, sides = next(iter(shown[0].scores)), {"policy": 0, "baseline": 1}

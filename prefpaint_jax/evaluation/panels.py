@@ -25,7 +25,7 @@ PANELS = {
   "train/loss": "training loss",
   "ppo/learning_rate": "learning rate",
 }
-# Parts of a metric, which are drawn in its panel: spread, ends of its interval, level of the base.
+# Parts of a metric, which are drawn in its panel: spread, ends of its interval, base policy.
 PARTS = ("/std", "/low", "/high", "/base")
 # Parts of the names of held-out metrics, and the words for them in titles.
 WORDS = {"drift/": "change of ", "winrate": "WinRate", "gain_in_sd": "gain in SD"}
@@ -82,7 +82,7 @@ def draw(groups: Sequence[Group], smooth: int = 1, only: str = "") -> Figure:
   """Draws one panel per metric, with one curve per group that has the metric.
 
   If a group has several runs, shades are ranges over seeds, and single runs have no shade. More
-  than three single runs have no shade either. Held-out metrics have the level of the base.
+  than three single runs have no shade either. Held-out metrics have the level of the base policy.
 
   Args:
     smooth: odd number of iterations of a centred moving average; held-out metrics are not averaged.

@@ -48,7 +48,7 @@ def write_report(
     scores: scores by judge, for the histograms.
     witnesses: result of `witnesses.compare`.
     drift: result of `drift.drift`.
-    gallery: examples by section (see `make_gallery`); each adds at most 0.4 MB to the file.
+    gallery: examples by section (see `gallery.make_gallery`); each adds at most 0.4 MB to the file.
   """
   body = [
     _header(title, about),

@@ -20,7 +20,7 @@ from prefpaint_jax.models.pipeline import Modules, Prompts
 from prefpaint_jax.runtime.compilation import fast_jit
 from prefpaint_jax.weights.names import Params
 
-REPORT_SECONDS = 1.0  # about the time between two reports; shorter parts cost time
+REPORT_SECONDS = 1.0  # between reports; after each part the host waits for the device
 
 
 @functools.partial(jax.jit, static_argnames="modules")
@@ -100,6 +100,19 @@ def inpaint(
 
   With `report` the chain runs in parts: one step, then as many as take about a second. The samples
   are the same, bit for bit.
+
+  Args:
+    params: trees of "unet" and "vae".
+    images: [B, H, W, 3] in [0, 1].
+    masks: [B, H, W, 1], 1 = missing.
+    context: [B, L, D] of the texts.
+    empty_context: that of the empty text.
+    guidance_scale: strength of the text, used if `guided`.
+    latents: initial noise [B S, h, w, c].
+    key: of the noise of the chain.
+    steps: the DDIM steps.
+    num_samples: S.
+    report: called after each part with its number of steps; None: one part.
   """
   encode, denoise, decode = programs()
   prompts = encode(modules, params["vae"], images, masks, context, num_samples=num_samples)

@@ -54,10 +54,10 @@ _BLACKWELL_GDDR = _Generation(12, 0, "NONE", 128, 1536, (100, 99))
 
 # Rates are from NVIDIA's data sheets and architecture white papers: T4, L4, A10, L40S, A100, H100,
 # H200 and B200 data sheets; GA102 (A6000), Ada (4090) and RTX Blackwell (5090) white papers. Where
-# they give products with sparsity, half of it. GeForce cards halve the rate of float32 sums. Memory
+# they give products with sparsity, half of it. GeForce GPUs halve the rate of float32 sums. Memory
 # is what CUDA reports, 1 to 8 % below the nominal size: the driver and ECC take the rest. Links are
-# one direction of NVLink, or of PCIe where a card has no NVLink to all others.
-_DESCRIBED = "XLA has no description of this card: compiled for one made from its data sheet"
+# one direction of NVLink, or of PCIe where a GPU has no NVLink to all others.
+_DESCRIBED = "XLA has no description of this GPU; the plan compiles for one from its data sheet"
 GPUS = {
   "t4": _Gpu(
     "Tesla T4",
@@ -94,7 +94,7 @@ GPUS = {
   "h100": _Gpu(
     "NVIDIA H100 80GB HBM3", Chip(989e12, 79.11 * GIB, 3352e9, 450e9), _HOPPER, 132, 50, 1.98
   ),
-  "h200": _Gpu("NVIDIA H200", Chip(989e12, 141 * GIB, 4800e9, 450e9), _HOPPER, 132, 50, 1.98),
+  "h200": _Gpu("NVIDIA H200", Chip(989e12, 139.8 * GIB, 4800e9, 450e9), _HOPPER, 132, 50, 1.98),
   "b200": _Gpu(
     "NVIDIA B200", Chip(2250e12, 178.36 * GIB, 7672e9, 900e9), _BLACKWELL, 148, 126.5, 1.965
   ),
@@ -106,7 +106,7 @@ _TPUS = {
   "TPU v5": Chip(459e12, 95.73 * GIB, 2765e9, 600e9),
   "TPU v6 lite": Chip(918e12, 31.24 * GIB, 1638e9, 400e9),
 }
-# Cards that a plan or a benchmark of this machine may find.
+# GPUs that a plan or a benchmark of this machine may find.
 _VARIANTS = {
   "TPU v5p": _TPUS["TPU v5"],
   "TPU v5e": _TPUS["TPU v5 lite"],

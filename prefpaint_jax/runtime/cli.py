@@ -78,7 +78,8 @@ def run(main: Callable[[], None], several_processes: bool = False) -> None:
         checkpoint.silence_orbax()
       if several_processes:
         distributed.initialize()
-      if "jax" in sys.modules and (not several_processes or distributed.is_first()):
+      jax = sys.modules.get("jax")
+      if jax and not (several_processes and jax.process_index()):
         waiting.speak()
       interrupts.raise_again()
       main()

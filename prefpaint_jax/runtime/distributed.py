@@ -45,11 +45,6 @@ def initialize() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
 
 
-def is_first() -> bool:
-  """Returns whether this is process 0 of the run."""
-  return jax.process_index() == 0
-
-
 def silence_gloo() -> None:
   """Gives Python's standard output a descriptor of its own, in a process of several.
 

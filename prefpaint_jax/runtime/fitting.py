@@ -73,7 +73,7 @@ def fit(
     frozen: trees of arrays that are not trained.
     loader: iterator of this process's part of each batch, with `get_state` and `set_state`.
     key: PRNG key; each iteration folds its number into it.
-    ema_decay: decay of the moving average that is then scored and returned; 0: the parameters are.
+    ema_decay: decay of the moving average of the parameters, which is scored and returned; 0: none.
     checkpoint_every: iterations between checkpoints; 0: none.
     log_every: iterations between lines of metrics; 0: none.
     judge: computes (score, metrics) from parameters; see Returns.
@@ -92,7 +92,7 @@ def fit(
   gather = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
   current = lambda state: state.average if ema_decay else state.params
   start = done = int(state.iteration)
-  stopping = False
+  stopping, size = False, sum(x.size for x in jax.tree.leaves(params))
   writer = MetricsWriter(workdir, is_writer)
   writer.truncate(done)
   restored()
@@ -102,7 +102,7 @@ def fit(
     while done < iterations and not stopping:
       stopping, done = asked_to_stop(), done + 1
       arrays = {name: x for name, x in next(loader).items() if x.dtype.kind != "U"}  # no IDs
-      with waiting("compiling the update", workdir.name, done == start + 1):
+      with waiting("compiling the update", size, done == start + 1):
         state, metrics = step(state, frozen, sharding.to_global(mesh, arrays), key)
       is_due = lambda every, done=done: bool(every) and (done % every == 0 or done == iterations)
       line = _show(metrics, bar) if is_due(log_every) else {}

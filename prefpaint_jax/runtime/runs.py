@@ -90,6 +90,8 @@ def base_step(policy: str, workdir: Path, is_new: bool) -> int | None:
   """Returns the checkpoint of a policy that is a run; a resumed run keeps that of its start."""
   if open_run(policy) is None:
     return None
-  if is_new and jax.process_index() == 0:
-    (workdir / PINNED).unlink(missing_ok=True)  # of a start that failed, perhaps of another policy
+  if is_new:
+    if jax.process_index() == 0:
+      (workdir / PINNED).unlink(missing_ok=True)  # of a failed start, perhaps of another policy
+    multihost_utils.sync_global_devices("unpinned")  # before the other processes read the file
   return pin_steps(workdir / PINNED, {"policy": (policy, None)})["policy"]

@@ -43,7 +43,6 @@ ALIASES: dict[str, tuple[str, ...]] = {
   "max_train_steps": ("num_iterations", "iterations"),
   "mixed_precision": ("dtype",),
   "model": ("policy", "policies"),
-  "negative_prompt": ("negative_text",),
   "num_epochs": ("num_iterations", "iterations"),
   "num_images": ("num_samples", "batch_size"),
   "num_images_per_prompt": ("num_samples", "samples_per_prompt"),

@@ -53,5 +53,5 @@ def test_a_wrong_flag_gets_a_good_suggestion_or_none(name, meant):
 
 def test_every_alias_means_a_name_that_exists():
   fields = {name for table, _ in CONFIGS.values() for name in table}
-  flags = {*FLAGS, "workdir", "step", "negative_text"}
+  flags = {*FLAGS, "workdir", "step"}
   assert {meant for names in ALIASES.values() for meant in names} <= fields | flags
