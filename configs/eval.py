@@ -18,11 +18,11 @@ def get_config(preset: str = "") -> ConfigDict:
   config.dtype = "bfloat16"  # of the computation
 
   # Policy and baseline: folders, hub names, workdirs of runs, or "mini".
-  config.policy = ""
+  config.policy = ""  # the policy to judge; required
   # Checkpoints of a workdir: an iteration, or best (kept by keep_best); None: the latest.
   config.policy_step = config_dict.placeholder(str)
-  config.baseline = "stable-diffusion-v1-5/stable-diffusion-inpainting"
-  config.baseline_step = config_dict.placeholder(int)
+  config.baseline = "stable-diffusion-v1-5/stable-diffusion-inpainting"  # what it is compared with
+  config.baseline_step = config_dict.placeholder(int)  # an iteration of a workdir; None: the latest
   config.judges = ("kd5678/prefpaintReward",)  # reward models: folders, hub names, or "mini"
   config.simulated_preference = False  # judge by the simulated annotators too (mini world)
 

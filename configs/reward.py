@@ -60,17 +60,18 @@ def get_config(preset: str = "") -> ConfigDict:
 
   # Bound.
   config.ridge = 1.0  # λ of the last layer's ridge regression and of V
-  # R and S of the bound's constant; None: estimated from the residuals on the test split, and the
-  # norm of the last layer.
+  # R of the bound; None: estimated from the residuals on the test split.
   config.noise_scale = config_dict.placeholder(float)
-  config.norm_bound = config_dict.placeholder(float)
+  config.norm_bound = config_dict.placeholder(float)  # S; None: the norm of the last layer
   config.trust = ConfigDict()
   config.trust.k = 0.05  # of the trust weight exp(b - k ‖z‖) in the report
   config.trust.b = 0.7
 
-  config.mesh = ConfigDict()
+  config.mesh = ConfigDict()  # how the devices share arrays
   config.mesh.data = -1  # devices over which the batch is split; -1: all / mesh.fsdp
   config.mesh.fsdp = 1  # devices over which parameters and batch are split
+
+  # Checkpoints and measurements.
   config.checkpoint_every = 500  # iterations
   config.judge_every = 500  # iterations between scores on the validation split; keeps the best
   config.log_every = 50  # iterations

@@ -18,9 +18,9 @@ PRESETS = {
 def get_config(preset: str = "") -> ConfigDict:
   """Returns the config of a preset."""
   config = ConfigDict()
-  config.seed = 0
-  config.num_iterations = 1000
-  config.dtype = "bfloat16"  # in which the networks compute, or float32; parameters stay float32
+  config.seed = 0  # of everything that is drawn
+  config.num_iterations = 1000  # rollouts, each followed by its updates
+  config.dtype = "bfloat16"  # of the networks' computation, or float32; parameters stay float32
 
   # Models and data: folders, hub names or "mini".
   config.policy = "stable-diffusion-v1-5/stable-diffusion-inpainting"  # the model to align
@@ -39,15 +39,16 @@ def get_config(preset: str = "") -> ConfigDict:
   config.samples_per_pass = 0  # images of a device at a time through the UNet; 0: all
   config.decode_batch = 16  # images that a device encodes, decodes and scores at a time; 0: all
   config.behaviour_refresh = 1  # n: every n-th iteration begins with a copy to the behaviour policy
-  config.behaviour_dtype = "float32"  # or bfloat16, if dtype is: rounded as in computation
+  config.behaviour_dtype = "float32"  # type of its copy; bfloat16 (with dtype bfloat16) halves it
 
   # Reward: the trust weight exp(b - k norm) of each sample, and advantages.
   config.trust = ConfigDict()
   config.trust.norm = "mahalanobis"  # mahalanobis (paper), released, constant or none
-  # The paper has 0.05 for a norm that is ten times larger. With the released V, 0.5 gives about the
+  # Slope: how fast the weight falls with the norm. The paper has 0.05 for a norm that is ten times
+  # larger. With the released V, 0.5 gives about the
   # weights of the released code; 0.05 gives all samples the same weight within 1 to 2 %.
   config.trust.k = 0.5
-  config.trust.b = 0.7
+  config.trust.b = 0.7  # logarithm of the weight at norm 0
   config.trust.minimum = config_dict.placeholder(float)  # lowest weight; None: no limit
   config.trust.maximum = config_dict.placeholder(float)  # highest weight; None: no limit
   config.trust.constant = 1.4  # the weight if trust.norm is constant
@@ -62,17 +63,17 @@ def get_config(preset: str = "") -> ConfigDict:
   config.timesteps_per_pass = 1  # steps per forward and backward pass; 0: all steps of the update
   config.gradient_accumulation = 1  # n: only every n-th iteration steps the optimiser
   config.optimizer = "adamw"  # or sgd, which ignores adam_b1, adam_b2, adam_eps and weight_decay
-  config.learning_rate = 2e-6
+  config.learning_rate = 2e-6  # of the optimiser, after the warm-up
   config.warmup_updates = 0  # updates in which the learning rate rises to its value
   config.clip_range = 1e-4  # the importance ratio is clipped to 1 ± this value
   config.log_prob_region = "all"  # latents in the log-probability: all, or hole (missing ones)
   config.loss_reduction = "mean"  # mean or sum over samples and timesteps
   config.kl_weight = 0.0  # weight of the KL divergence from the base policy
   config.ema_decay = 0.0  # decay of the moving average of the parameters, for export; 0: none
-  config.adam_b1 = 0.9
-  config.adam_b2 = 0.999
-  config.adam_eps = 1e-8
-  config.weight_decay = 0.01
+  config.adam_b1 = 0.9  # decay of AdamW's mean of gradients
+  config.adam_b2 = 0.999  # decay of AdamW's mean of squared gradients
+  config.adam_eps = 1e-8  # added to the root of AdamW's mean of squares
+  config.weight_decay = 0.01  # of AdamW, times the learning rate
   config.moments_dtype = "float32"  # dtype of AdamW's moments; bfloat16 halves their memory
   config.clip_norm = config_dict.placeholder(float)  # largest gradient norm; None: no clipping
   config.remat = True  # rematerialise the UNet's blocks in the backward pass: less memory
@@ -93,7 +94,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.sample_every = 50  # iterations between grids of samples of the same held-out prompts
   config.num_samples = 8  # held-out prompts in a grid, and that are sampled at a time
   config.eval_every = 0  # iterations between measurements on held-out prompts
-  config.eval_prompts = 64  # their number: reward, WinRate against the base policy, drift
+  config.eval_prompts = 64  # held-out prompts of a measurement: reward, WinRate, drift
   config.final_prompts = 0  # held-out prompts of the comparison with the base policy at the end
   config.simulated_preference = False  # also ask the simulated annotators (mini data only)
 

@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from prefpaint_jax import __version__
 from prefpaint_jax.runtime import interrupts
 from prefpaint_jax.runtime.suggestions import suggest
 from prefpaint_jax.runtime.text import explain
@@ -40,6 +41,9 @@ def main() -> None:
     print(USAGE)
     for name, line in found.items():
       print(*explain(name, line, column=20), sep="\n")
+    return
+  if arguments == ["--version"]:
+    print(__version__)
     return
   name, *arguments = arguments
   if name not in found:

@@ -201,6 +201,8 @@ RUN_ALL = """
 import json, os, runpy, sys, tempfile
 import prefpaint_jax.train, prefpaint_jax.runtime.checkpoint
 import orbax.checkpoint, PIL.Image, scipy.ndimage, tqdm, matplotlib
+from prefpaint_jax.runtime import waiting
+waiting.DELAY = 3600  # on a busy machine a refusal may take longer than the delay of a line
 answers = []
 for module, *arguments in json.load(sys.stdin):
   with tempfile.TemporaryFile("w+") as printed:

@@ -16,6 +16,7 @@ from prefpaint_jax.runtime.config_fields import CONFIGS
 from prefpaint_jax.runtime.text import explain
 
 WIDTH = 100
+REPEATED = ";\n    repeat this option to specify a list of values"  # absl's words
 ASKS = ("-h", "-help", "--help", "--helpshort", "--helpfull")
 ROOT = Path(__file__).parents[2]  # of the repository, which has configs/
 
@@ -138,9 +139,10 @@ def _options() -> Iterator[str]:
   for name, flag in own_flags().items():
     shown = f"--{name}" if flag.boolean else f"--{name}=..."
     needed = " Required." if _is_required(flag) else ""
-    is_told = flag.default in (None, "") or flag.boolean
+    is_told = flag.default in (None, "", []) or flag.boolean
     default = "" if is_told else f" Default: {flag.default}."
-    yield from explain(shown, f"{flag.help}{needed}{default}")
+    about = (flag.help or "").replace(REPEATED, " May be repeated.")
+    yield from explain(shown, f"{about}{needed}{default}")
     if name == "config":
       yield from explain("--config.FIELD=...", "Changes a field of the config, see below.")
 
@@ -183,4 +185,5 @@ def _fields(values: Mapping[str, Any], comments: Comments) -> Iterator[str]:
 def _shown(value: Any) -> str:
   """Returns a value as a command line has it."""
   text = str(tuple(value) if isinstance(value, list) else value)
-  return f"'{text}'" if not text or set(text) & set(" ()|[]") else text
+  mark = '"' if "'" in text else "'"
+  return f"{mark}{text}{mark}" if not text or set(text) & set(" ()|[]") else text

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from prefpaint_jax.runtime.files import write_json
 
 FILE = "seconds.json"  # in the folder of the compilation cache
-DELAY = 1.0  # seconds until the line appears
+DELAY = 3.0  # seconds until the line appears; most refusals end before it
 LONG = 2.0  # seconds; shorter work is not remembered
 
 _speaks = False
