@@ -184,7 +184,7 @@ def _collect(
   """Samples in a workdir that this process holds; returns False if it was asked to stop."""
   finished = recover(workdir, config.samples_per_prompt + config.perturbed)
   if not finished:
-    (workdir / "checkpoints.json").unlink(missing_ok=True)
+    (workdir / PINNED).unlink(missing_ok=True)
   mesh = sharding.make_mesh(devices=jax.local_devices())
   steps = pin_steps(workdir / PINNED, {name: (name, None) for name in config.policies})
   with waiting(f"loading {', '.join(config.policies)}"):

@@ -11,7 +11,6 @@ The same command resumes an interrupted evaluation.
 # Shapes: N prompts, b prompts of a batch, S samples of each, H W pixels, h w of a thumbnail.
 
 import itertools
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ from prefpaint_jax.preference import simulation
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli, interrupts, sharding
 from prefpaint_jax.runtime.config_check import check_fields
-from prefpaint_jax.runtime.files import atomic_path, write_json
+from prefpaint_jax.runtime.files import atomic_path, read_json, write_json
 from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.metrics import progress
 from prefpaint_jax.runtime.runs import PINNED, pin_steps
@@ -163,7 +162,7 @@ def run_batches(config: ConfigDict, workdir: Path) -> tuple[dict[str, np.ndarray
   judges = open_judges(tuple(config.judges), config.dtype)
   asked = {side: (config[side], config[f"{side}_step"]) for side in SIDES}
   if process == 0 and not any(folder.glob("*.npz")):
-    (workdir / "checkpoints.json").unlink(missing_ok=True)
+    (workdir / PINNED).unlink(missing_ok=True)
   steps = pin_steps(workdir / PINNED, asked)
   with waiting(f"loading {config.policy} and {config.baseline}"):
     policies = {
@@ -268,7 +267,7 @@ def write_results(
     scores: scores by judge.
     evaluation: result of `evaluate`.
   """
-  steps = json.loads((workdir / "checkpoints.json").read_text())
+  steps = read_json(workdir / PINNED)
   names = {side: tables.full_name(config[side], steps[side]) for side in SIDES}
   titles = {label: tables.judge_title(label) for label in scores}
   about = {}

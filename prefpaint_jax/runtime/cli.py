@@ -90,11 +90,9 @@ def run(main: Callable[[], None], several_processes: bool = False) -> None:
         raise
       sys.exit(f"error: {_describe(error)}")
     except KeyboardInterrupt:
-      print("Interrupted.", file=sys.stderr, flush=True)
       if output:
         output.flush()
-      # Threads of XLA and of the data loader may still run; Python's normal exit would crash.
-      os._exit(128 + signal.SIGINT)
+      interrupts.exit_now()
     interrupts.exit_at_once()
     sys.exit(interrupts.status)
 

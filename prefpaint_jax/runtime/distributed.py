@@ -46,9 +46,10 @@ def initialize() -> None:
 
 
 def silence_gloo() -> None:
-  """Gives Python's standard output a descriptor of its own, in a process of several.
+  """Silences the lines that Gloo prints, if this process is one of several.
 
-  Gloo, the CPU collectives, prints its connections to descriptor 1, which then leads nowhere.
+  Gloo, the CPU collectives, prints its connections to file descriptor 1. Python's standard output
+  moves to a new descriptor, and descriptor 1 then leads to the null device.
   """
   several = any(os.environ.get(name) for name in VARIABLES) or known_launcher(os.environ)
   if several and sys.stdout:

@@ -5,6 +5,7 @@ The package imports this module before a command imports JAX, so it imports noth
 
 import os
 import signal
+from typing import Any
 
 status = 0  # exit status of the process, unless an error ends it
 last_signal: int = signal.SIGTERM  # received by this process, or by another one of its run
@@ -17,16 +18,17 @@ def exit_at_once() -> None:
   Ctrl-C is disabled, as in a shell's background jobs, it stays disabled.
   """
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, _exit)
+    signal.signal(signal.SIGINT, exit_now)
 
 
 def raise_again() -> None:
   """Makes Ctrl-C raise KeyboardInterrupt, if `exit_at_once` has changed that."""
-  if signal.getsignal(signal.SIGINT) is _exit:
+  if signal.getsignal(signal.SIGINT) is exit_now:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _exit(number: int, _) -> None:
+def exit_now(number: int = signal.SIGINT, _: Any = None) -> None:
+  """Ends the process with one line and the exit status of a shell; it is a signal handler too."""
   os.write(2, b"Interrupted.\n")  # `print` may be interrupted in itself
   # Threads of XLA and of the data loader may still run; Python's normal exit would crash.
   os._exit(128 + number)
