@@ -158,10 +158,10 @@ def curve(group: Group, key: str, smooth: int = 1) -> Curve:
 
 
 def base_levels(group: Group, key: str) -> list[float]:
-  """Returns the level of the base policy for each run of a group that tells it.
+  """Returns the level of the base policy for each run of a group that wrote it.
 
-  A base has WinRate ½, and its gains and changes are 0. Its score is a metric of its own; earlier
-  versions wrote it at iteration 0 only, at which the policy is the base.
+  The base policy has WinRate ½, gain 0 and change 0. Its score is the metric SCORE/base. Earlier
+  versions wrote only the score of iteration 0, at which the policy is the base policy.
   """
   if not key.startswith(HELD_OUT):
     return []

@@ -52,12 +52,12 @@ _HOPPER = _Generation(9, 0, "ACCELERATED_FEATURES", 128, 2048, (228, 227))
 _BLACKWELL = _Generation(10, 0, "ACCELERATED_FEATURES", 128, 2048, (228, 227))
 _BLACKWELL_GDDR = _Generation(12, 0, "NONE", 128, 1536, (100, 99))
 
-# Rates are from NVIDIA's data sheets and architecture white papers: T4, L4, A10, L40S, A100, H100,
-# H200 and B200 data sheets; GA102 (A6000), Ada (4090) and RTX Blackwell (5090) white papers. Where
-# they give products with sparsity, half of it. GeForce GPUs halve the rate of float32 sums. Memory
-# is what CUDA reports, 1 to 8 % below the nominal size: the driver and ECC take the rest. Links are
-# one direction of NVLink, or of PCIe where a GPU has no NVLink to all others.
-_DESCRIBED = "XLA has no description of this GPU; the plan compiles for one from its data sheet"
+# Rates are the published ones, without sparsity. They come from secondary sources, not from
+# NVIDIA's own data sheets; a test compares them with units x clock. GeForce GPUs halve the rate of
+# products with float32 sums. Memory is what CUDA reports, 1 to 8 % below the nominal size: the
+# driver and ECC take the rest. Links are one direction of NVLink, or of PCIe where a GPU has no
+# NVLink to all others.
+_DESCRIBED = "XLA has no description of this GPU; the plan compiles for one from published figures"
 GPUS = {
   "t4": _Gpu(
     "Tesla T4",

@@ -13,8 +13,8 @@ from prefpaint_jax.kernels.dispatch import traced_for
 from prefpaint_jax.planning import stages
 from prefpaint_jax.planning.chips import CHIPS, GIB, GPUS, find_chip, note, topology_devices
 
-# Multiply-adds of a multiprocessor's tensor cores per clock, with float32 sums, from NVIDIA's
-# architecture white papers; of a T4 those of its float32 units.
+# Published multiply-adds of a multiprocessor's tensor cores per clock, with float32 sums; of a T4
+# those of its float32 units.
 PER_CLOCK = {
   "t4": 64,
   "a10": 512,
@@ -77,7 +77,7 @@ def test_unknown_topology_lists_the_known_ones():
 
 def test_plan_says_where_a_card_differs_from_what_xla_knows():
   assert "no bfloat16" in note("Tesla T4")
-  assert "data sheet" in note("NVIDIA L4")
+  assert "published figures" in note("NVIDIA L4")
   assert note("NVIDIA H100 80GB HBM3") == note("TPU v5 lite") == note("cpu") == ""
 
 
