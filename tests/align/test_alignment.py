@@ -52,20 +52,26 @@ def perturbed(params, scale: float = 0.003):
 
 
 # --------------------------------------------------------------- importance ratio at equal policies
-# In bfloat16, a float32 sum in another order can change the last bit of an activation. With these
-# few latents, one such change moves a ratio by up to 1.5e-4.
+@pytest.fixture
+def full_optimisation(quick_compilation):
+  """Compiles as a run does: without optimisations the rollout and the update round differently."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-5), ("bfloat16", 3e-4)])
-def test_first_update_has_ratio_one_and_no_clipping(dtype, rounding):
-  settings = make_settings(clip_range=rounding)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_first_update_has_ratio_one_and_no_clipping(full_optimisation, dtype):
+  settings = make_settings(clip_range=1e-5)
   modules, params, _, frozen = world(dtype)
-  prompts, trajectory, _ = one_rollout(dtype)
+  prompts, trajectory, _ = one_rollout.__wrapped__(dtype)  # the cached one is not optimised
   evaluate = jax.jit(jax.grad(loss_of(modules, settings), has_aux=True))
   scores = made_up_scores()
   for index in range(STEPS):
     gradients, metrics = evaluate(params, frozen, prompts, trajectory, scores, jnp.array([index]))
-    assert metrics["ppo/clip_fraction"] == 0.0  # each ratio is within `rounding` of 1
-    assert metrics["ppo/ratio_mean"] == pytest.approx(1.0, abs=rounding / 10)
+    assert metrics["ppo/clip_fraction"] == 0.0  # each ratio is within 1e-5 of 1
+    assert metrics["ppo/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
     assert 0 < optax.tree.norm(gradients) < 1e4
 
 
