@@ -10,6 +10,7 @@ from typing import NotRequired, TypedDict
 import numpy as np
 
 SPLITS = ("train", "test")
+UNSEEN = "unseen"  # split of whole images that nothing was trained on, for the final judgement
 VALIDATION = "validation"  # split of preferences that chooses the checkpoint of a reward model
 VALIDATION_SHARE = 0.1  # of the training images
 

@@ -9,27 +9,23 @@ image by (1 - mask). `drawn_prompts.DrawnPrompts` adds fields for the origin of 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from etils import epy
 
 from prefpaint_jax import mini
 from prefpaint_jax.data import images, masks
 from prefpaint_jax.data.drawn_prompts import DrawnPrompts
-from prefpaint_jax.data.examples import SPLITS, Prompt, stack
+from prefpaint_jax.data.examples import UNSEEN, Prompt, stack
+from prefpaint_jax.data.prompt_folders import FolderPrompts, make_prompt, read_ids
 from prefpaint_jax.data.records import encode_png, endless_batches, find_records, write_records
 from prefpaint_jax.runtime.files import read_json
 
 with epy.lazy_imports():
   import grain
   import tensorflow_datasets as tfds
-
-
-UNSEEN = "unseen"  # split of whole images that nothing was trained on, for the final judgement
 
 
 def open_prompts(
@@ -63,7 +59,7 @@ def open_prompts(
     head, _, tail = str(source).rpartition(":")
     folder, listing = Path(head), tail
   if (folder / "masks").is_dir():
-    return _FolderPrompts(folder, _read_ids(folder, split, listing), size)
+    return FolderPrompts(folder, read_ids(folder, split, listing), size)
   if folder.is_dir() and (records := find_records(folder)):
     return _RecordPrompts(folder, records, split, size)
   if folder.is_dir() or str(source).startswith("tfds:") or any(c in str(source) for c in "*,"):
@@ -118,112 +114,7 @@ class _RecordPrompts(Sequence):
       image, mask = images.load_image(record["image"]), images.load_mask(record["mask"])
     except ValueError as error:
       raise ValueError(f"{self._folder}: prompt {id_}: {error}") from None
-    return _prompt(id_, image, mask, self._size, int(record["kind"]))
-
-
-class _FolderPrompts(Sequence):
-  """Prompts of a folder of image files and mask files."""
-
-  def __init__(self, folder: Path, ids: list[str], size: tuple[int, int] | None):
-    mask_files, whole, masked = (
-      {file.name for file in (folder / name).glob("*.png")}
-      for name in ("masks", "images", "masks_color")
-    )
-    self._files, kinds = [], _read_kinds(folder)
-    for id_ in ids:
-      if f"{id_}_mask.png" not in mask_files:
-        raise ValueError(
-          f"{folder / 'masks' / id_}_mask.png: no such file, but {id_} is listed; "
-          "add the mask or remove the ID"
-        )
-      if f"{id_}.png" in whole:
-        image = folder / "images" / f"{id_}.png"
-      elif f"{id_}_mask_color.png" in masked:
-        image = folder / "masks_color" / f"{id_}_mask_color.png"
-      else:
-        raise ValueError(
-          f"{folder}: neither images/{id_}.png nor masks_color/{id_}_mask_color.png exists; "
-          f"add one or remove {id_}"
-        )
-      self._files.append((id_, image, folder / "masks" / f"{id_}_mask.png", kinds.get(id_)))
-    self._size = size
-
-  def __len__(self) -> int:
-    return len(self._files)
-
-  def __getitem__(self, index: int) -> Prompt:
-    id_, image_file, mask_file, kind = self._files[index]
-    image = images.load_image(image_file)
-    return _prompt(id_, image, images.load_mask(mask_file, image.shape[:2]), self._size, kind)
-
-
-def _prompt(
-  id_: str,
-  image: np.ndarray,
-  mask: np.ndarray,
-  size: tuple[int, int] | None,
-  kind: int | None = None,
-) -> Prompt:
-  """Makes a prompt and resizes it to `size`; derives the kind from the mask if it is None.
-
-  The true content is taken as known if the missing pixels are not all black.
-  """
-  complete = bool((image * mask).any())
-  kind = masks.mask_kind(mask) if kind is None else kind
-  if size is not None and size != image.shape[:2]:
-    image, mask = images.resize_prompt(image, mask, size)
-    images.check_mask(mask, size, f"prompt {id_} at {size[0]}x{size[1]}")
-  return Prompt(id=id_, kind=kind, image=image, mask=mask, complete=complete)
-
-
-def _read_ids(folder: Path, split: str, listing: str | None) -> list[str]:
-  """Returns the IDs in `listing`, in the list of the split, or of all masks if there is no list."""
-  if listing is not None:
-    file = folder / listing if (folder / listing).exists() else Path(listing)
-  else:
-    file = folder / f"{split}.txt"
-    if not any((folder / f"{name}.txt").exists() for name in (*SPLITS, UNSEEN)):
-      ids = sorted(path.name.removesuffix("_mask.png") for path in folder.glob("masks/*_mask.png"))
-      if not ids:
-        raise ValueError(f"{folder / 'masks'}: contains no ID_mask.png; add the masks")
-      return ids
-  if not file.is_file():
-    raise ValueError(f"{file}: no such list of prompts; write one ID per line to it")
-  ids = _read_list(file)
-  if not ids:
-    raise ValueError(f"{file}: the list of prompts is empty; write one ID per line to it")
-  for other in (folder / f"{name}.txt" for name in (*SPLITS, UNSEEN)):
-    if listing is None and other != file and other.is_file():
-      both = sorted(set(ids) & set(_read_list(other)))
-      if both:
-        more = f" and {len(both) - 5} more" if len(both) > 5 else ""
-        raise ValueError(
-          f"{file} and {other.name} both list {', '.join(both[:5])}{more}; keep each ID in one list"
-        )
-  return ids
-
-
-def _read_list(file: Path) -> list[str]:
-  """Reads the IDs of a list, each once."""
-  lines = file.read_text("utf-8", errors="replace").splitlines()
-  return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-
-
-def _read_kinds(folder: Path) -> dict[str, int]:
-  """Reads {ID: kind} from prompts.jsonl; empty without that file."""
-  file, kinds = folder / "prompts.jsonl", {}
-  if not file.is_file():
-    return kinds
-  for number, line in enumerate(file.read_text().splitlines(), 1):
-    try:
-      entry = json.loads(line)
-      kinds[entry["image_id"]] = masks.KINDS.index(entry["kind"])
-    except (ValueError, KeyError, TypeError):
-      raise ValueError(
-        f'{file}, line {number}: not {{"image_id": ID, "kind": one of {", ".join(masks.KINDS)}}}; '
-        "correct it or delete the file"
-      ) from None
-  return kinds
+    return make_prompt(id_, image, mask, self._size, int(record["kind"]))
 
 
 def prompt_loader(
