@@ -93,6 +93,8 @@ class DrawnPrompts(Sequence):
       and are drawn again, up to 20 times.
   """
 
+  has_texts = False
+
   def __init__(
     self,
     source: str | Path,

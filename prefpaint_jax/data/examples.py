@@ -29,10 +29,15 @@ class Prompt(TypedDict):
   source: NotRequired[str]
   picture: NotRequired[str]  # id of the image that the prompt was drawn from
   complete: NotRequired[bool]  # the missing pixels of `image` hold the true content
+  text: NotRequired[str]
 
 
 def stack(prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-  """Stacks prompts of one size: id, kind, complete [b], image [b, H, W, 3], mask [b, H, W, 1].
+  """Stacks prompts of one size.
+
+  Returns:
+    id, kind, complete, text [b], image [b, H, W, 3], mask [b, H, W, 1]. `text` is an array of
+    strings; the text of a prompt without one is empty.
 
   Raises:
     ValueError: two prompts differ in size. The message names them.
@@ -46,6 +51,7 @@ def stack(prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
     "id": np.array([prompt["id"] for prompt in prompts]),
     "kind": np.array([prompt["kind"] for prompt in prompts], np.int32),
     "complete": np.array([prompt.get("complete", False) for prompt in prompts]),
+    "text": np.array([prompt.get("text", "") for prompt in prompts]),
     "image": np.stack([prompt["image"] for prompt in prompts]),
     "mask": np.stack([prompt["mask"] for prompt in prompts]),
   }

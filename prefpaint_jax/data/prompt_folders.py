@@ -3,25 +3,33 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from prefpaint_jax.data import images, masks
+from prefpaint_jax.data.captions import check_text, read_captions
 from prefpaint_jax.data.examples import SPLITS, UNSEEN, Prompt
+from prefpaint_jax.runtime.files import parse_json
 
 
 class FolderPrompts(Sequence):
   """Prompts of a folder of image files and mask files."""
+
+  has_texts: bool  # a prompt of the folder has a text
 
   def __init__(self, folder: Path, ids: list[str], size: tuple[int, int] | None):
     mask_files, whole, masked = (
       {file.name for file in (folder / name).glob("*.png")}
       for name in ("masks", "images", "masks_color")
     )
-    self._files, kinds = [], _read_kinds(folder)
+    self._files, (kinds, self._texts) = [], _read_lines(folder)
+    captions = read_captions(folder, {name.removesuffix("_mask.png") for name in mask_files})
+    if captions and self._texts:
+      raise ValueError(f"{folder}: captions and prompts.jsonl both have texts; keep only one")
+    self._texts |= captions
+    self.has_texts = any(self._texts.values())
     for id_ in ids:
       if f"{id_}_mask.png" not in mask_files:
         raise ValueError(
@@ -46,7 +54,8 @@ class FolderPrompts(Sequence):
   def __getitem__(self, index: int) -> Prompt:
     id_, image_file, mask_file, kind = self._files[index]
     image = images.load_image(image_file)
-    return make_prompt(id_, image, images.load_mask(mask_file, image.shape[:2]), self._size, kind)
+    mask = images.load_mask(mask_file, image.shape[:2])
+    return make_prompt(id_, image, mask, self._size, kind, self._texts.get(id_))
 
 
 def make_prompt(
@@ -55,6 +64,7 @@ def make_prompt(
   mask: np.ndarray,
   size: tuple[int, int] | None,
   kind: int | None = None,
+  text: str | None = None,
 ) -> Prompt:
   """Makes a prompt and resizes it to `size`; derives the kind from the mask if it is None.
 
@@ -65,7 +75,10 @@ def make_prompt(
   if size is not None and size != image.shape[:2]:
     image, mask = images.resize_prompt(image, mask, size)
     images.check_mask(mask, size, f"prompt {id_} at {size[0]}x{size[1]}")
-  return Prompt(id=id_, kind=kind, image=image, mask=mask, complete=complete)
+  prompt = Prompt(id=id_, kind=kind, image=image, mask=mask, complete=complete)
+  if text is not None:
+    prompt["text"] = text
+  return prompt
 
 
 def read_ids(folder: Path, split: str, listing: str | None) -> list[str]:
@@ -101,18 +114,19 @@ def _read_list(file: Path) -> list[str]:
   return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
-def _read_kinds(folder: Path) -> dict[str, int]:
-  """Reads {ID: kind} from prompts.jsonl; empty without that file."""
-  file, kinds = folder / "prompts.jsonl", {}
-  if not file.is_file():
-    return kinds
-  for number, line in enumerate(file.read_text().splitlines(), 1):
+def _read_lines(folder: Path) -> tuple[dict[str, int], dict[str, str]]:
+  """Reads {ID: kind} and {ID: text} from prompts.jsonl; both are empty without that file."""
+  file, kinds, texts = folder / "prompts.jsonl", {}, {}
+  for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else (), 1):
+    place = f"{file}, line {number}"
     try:
-      entry = json.loads(line)
+      entry = parse_json(line, place)
       kinds[entry["image_id"]] = masks.KINDS.index(entry["kind"])
     except (ValueError, KeyError, TypeError):
       raise ValueError(
-        f'{file}, line {number}: not {{"image_id": ID, "kind": one of {", ".join(masks.KINDS)}}}; '
+        f'{place}: not {{"image_id": ID, "kind": one of {", ".join(masks.KINDS)}}}; '
         "correct it or delete the file"
       ) from None
-  return kinds
+    if "text" in entry:
+      texts[entry["image_id"]] = check_text(entry["text"], f"{place}: text")
+  return kinds, texts

@@ -3,7 +3,8 @@
 A prompt is a dict {id: str, kind: int (index into masks.KINDS), image: float32 [H, W, 3] in [0, 1],
 mask: float32 [H, W, 1], 1 = missing}. The missing pixels of the image hold the true content if it
 is known, else black; `complete` says which. Code that conditions on a prompt must multiply the
-image by (1 - mask). `drawn_prompts.DrawnPrompts` adds fields for the origin of a prompt.
+image by (1 - mask). `text` is the text of the prompt if its source has one.
+`drawn_prompts.DrawnPrompts` adds fields for the origin of a prompt.
 """
 # Shapes: H W pixels, b prompts of a batch on one process.
 
@@ -17,6 +18,7 @@ from etils import epy
 
 from prefpaint_jax import mini
 from prefpaint_jax.data import images, masks
+from prefpaint_jax.data.captions import decode_text
 from prefpaint_jax.data.drawn_prompts import DrawnPrompts
 from prefpaint_jax.data.examples import UNSEEN, Prompt, stack
 from prefpaint_jax.data.prompt_folders import FolderPrompts, make_prompt, read_ids
@@ -33,6 +35,8 @@ def open_prompts(
 ) -> Sequence[Prompt]:
   """Opens the prompts of one split as a sequence. Indexing decodes a prompt.
 
+  The attribute `has_texts` of the sequence says whether its source has texts.
+
   `source` is one of
     "mini"            the embedded 32x32 prompts;
     FOLDER            a dataset of `build_prompts`, or a tfds dataset with the same features;
@@ -40,7 +44,8 @@ def open_prompts(
                       masks_color/ID_mask_color.png (the image with the missing pixels black).
                       train.txt, test.txt and unseen.txt list the IDs of the splits, one per line;
                       without all three, every split has all prompts. prompts.jsonl may list the
-                      kinds of the masks, which are otherwise derived from the masks;
+                      kinds of the masks, which are otherwise derived from the masks.
+                      captions.jsonl or captions/ID.txt may hold texts (see `data.captions`);
     FOLDER:LIST.txt   the same, with the IDs in LIST.txt, a file in the folder or a path;
     FOLDER            images at any depth; one prompt is drawn from each;
     tfds:NAME         the images of a tfds dataset; one prompt is drawn from each;
@@ -103,6 +108,7 @@ class _RecordPrompts(Sequence):
     as_stored = {name: tfds.decode.SkipDecoding() for name in ("image", "mask")}
     self._records = builder.as_data_source(split=split, decoders=as_stored)
     self._folder, self._size = found[0], size
+    self.has_texts = isinstance(dict(builder.info.features).get("text"), tfds.features.Text)
 
   def __len__(self) -> int:
     return len(self._records)
@@ -114,7 +120,10 @@ class _RecordPrompts(Sequence):
       image, mask = images.load_image(record["image"]), images.load_mask(record["mask"])
     except ValueError as error:
       raise ValueError(f"{self._folder}: prompt {id_}: {error}") from None
-    return make_prompt(id_, image, mask, self._size, int(record["kind"]))
+    text = None
+    if self.has_texts:
+      text = decode_text(record["text"], f"{self._folder}: the text of prompt {id_}")
+    return make_prompt(id_, image, mask, self._size, int(record["kind"]), text)
 
 
 def prompt_loader(
