@@ -21,7 +21,7 @@ from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.diffusion.ddim import Trajectory
 from prefpaint_jax.diffusion.schedule import Schedule
 from prefpaint_jax.models import architectures
-from prefpaint_jax.models.pipeline import Prompts
+from prefpaint_jax.models.conditioning import Context, Prompts
 
 get_config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rl.py"))["get_config"]
 WORLD = dict.fromkeys(("policy", "reward", "prompts"), "")  # no path is read
@@ -115,7 +115,9 @@ def toy_prompts(seed: int = 0) -> Prompts:
   rng = np.random.default_rng(seed)
   draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
   mask = np.ones((B, 4, 4, 1), np.float32)
-  return Prompts(mask, draw(B, 4, 4, 3), mask[:, ::2, ::2], draw(B, 2, 2, 4), draw(1, 1, 3))
+  return Prompts(
+    mask, draw(B, 4, 4, 3), mask[:, ::2, ::2], draw(B, 2, 2, 4), Context(draw(1, 1, 3))
+  )
 
 
 def toy_rollout(settings: Settings, params, prompts: Prompts, seed: int) -> Trajectory:
@@ -125,7 +127,9 @@ def toy_rollout(settings: Settings, params, prompts: Prompts, seed: int) -> Traj
   return ddim.rollout(predict, ToyModules.schedule, steps, noise, key)
 
 
-TOY_FROZEN = Frozen(vae={}, reward={}, whitening=None, context=jnp.zeros((1, 1, 3)), base=TOY)
+TOY_FROZEN = Frozen(
+  vae={}, reward={}, whitening=None, context=Context(jnp.zeros((1, 1, 3))), base=TOY
+)
 
 
 def loss_of(modules, settings: Settings):
