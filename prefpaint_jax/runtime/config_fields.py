@@ -47,6 +47,7 @@ ARGUMENTS: dict[str, Range] = {
 }
 
 # Values that the code names too.
+COMBINATIONS = ("sum", "gdpo", "winrate")
 TRUST_NORMS = ("mahalanobis", "released", "constant", "none")
 KEEP_BEST = ("held_out/reward", "held_out/reward_winrate", "reward/mean")
 KINDS = ("outpainting", "warping", "box", "brush")
@@ -59,6 +60,7 @@ RL: dict[str, Range] = {
   "dtype": DTYPE,
   "policy": NAME,
   "reward": NAME,
+  "combine": Choice(COMBINATIONS),
   "bound": NAME,
   "prompts": NAME,
   "size": SIZE,
