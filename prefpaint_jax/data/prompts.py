@@ -21,7 +21,8 @@ from prefpaint_jax.data import images, masks
 from prefpaint_jax.data.captions import decode_text
 from prefpaint_jax.data.drawn_prompts import DrawnPrompts
 from prefpaint_jax.data.examples import UNSEEN, Prompt, stack
-from prefpaint_jax.data.prompt_folders import FolderPrompts, make_prompt, read_ids
+from prefpaint_jax.data.mapping_files import MAPPING, OUTPAINTING, MappedPrompts
+from prefpaint_jax.data.prompt_folders import FolderPrompts, make_prompt
 from prefpaint_jax.data.records import encode_png, endless_batches, find_records, write_records
 from prefpaint_jax.runtime.files import read_json
 
@@ -46,7 +47,9 @@ def open_prompts(
                       without all three, every split has all prompts. prompts.jsonl may list the
                       kinds of the masks, which are otherwise derived from the masks.
                       captions.jsonl or captions/ID.txt may hold texts (see `data.captions`);
-    FOLDER:LIST.txt   the same, with the IDs in LIST.txt, a file in the folder or a path;
+    FOLDER            with mapping_file.json of BrushBench or EditBench (see `data.mapping_files`);
+                      FOLDER:outpainting takes the outpainting masks;
+    FOLDER:LIST.txt   either folder, with the IDs in LIST.txt, a file in the folder or a path;
     FOLDER            images at any depth; one prompt is drawn from each;
     tfds:NAME         the images of a tfds dataset; one prompt is drawn from each;
     2*A,1*B           a mixture of sources of images (see `data.pictures`).
@@ -60,11 +63,15 @@ def open_prompts(
   """
   size = (size, size) if isinstance(size, int) else size
   folder, listing = Path(mini.locate(source, "prompts")), None
-  if not folder.exists() and ":" in str(source) and str(source).endswith(".txt"):
-    head, _, tail = str(source).rpartition(":")
+  head, _, tail = str(source).rpartition(":")
+  if not folder.exists() and tail == OUTPAINTING and (Path(head) / MAPPING).is_file():
+    return MappedPrompts(Path(head), split, None, "outpainting_mask", size)
+  if not folder.exists() and head and tail.endswith(".txt"):
     folder, listing = Path(head), tail
+  if (folder / MAPPING).is_file():
+    return MappedPrompts(folder, split, listing, "inpainting_mask", size)
   if (folder / "masks").is_dir():
-    return FolderPrompts(folder, read_ids(folder, split, listing), size)
+    return FolderPrompts(folder, split, listing, size)
   if folder.is_dir() and (records := find_records(folder)):
     return _RecordPrompts(folder, records, split, size)
   if folder.is_dir() or str(source).startswith("tfds:") or any(c in str(source) for c in "*,"):
