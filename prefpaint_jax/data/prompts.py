@@ -10,7 +10,7 @@ image by (1 - mask). `text` is the text of the prompt if its source has one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +165,8 @@ def build_prompts(
 ) -> Path:
   """Draws prompts from photographs and writes them as a tfds dataset.
 
-  The prompts are random crops with alternating masks "outpainting" and "holes". The result is
-  deterministic.
+  The prompts are random crops with alternating masks "outpainting" and "holes", and have the texts
+  of their photographs if there are any. The result is deterministic.
 
   Args:
     output_dir: the folder in which the dataset's folder is made.
@@ -186,14 +186,13 @@ def build_prompts(
     kinds = {"outpainting": 1.0, "holes": 1.0}
     return DrawnPrompts(source, split, number, size, seed, "random", crop, test_share, kinds)
 
-  splits = {
-    "train": map(_record, draw(photos, "train", num_train, test_share)),
-    "test": map(_record, draw(photos, "test", num_test, test_share)),
+  drawn = {
+    "train": draw(photos, "train", num_train, test_share),
+    "test": draw(photos, "test", num_test, test_share),
   }
   if unseen is not None:
-    whole = draw(unseen, "test", num_unseen, 1.0)
-    rename = lambda record: record | {"id": record["id"].replace("test", UNSEEN, 1)}
-    splits[UNSEEN] = (rename(_record(prompt)) for prompt in whole)
+    drawn[UNSEEN] = draw(unseen, "test", num_unseen, 1.0)
+  with_text = any(prompts.has_texts for prompts in drawn.values())
   image = lambda C: tfds.features.Image(shape=(None, None, C), encoding_format="png")
   return write_records(
     output_dir,
@@ -204,12 +203,21 @@ def build_prompts(
       "kind": tfds.features.ClassLabel(names=list(masks.KINDS)),
       "image": image(3),
       "mask": image(1),
+      **({"text": tfds.features.Text()} if with_text else {}),
     },
-    splits,
+    {split: _records(prompts, split, with_text) for split, prompts in drawn.items()},
   )
 
 
-def _record(prompt: Prompt) -> dict[str, Any]:
-  """Returns the tfds record of a prompt."""
-  image, mask = encode_png(prompt["image"]), encode_png(prompt["mask"][..., 0])
-  return {"id": prompt["id"], "kind": prompt["kind"], "image": image, "mask": mask}
+def _records(prompts: Sequence[Prompt], split: str, with_text: bool) -> Iterator[dict[str, Any]]:
+  """Yields the tfds records of drawn prompts."""
+  for prompt in prompts:
+    record: dict[str, Any] = {
+      "id": prompt["id"].replace("test", UNSEEN, 1) if split == UNSEEN else prompt["id"],
+      "kind": prompt["kind"],
+      "image": encode_png(prompt["image"]),
+      "mask": encode_png(prompt["mask"][..., 0]),
+    }
+    if with_text:
+      record["text"] = prompt.get("text", "")
+    yield record
