@@ -30,7 +30,7 @@ def read_captions(folder: Path, ids: Iterable[str]) -> dict[str, str]:
   lines, files = folder / LINES, sorted((folder / FILES).glob("**/*.txt"))
   files = [file for file in files if not file.name.startswith(".")]
   if files and lines.is_file():
-    raise ValueError(f"{folder} has both {LINES} and {FILES}/ID.txt; remove one of them")
+    raise ValueError(f"{lines} and {folder / FILES} both have texts; remove one of them")
   if not files and not lines.is_file():
     return {}
   texts, places, ids = {}, {}, frozenset(ids)

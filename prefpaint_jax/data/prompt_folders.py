@@ -128,5 +128,8 @@ def _read_lines(folder: Path) -> tuple[dict[str, int], dict[str, str]]:
         "correct it or delete the file"
       ) from None
     if "text" in entry:
-      texts[entry["image_id"]] = check_text(entry["text"], f"{place}: text")
+      id_ = str(entry["image_id"])
+      if id_ in texts:
+        raise ValueError(f"{place}: {id_} has a text in an earlier line; keep one")
+      texts[id_] = check_text(entry["text"], f"{place}: text")
   return kinds, texts

@@ -107,11 +107,15 @@ def test_texts_of_a_dataset_are_those_that_were_written(tmp_path):
     ({"captions/c.txt": "x"}, r"captions/c\.txt: unknown id 'c'"),
     (
       {"captions.jsonl": row(id="a", text="x"), "captions/a.txt": "x"},
-      r"has both captions\.jsonl and captions/ID\.txt; remove one",
+      r"captions\.jsonl and .*/captions both have texts; remove one",
     ),
     (
       {"captions/a.txt": "x", "prompts.jsonl": row(image_id="a", kind="box", text="x")},
       r"captions and prompts\.jsonl both have texts; keep only one",
+    ),
+    (
+      {"prompts.jsonl": 2 * row(image_id=1, kind="box", text="x")},
+      r"prompts\.jsonl, line 2: 1 has a text in an earlier line; keep one",
     ),
     (
       {"prompts.jsonl": row(image_id="a", kind="box", text=["x"])},
