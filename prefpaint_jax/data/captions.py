@@ -71,6 +71,15 @@ def decode_text(content: bytes, place: str) -> str:
     raise ValueError(f"{place}, line {line}: not text in UTF-8; save the file as UTF-8") from None
 
 
+def check_guidance(scale: float, has_texts: bool, source: str) -> None:
+  """Raises ValueError if config.guidance_scale asks for guidance by texts that `source` lacks."""
+  if scale != 1 and not has_texts:
+    raise ValueError(
+      f"config.guidance_scale is {scale:g}, but {source} has no texts to guide by; add "
+      f"{LINES} to it, or give 1"
+    )
+
+
 def _check_id(id_: str, ids: Collection[str], place: str) -> None:
   """Raises ValueError, which names `place`, for an ID that is not one of `ids`."""
   if id_ not in ids:
