@@ -231,6 +231,7 @@ EVAL: dict[str, Range] = {
   "samples_per_prompt": Integer(2, 10**4),  # WinRate compares different seeds
   "num_steps": NUM_STEPS,
   "eta": ETA,
+  "guidance_scale": GUIDANCE_SCALE,
   "batch_size": COUNT,
   "gallery": Integer(0, 10**4),
 }
