@@ -35,6 +35,10 @@ def get_config(preset: str = "") -> ConfigDict:
   config.num_steps = 50  # T, DDIM steps
   config.mask_latents = "cells"  # missing latents: cells with any missing pixel, or corner (stock)
   config.eta = 1.0  # scale of the noise of each DDIM step; above 0
+  # Classifier-free guidance by the prompts' texts, in the rollout and in the update; 1: none. The
+  # UNet then takes two inputs for each image.
+  config.guidance_scale = 1.0
+  config.text_dropout = 0.0  # share of the texts that are replaced by the empty text in training
   config.vae_posterior = "mean"  # of a prompt's latents: mean, or sample, as the released code
   config.samples_per_pass = 0  # images of a device at a time through the UNet; 0: all
   config.decode_batch = 16  # images that a device encodes, decodes and scores at a time; 0: all

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from prefpaint_jax.align.rollout import decode, encode_prompts
-from prefpaint_jax.align.run import outline
+from prefpaint_jax.align.run import context_shapes, outline
 from prefpaint_jax.align.settings import check_batch
 from prefpaint_jax.align.stages import Stages
 from prefpaint_jax.align.state import Experience, Frozen, TrainState, behaviour_params
@@ -52,18 +52,24 @@ def materialise(shapes: Any) -> Any:
 
 
 def _materialise_frozen(frozen: Frozen) -> Frozen:
-  place = lambda array, shape: sharding.place(shape.sharding, array)
-  normal = np.random.default_rng(0).normal(size=frozen.context.shape).astype(np.float32)
   whitening = frozen.whitening
   if whitening is not None:
-    whitening = place(np.eye(len(whitening), dtype=np.float32), whitening)
+    whitening = sharding.place(whitening.sharding, np.eye(len(whitening), dtype=np.float32))
   return Frozen(
     vae=materialise(frozen.vae),
     reward=materialise(frozen.reward),
     whitening=whitening,
-    context=place(normal, frozen.context),
+    context=_normal(frozen.context),
     base=None if frozen.base is None else materialise(frozen.base),
+    negative=_normal(frozen.negative),
   )
+
+
+def _normal(shapes: Any) -> Any:
+  """Draws normal arrays for a tree of shapes with shardings."""
+  rng = np.random.default_rng(0)
+  draw = lambda x: sharding.place(x.sharding, rng.normal(size=x.shape).astype(np.float32))
+  return jax.tree.map(draw, shapes)
 
 
 class _Timer:
@@ -114,19 +120,17 @@ class _Timer:
     self._say(f"{name}: {median:.4g} s, compiled in {compile_seconds:.3g} s")
     return outputs
 
-  def iterations(
-    self, stages: Stages, state: TrainState, frozen: Frozen, images, masks, key
-  ) -> None:
+  def iterations(self, stages: Stages, state: TrainState, frozen: Frozen, *prompts: Any) -> None:
     """Times whole iterations, in the order of `train`. `stage` must have compiled the programs."""
     seconds = []
     compiled = self.compiled
     for _ in range(1 + self._repeats):
       began = time.perf_counter()
       behaviour = behaviour_params(state)
-      prompts, trajectory, samples = compiled["rollout"](behaviour, frozen, images, masks, key)
-      scores, _ = compiled["score"](frozen, prompts, samples)
-      experience = Experience(prompts, trajectory, scores)
-      for indices in stages.draw_timesteps(key):
+      encoded, trajectory, samples = compiled["rollout"](behaviour, frozen, *prompts)
+      scores, _ = compiled["score"](frozen, encoded, samples)
+      experience = Experience(encoded, trajectory, scores)
+      for indices in stages.draw_timesteps(jax.random.key(0)):
         state, _ = compiled["update"](state, frozen, experience, indices)
       state = jax.block_until_ready(stages.end_iteration(state))
       seconds.append(time.perf_counter() - began)
@@ -171,12 +175,13 @@ def benchmark(
   settings, stages, frozen = run.settings, run.stages, _materialise_frozen(run.frozen)
   state = stages.init(materialise(run.state_shapes.params))
   images, masks = _random_prompts(config, mesh)
+  context = _normal(context_shapes(config, mesh, run.frozen)) if run.has_texts else None
   key = jax.random.key(config.seed)
   timer = _Timer(mesh, repeats, say)
 
   # The outputs of a stage are arguments of the next.
   prompts, trajectory, samples = timer.stage(
-    "rollout", stages.rollout, behaviour_params(state), frozen, images, masks, key
+    "rollout", stages.rollout, behaviour_params(state), frozen, images, masks, key, context
   )
   encode = functools.partial(encode_prompts, modules, settings, mesh=mesh)
   jit = fast_jit(mesh)
@@ -189,7 +194,7 @@ def benchmark(
   arguments = state, frozen, experience, indices
   state, _ = timer.stage("update", stages.update, *arguments, times=updates, donates_state=True)
   del prompts, trajectory, samples, scores, experience, arguments
-  timer.iterations(stages, state, frozen, images, masks, key)
+  timer.iterations(stages, state, frozen, images, masks, key, context)
   return {
     "policy": config.policy,
     "architecture": source,

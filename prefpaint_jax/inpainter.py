@@ -21,9 +21,11 @@ from prefpaint_jax import mini
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.models import lora, sampling
+from prefpaint_jax.models.conditioning import Context, Guidance
 from prefpaint_jax.models.exported import exported_configs
-from prefpaint_jax.models.pipeline import NETWORKS, Modules, list_texts, make_modules, sampling_key
-from prefpaint_jax.models.text import tokenize
+from prefpaint_jax.models.pipeline import NETWORKS, Modules, Tokens, make_modules
+from prefpaint_jax.models.sampling import sampling_key
+from prefpaint_jax.models.text import list_texts, tokenize
 from prefpaint_jax.runtime import files, sharding
 from prefpaint_jax.runtime.compilation import enable_cache
 from prefpaint_jax.runtime.config_check import check_values
@@ -142,15 +144,40 @@ class Inpainter:
     self._batch_sharding = sharding.batch_sharding(mesh)
     return self
 
-  def encode_text(self, texts: Sequence[str]) -> jax.Array:
-    """Computes the context [B, L, D] of texts; texts of more than L tokens are cut."""
-    ids, mask = tokenize(self.tokenizer, self.modules.text_encoder.config, texts)
-    return sampling.encode_text(self.modules, self.params["text_encoder"], ids, mask)
+  def tokenize(self, texts: Sequence[str]) -> Tokens:
+    """Computes the tokens of B texts; texts of more than L tokens are cut."""
+    return tokenize(self.tokenizer, self.modules.text_encoder.config, texts)
+
+  def encode_text(self, texts: Sequence[str]) -> Context:
+    """Computes the context of B texts."""
+    return sampling.encode_text(self.modules, self.text_params, self.tokenize(texts))
+
+  @property
+  def text_params(self) -> dict[str, Params]:
+    """The parameters of the text encoders by name."""
+    return {"text_encoder": self.params["text_encoder"]}
 
   @functools.cached_property
-  def empty_context(self) -> jax.Array:
-    """The context [1, L, D] of the empty text, computed on first use."""
+  def empty_context(self) -> Context:
+    """The context of the empty text, computed on first use."""
     return self.encode_text([""])
+
+  def guidance(
+    self, scale: float, texts: Sequence[str] | None, negative_texts: Sequence[str] | None = None
+  ) -> Guidance | None:
+    """Returns classifier-free guidance away from negative texts, or None if it changes nothing.
+
+    Args:
+      texts: None: any.
+      negative_texts: None: no text, as stock pipelines.
+    """
+    negative_texts = [""] if negative_texts is None else negative_texts
+    equal = texts is not None and np.all(np.array(texts) == np.array(negative_texts))
+    if scale == 1 or equal:
+      return None
+    is_empty = not any(negative_texts)
+    negative = self.empty_context if is_empty else self.encode_text(negative_texts)
+    return Guidance(np.float32(scale), negative)
 
   def working_size(self, height: int, width: int) -> tuple[int, int]:
     """Returns the (height, width) at which the networks process an image.
@@ -171,6 +198,7 @@ class Inpainter:
     num_steps: int = 50,
     eta: float = 0.0,
     text: str | Sequence[str] = "",
+    negative_text: str | Sequence[str] | None = None,
     guidance_scale: float = 7.5,
     latents: Any = None,
     num_samples: int = 1,
@@ -189,7 +217,8 @@ class Inpainter:
       num_steps: DDIM steps.
       eta: 0 is deterministic given the initial noise; 1 has the noise of DDPM.
       text: one text for all images, or B texts.
-      guidance_scale: weight of classifier-free guidance; 1, or the empty text, disables it.
+      negative_text: what guidance leads away from, one text or B texts; default: no text.
+      guidance_scale: weight of classifier-free guidance; 1, or equal texts, disables it.
       latents: initial noise [B S, h, w, 4]; default: drawn from `key`.
       num_samples: S.
       paste_back: keep the known pixels of `image`; otherwise the VAE reconstructs them.
@@ -208,7 +237,9 @@ class Inpainter:
     size = self.working_size(H, W)
     check_memory(36 * B * num_samples * H * W, f"num_samples={num_samples} of {B} {H}x{W} images")
     small_images, small_masks = image_io.resize_prompts(images, masks, size)
-    texts = list_texts(text, B)
+    texts, negative_texts = list_texts(text, B), negative_text
+    if negative_text is not None:
+      negative_texts = list_texts(negative_text, B, "negative_text")
     context = self.encode_text(texts) if any(texts) else self.empty_context
     noise_key, chain_key = jax.random.split(key)
     latents = self._initial_noise(noise_key, latents, B * num_samples, size)
@@ -222,13 +253,11 @@ class Inpainter:
       small_images,
       small_masks,
       context,
-      self.empty_context,
-      float(guidance_scale),
+      self.guidance(guidance_scale, texts, negative_texts),
       latents,
       chain_key,
       ddim.ddim_steps(self.modules.schedule, num_steps, eta),
       num_samples=num_samples,
-      guided=guidance_scale != 1 and any(texts),
       report=report,
     )
     samples = np.asarray(samples)

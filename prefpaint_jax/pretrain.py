@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from prefpaint_jax.data.drawn_prompts import DrawnPrompts
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.inpainter import Inpainter, open_policy
+from prefpaint_jax.models.conditioning import Context
 from prefpaint_jax.models.pipeline import Modules, make_modules
 from prefpaint_jax.models.tokenizer import byte_tokenizer
 from prefpaint_jax.models.vae import AutoencoderKL
@@ -98,7 +99,7 @@ def vae_loss(
 def unet_loss(
   modules: Modules,
   vae: Params,
-  context: jax.Array,
+  context: Context,
   params: Params,
   batch: dict[str, jax.Array],
   key: jax.Array,
@@ -107,7 +108,7 @@ def unet_loss(
 
   Args:
     vae: parameters of the VAE.
-    context: of the empty text [1, L, D].
+    context: of the empty text.
     params: of the UNet.
     batch: of `image_loader`. The prompt is "image" under "mask", and the UNet denoises "target".
     key: of the timesteps and the noise.

@@ -9,21 +9,20 @@ well, and results then differ in their last bits, because sums run in a differen
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from prefpaint_jax.align.held_out import HeldOut
 from prefpaint_jax.align.optimizer import rate_of_iteration
-from prefpaint_jax.align.results import print_comparison, print_results
-from prefpaint_jax.align.run import Run, image_shapes, make_run
+from prefpaint_jax.align.results import print_comparison, print_results, warn_of_equal_weights
+from prefpaint_jax.align.run import Run, context_shapes, image_shapes, make_run
 from prefpaint_jax.align.settings import (
   check_batch,
   check_config,
@@ -39,6 +38,7 @@ from prefpaint_jax.align.state import (
   behaviour_params,
   current_params,
 )
+from prefpaint_jax.align.texts import Texts
 from prefpaint_jax.data.images import save_png
 from prefpaint_jax.data.prompts import final_split, open_prompts, prompt_loader
 from prefpaint_jax.inpainter import open_policy
@@ -58,14 +58,15 @@ WRITES = ("checkpoints", "metrics.jsonl", "samples", "tensorboard")
 # Fields that a resumed run may change; it may also change those that end in _every.
 FREE = ("num_iterations", "samples_per_pass", "keep_checkpoints", "keep_best")
 
-SMALL_SPREAD = 0.02  # of the trust weights, as a share of their mean
 
-
-def load_run(config: ConfigDict, mesh: Mesh, step: int | None = None) -> Run:
+def load_run(
+  config: ConfigDict, mesh: Mesh, step: int | None = None, has_texts: bool = False
+) -> Run:
   """Loads the policy and the reward model of a config and places them on the mesh.
 
   Args:
     step: the checkpoint of the policy, if that is a run.
+    has_texts: prompts have texts.
   """
   trust = settings_from(config).trust
   policy = open_policy(config.policy, config.dtype, step, config.remat)
@@ -76,6 +77,7 @@ def load_run(config: ConfigDict, mesh: Mesh, step: int | None = None) -> Run:
       "--config.bound=FILE or --config.trust.norm=none"
     )
   bound = reward_model.bound
+  guidance = policy.guidance(config.guidance_scale, None if has_texts else [""])
   if trust.needs_bound:
     check_condition(bound.whitening, trust.norm)
   frozen = Frozen(
@@ -84,9 +86,19 @@ def load_run(config: ConfigDict, mesh: Mesh, step: int | None = None) -> Run:
     whitening=None if bound is None else bound.whitening.astype(np.float32),
     context=policy.empty_context,
     base=None,
+    negative=guidance and guidance.negative,
   )
   base = policy.params.pop("unet")
-  return make_run(config, mesh, policy.modules, reward_model.network, base, frozen)
+  run = make_run(
+    config, mesh, policy.modules, reward_model.network, base, frozen, has_texts=has_texts
+  )
+  if not has_texts:
+    return run
+  most = max(config.batch_size, config.num_samples)
+  modules, encoders = policy.modules, policy.text_params
+  return run._replace(
+    texts=Texts(modules, encoders, policy.tokenize, policy.empty_context, mesh, most)
+  )
 
 
 class Session(NamedTuple):
@@ -120,7 +132,8 @@ def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session
   checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best)
   is_new = checkpoints.latest() is None
   with waiting(f"loading {config.policy} (reward: {config.reward})"):
-    run = load_run(config, mesh, base_step(config.policy, workdir, is_new))
+    has_texts = prompts.has_texts or prompts_of["eval_prompts"].has_texts
+    run = load_run(config, mesh, base_step(config.policy, workdir, is_new), has_texts)
 
   ### State: fresh, or exactly where an earlier run stopped.
   if is_new:
@@ -166,7 +179,8 @@ def iterate(
   start = saved = int(state.iteration)
   stopping = failed = False
   if start < config.num_iterations:
-    compile_iteration(stages, state, frozen, *image_shapes(config, mesh))
+    context = context_shapes(config, mesh, frozen) if run.has_texts else None
+    compile_iteration(stages, state, frozen, *image_shapes(config, mesh), context)
   if start == 0 and config.sample_every:
     with waiting(f"sampling {config.num_samples} held-out prompts"):
       write_sample(session, state)
@@ -179,8 +193,11 @@ def iterate(
     stopping = asked_to_stop()
     batch = next(loader)
     images, masks = sharding.to_global(mesh, (batch["image"], batch["mask"]))
+    context = run.texts and run.texts(list(batch["text"]))
     behaviour = behaviour_params(state)
-    prompts, trajectory, samples = stages.rollout(behaviour, frozen, images, masks, rollout_key)
+    prompts, trajectory, samples = stages.rollout(
+      behaviour, frozen, images, masks, rollout_key, context
+    )
     scores, score_metrics = stages.score(frozen, prompts, samples)
     log.scored(score_metrics)
     experience, update_metrics = Experience(prompts, trajectory, scores), []
@@ -221,17 +238,6 @@ def iterate(
       f"{config.max_nan_fraction:.0%}; the run was stopped"
     )
   return state, saved, bool(stopping)
-
-
-def warn_of_equal_weights(trust: ConfigDict, line: Mapping[str, float]) -> None:
-  """Warns if the trust weights of an iteration hardly differ, and so change nothing."""
-  spread = line.get("trust/std", np.nan) / max(line.get("trust/mean", 1.0), 1e-30)
-  if trust.norm in ("mahalanobis", "released") and spread < SMALL_SPREAD:
-    logging.warning(
-      "trust weights spread by %.2g %% around %.3g, so trust.norm=%s acts as a constant; raise "
-      "trust.k=%g until they spread by %g %% or more",
-      *(100 * spread, line["trust/mean"], trust.norm, trust.k, 100 * SMALL_SPREAD),
-    )
 
 
 def write_sample(session: Session, state: TrainState) -> None:

@@ -17,11 +17,12 @@ from prefpaint_jax.align import rollout as rollout_lib
 from prefpaint_jax.align import update
 from prefpaint_jax.align.settings import Settings, Trust, settings_from
 from prefpaint_jax.align.state import Experience, Frozen, Sampler, Scores
+from prefpaint_jax.align.texts import Texts
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.diffusion.ddim import Trajectory
 from prefpaint_jax.diffusion.schedule import Schedule
 from prefpaint_jax.models import architectures
-from prefpaint_jax.models.pipeline import Prompts
+from prefpaint_jax.models.conditioning import Context, Prompts
 
 get_config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rl.py"))["get_config"]
 WORLD = dict.fromkeys(("policy", "reward", "prompts"), "")  # no path is read
@@ -53,6 +54,17 @@ def world(dtype: str = "float32"):
     base=base,
   )
   return inpainter.modules, base, reward_model.network, frozen
+
+
+TEXTS = ["a warm sky", "", "cold water", "a warm sky"]
+
+
+def contexts(mesh, dtype: str, number: int) -> Context:
+  """Encodes TEXTS, repeated to `number`, as a run does."""
+  inpainter = testing.tiny_inpainter(dtype=dtype)
+  empty, encoders = inpainter.empty_context, inpainter.text_params
+  texts = Texts(inpainter.modules, encoders, inpainter.tokenize, empty, mesh, number)
+  return texts(TEXTS * (number // len(TEXTS)))
 
 
 def steps_of(settings: Settings) -> ddim.Steps:
@@ -115,7 +127,9 @@ def toy_prompts(seed: int = 0) -> Prompts:
   rng = np.random.default_rng(seed)
   draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
   mask = np.ones((B, 4, 4, 1), np.float32)
-  return Prompts(mask, draw(B, 4, 4, 3), mask[:, ::2, ::2], draw(B, 2, 2, 4), draw(1, 1, 3))
+  return Prompts(
+    mask, draw(B, 4, 4, 3), mask[:, ::2, ::2], draw(B, 2, 2, 4), Context(draw(1, 1, 3))
+  )
 
 
 def toy_rollout(settings: Settings, params, prompts: Prompts, seed: int) -> Trajectory:
@@ -125,7 +139,9 @@ def toy_rollout(settings: Settings, params, prompts: Prompts, seed: int) -> Traj
   return ddim.rollout(predict, ToyModules.schedule, steps, noise, key)
 
 
-TOY_FROZEN = Frozen(vae={}, reward={}, whitening=None, context=jnp.zeros((1, 1, 3)), base=TOY)
+TOY_FROZEN = Frozen(
+  vae={}, reward={}, whitening=None, context=Context(jnp.zeros((1, 1, 3))), base=TOY
+)
 
 
 def loss_of(modules, settings: Settings):

@@ -16,7 +16,8 @@ from prefpaint_jax.align.run import outline
 from prefpaint_jax.align.stages import make_stages
 from prefpaint_jax.align.state import Experience, behaviour_params
 from prefpaint_jax.models.architectures import read_architecture
-from prefpaint_jax.models.pipeline import Prompts, make_modules
+from prefpaint_jax.models.conditioning import Context, Prompts
+from prefpaint_jax.models.pipeline import make_modules
 from prefpaint_jax.planning import cost
 from prefpaint_jax.runtime import sharding
 
@@ -82,7 +83,7 @@ def test_products_are_99_percent_of_the_operations_of_stable_diffusion():
   array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   latents = array(4, 64, 64, 4)
   known = array(4, 512, 512, 1), array(4, 512, 512, 3), array(4, 64, 64, 1), latents
-  prompts = Prompts(*known, context=array(1, 77, 768))
+  prompts = Prompts(*known, context=Context(array(1, 77, 768)))
 
   def loss(params, prompts, latents):
     return modules.predict(params, prompts, latents, jnp.int32(1)).sum()

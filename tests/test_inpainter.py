@@ -138,7 +138,7 @@ def test_text_and_guidance_change_the_samples(inpainter, prompt):
 
 def test_all_texts_share_one_compiled_program(inpainter):
   compiled = sampling.encode_text._cache_size()
-  a, b = inpainter.encode_text(["a door"]), inpainter.encode_text(["a wall"])
+  a, b = (inpainter.encode_text([text]).tokens for text in ("a door", "a wall"))
   assert np.abs(a - b).max() > 0.01
   assert sampling.encode_text._cache_size() - compiled <= 1
 
@@ -302,7 +302,7 @@ def test_context_of_an_empty_text_equals_that_of_transformers(both):
   tokens = stock.tokenizer("", padding="max_length", max_length=length, return_tensors="pt")
   with torch.no_grad():
     expected = stock.text_encoder(tokens.input_ids).last_hidden_state.numpy()
-  np.testing.assert_allclose(ours.empty_context, expected, atol=1e-5)
+  np.testing.assert_allclose(ours.empty_context.tokens, expected, atol=1e-5)
 
 
 # -------------------------------------------------------------------------------------- errors

@@ -84,7 +84,9 @@ class HeldOut:
     """Returns samples [N, H, W, 3] and their rewards [N] of a batch, on every process."""
     layout, frozen = sharding.batch_sharding(self._mesh), self._run.frozen
     images, masks = sharding.place(layout, (batch["image"], batch["mask"]))
-    samples = self._run.stages.inpaint(params, frozen, images, masks, key)
+    texts = self._run.texts
+    context = texts and texts(texts.local(list(batch["text"])))
+    samples = self._run.stages.inpaint(params, frozen, images, masks, key, context)
     rewards = _rewards_of(self._run.network, frozen.reward, samples, images * (1.0 - masks))
     return multihost_utils.process_allgather((samples, rewards), tiled=True)
 

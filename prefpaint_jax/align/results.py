@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from prefpaint_jax.align.held_out import SAMPLES
@@ -14,6 +15,7 @@ from prefpaint_jax.evaluation import winrate
 from prefpaint_jax.evaluation.tables import describe
 from prefpaint_jax.runtime.text import print_next
 
+SMALL_SPREAD = 0.02  # of the trust weights, as a share of their mean
 TITLES = {"reward": "learned reward", "true_preference": "true preference"}
 
 
@@ -46,3 +48,14 @@ def print_results(config: ConfigDict, workdir: Path, iteration: int) -> None:
     ("evaluate", *evaluation),
     ("export", f"--workdir={workdir}", f"--output={workdir}_aligned"),
   )
+
+
+def warn_of_equal_weights(trust: ConfigDict, line: Mapping[str, float]) -> None:
+  """Warns if the trust weights of an iteration hardly differ, and so change nothing."""
+  spread = line.get("trust/std", np.nan) / max(line.get("trust/mean", 1.0), 1e-30)
+  if trust.norm in ("mahalanobis", "released") and spread < SMALL_SPREAD:
+    logging.warning(
+      "trust weights spread by %.2g %% around %.3g, so trust.norm=%s acts as a constant; raise "
+      "trust.k=%g until they spread by %g %% or more",
+      *(100 * spread, line["trust/mean"], trust.norm, trust.k, 100 * SMALL_SPREAD),
+    )

@@ -14,7 +14,8 @@ from prefpaint_jax.align.settings import Settings
 from prefpaint_jax.align.state import Frozen, Sampler, gather, log_prob_weight, merged_params
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.diffusion.ddim import Trajectory
-from prefpaint_jax.models.pipeline import Modules, Prompts
+from prefpaint_jax.models.conditioning import Context, Guidance, Prompts, combine
+from prefpaint_jax.models.pipeline import Modules
 from prefpaint_jax.weights.names import Params
 
 
@@ -76,12 +77,14 @@ def encode_prompts(
   frozen: Frozen,
   images: Float[Array, "P H W 3"],
   masks: Float[Array, "P H W 1"],
+  context: Context | None = None,
   mesh: Mesh | None = None,
   key: jax.Array | None = None,
 ) -> Prompts:
   """Encodes images in [0, 1] and masks (1 = missing) as the prompts of B = P S samples.
 
   Args:
+    context: of the prompts' texts; None: no prompt has a text.
     key: draws one sample of the VAE's posterior for each prompt; None: the posterior's mean.
   """
   arrays = (images, masks)
@@ -92,7 +95,19 @@ def encode_prompts(
     return modules.encode_prompts(params, images, masks, None, noise)
 
   prompts = in_chunks(encode, settings.decode_batch, mesh, frozen.vae, *arrays)
-  return prompts._replace(context=frozen.context).repeat(settings.samples_per_prompt)
+  guidance = None
+  if frozen.negative is not None:
+    guidance = Guidance(jnp.float32(settings.guidance_scale), frozen.negative)
+  prompts = modules.condition(prompts, frozen.context if context is None else context, guidance)
+  return prompts.repeat(settings.samples_per_prompt)
+
+
+def drop_texts(settings: Settings, frozen: Frozen, context: Context, key: jax.Array) -> Context:
+  """Replaces each prompt's text by the empty text with the probability `text_dropout`."""
+  P = context.tokens.shape[0]
+  dropped = jax.random.bernoulli(key, settings.text_dropout, (P,))
+  choose = lambda x, empty: jnp.where(jnp.expand_dims(dropped, range(1, x.ndim)), empty, x)
+  return jax.tree.map(choose, context, frozen.context.broadcast(P))
 
 
 def _start_chain(
@@ -101,6 +116,7 @@ def _start_chain(
   frozen: Frozen,
   images: jax.Array,
   masks: jax.Array,
+  context: Context | None,
   key: jax.Array,
   mesh: Mesh | None,
 ):
@@ -109,18 +125,20 @@ def _start_chain(
   posterior_key = None
   if settings.vae_posterior == "sample":
     key, posterior_key = jax.random.split(key)
-  prompts = encode_prompts(modules, settings, frozen, images, masks, mesh, posterior_key)
+  prompts = encode_prompts(modules, settings, frozen, images, masks, context, mesh, posterior_key)
   # The parameters are gathered once for all steps; then every device works without the others.
   policy = gather(sampler, policy, mesh)
   policy = modules.round_params(merged_params(settings, frozen.base, policy))
 
-  def predict_some(shared: Any, prompts: Prompts, latents: jax.Array):
-    policy, context, timestep = shared
-    return modules.predict(policy, prompts._replace(context=context), latents, timestep)
+  own, shared = prompts.partition()
+
+  def predict_some(shared: Any, own: Prompts, latents: jax.Array):
+    policy, shared, timestep = shared
+    return modules.predict(policy, combine(own, shared), latents, timestep)
 
   def predict(latents: jax.Array, timestep: jax.Array):
-    shared, own = (policy, prompts.context, timestep), prompts._replace(context=None)
-    return in_chunks(predict_some, settings.samples_per_pass, mesh, shared, own, latents)
+    of_all = policy, shared, timestep
+    return in_chunks(predict_some, settings.samples_per_pass, mesh, of_all, own, latents)
 
   noise_key, chain_key = jax.random.split(key)
   noise = jax.random.normal(noise_key, prompts.masked_latents.shape)
@@ -134,6 +152,7 @@ def rollout(
   images: Float[Array, "P H W 3"],
   masks: Float[Array, "P H W 1"],
   key: jax.Array,
+  context: Context | None = None,
   mesh: Mesh | None = None,
 ) -> tuple[Prompts, Trajectory, Float[Array, "B H W 3"]]:
   """Samples S inpaintings of each prompt with the policy, and keeps the DDIM chain.
@@ -142,11 +161,17 @@ def rollout(
     policy: the behaviour policy's parameters, or its LoRA adapters.
     images: in [0, 1]; pixels under the mask are ignored.
     masks: 1 = missing.
+    context: of the prompts' texts; None: no prompt has a text.
 
   Returns:
     The prompts of the B samples, their trajectory, and the samples in [0, 1].
   """
-  prompts, predict, noise, key = _start_chain(sampler, policy, frozen, images, masks, key, mesh)
+  if sampler.settings.text_dropout and context is not None:
+    key, text_key = jax.random.split(key)
+    context = drop_texts(sampler.settings, frozen, context, text_key)
+  prompts, predict, noise, key = _start_chain(
+    sampler, policy, frozen, images, masks, context, key, mesh
+  )
   weight = log_prob_weight(sampler.settings, prompts)
   schedule, chunk = sampler.modules.schedule, sampler.settings.decode_batch
   trajectory = ddim.rollout(predict, schedule, sampler.steps, noise, key, weight)
@@ -161,13 +186,16 @@ def inpaint(
   images: Float[Array, "P H W 3"],
   masks: Float[Array, "P H W 1"],
   key: jax.Array,
+  context: Context | None = None,
   mesh: Mesh | None = None,
 ) -> Float[Array, "P H W 3"]:
   """Samples one inpainting of each prompt as `rollout` does, without keeping the chain.
 
   `sampler.settings.samples_per_prompt` must be 1.
   """
-  prompts, predict, noise, key = _start_chain(sampler, policy, frozen, images, masks, key, mesh)
+  prompts, predict, noise, key = _start_chain(
+    sampler, policy, frozen, images, masks, context, key, mesh
+  )
   latents = ddim.sample(predict, sampler.modules.schedule, sampler.steps, noise, key)
   chunk = sampler.settings.decode_batch
   return decode(sampler.modules, frozen.vae, latents, prompts, chunk, mesh)

@@ -2,7 +2,7 @@
 
 `train` makes it of arrays; `plan` and `benchmark` make it of shapes, so that nothing is read.
 """
-# Shapes: L text tokens, D features, C context width.
+# Shapes: D features.
 
 import dataclasses
 import re
@@ -18,9 +18,11 @@ from prefpaint_jax.align.optimizer import optimizer_from
 from prefpaint_jax.align.settings import Settings, settings_from
 from prefpaint_jax.align.stages import Stages, make_stages
 from prefpaint_jax.align.state import Frozen, Sampler, TrainState
+from prefpaint_jax.align.texts import Texts
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.models import lora
 from prefpaint_jax.models.architectures import read_architecture, read_reward
+from prefpaint_jax.models.conditioning import Context
 from prefpaint_jax.models.pipeline import Modules, make_modules
 from prefpaint_jax.models.reward import RewardNetwork, network_shapes
 from prefpaint_jax.runtime import sharding
@@ -35,6 +37,8 @@ class Run(NamedTuple):
   stages: Stages
   begin: Params  # the trained parameters before the first iteration
   frozen: Frozen
+  has_texts: bool = False  # the rollout takes the contexts of the prompts' texts
+  texts: Texts | None = None  # which `train` sets
 
   @property
   def parameters(self) -> dict[str, int]:
@@ -58,6 +62,7 @@ def make_run(
   base: Params,
   frozen: Frozen,
   *,
+  has_texts: bool = False,
   abstract: bool = False,
 ) -> Run:
   """Places the trees of a run on the mesh and makes its stages.
@@ -65,6 +70,7 @@ def make_run(
   Args:
     base: the UNet's parameters.
     frozen: the other trees; its `base` is filled in here.
+    has_texts: prompts have texts, whose contexts the rollout takes.
     abstract: the trees are shapes, and so are those of the result.
   """
   settings = settings_from(config)
@@ -87,8 +93,8 @@ def make_run(
   if settings.kl_weight and not settings.lora:
     frozen = frozen._replace(base=begin)
   sampler = Sampler(modules, settings, steps)
-  stages = make_stages(sampler, network, optimizer_from(config), mesh, begin)
-  return Run(settings, network, stages, begin, frozen)
+  stages = make_stages(sampler, network, optimizer_from(config), mesh, begin, has_texts)
+  return Run(settings, network, stages, begin, frozen, has_texts)
 
 
 def check_dtype(dtype: str, device: Any) -> None:
@@ -105,7 +111,7 @@ def check_dtype(dtype: str, device: Any) -> None:
 
 
 def image_shapes(config: ConfigDict, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
-  """Returns the shapes of an iteration's images and masks, split over the mesh."""
+  """Returns the shapes of an iteration's images and masks, sharded over the mesh."""
   shape = lambda channels: jax.ShapeDtypeStruct(
     (config.batch_size, config.size, config.size, channels),
     jnp.float32,
@@ -114,8 +120,17 @@ def image_shapes(config: ConfigDict, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, 
   return shape(3), shape(1)
 
 
+def context_shapes(config: ConfigDict, mesh: Mesh, frozen: Frozen) -> Context:
+  """Returns the shapes of the contexts of an iteration's texts, sharded over the mesh."""
+  array = lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
+  shapes = jax.tree.map(array, frozen.context)
+  return sharding.with_shardings(shapes, sharding.batch_sharding(mesh))
+
+
 def outline(config: ConfigDict, mesh: Mesh) -> tuple[Run, Modules, str]:
   """Makes a run of shapes: no weights are read or made.
+
+  It has texts if the config has guidance or text dropout, which change nothing without them.
 
   Returns:
     The run, its modules, and a phrase that says where the architecture comes from.
@@ -125,14 +140,20 @@ def outline(config: ConfigDict, mesh: Mesh) -> tuple[Run, Modules, str]:
   network = RewardNetwork(read_reward(config.reward), jnp.dtype(config.dtype))
   shapes = modules.shapes()
   array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-  D, L = network.config.feature_dim, modules.text_encoder.config.max_position_embeddings
+  D = network.config.feature_dim
+  tokens = jax.ShapeDtypeStruct((1, modules.text_length), jnp.int32), None
+  context = jax.eval_shape(modules.encode_text, shapes, tokens)
+  has_texts = config.guidance_scale != 1 or config.text_dropout > 0
   needs_bound = settings_from(config).trust.needs_bound
   frozen = Frozen(
     vae=shapes["vae"],
     reward=network_shapes(network.config),
     whitening=array(D, D) if needs_bound else None,
-    context=array(1, L, modules.unet.config.cross_attention_dim),
+    context=context,
     base=None,
+    negative=context if config.guidance_scale != 1 else None,
   )
-  run = make_run(config, mesh, modules, network, shapes["unet"], frozen, abstract=True)
+  run = make_run(
+    config, mesh, modules, network, shapes["unet"], frozen, has_texts=has_texts, abstract=True
+  )
   return run, modules, source

@@ -14,7 +14,7 @@ from prefpaint_jax.align.rollout import in_chunks
 from prefpaint_jax.align.settings import Settings, Trust
 from prefpaint_jax.align.state import Frozen, Scores
 from prefpaint_jax.models import reward
-from prefpaint_jax.models.pipeline import Prompts
+from prefpaint_jax.models.conditioning import Prompts
 from prefpaint_jax.models.reward import RewardNetwork
 from prefpaint_jax.preference import bound
 from prefpaint_jax.weights.names import Params

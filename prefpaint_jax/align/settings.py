@@ -57,6 +57,8 @@ class Settings:
   timesteps_per_pass: int
   gradient_accumulation: int
   eta: float
+  guidance_scale: float
+  text_dropout: float
   vae_posterior: str
   clip_range: float
   advantage_clip: float

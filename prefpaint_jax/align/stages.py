@@ -28,7 +28,7 @@ from prefpaint_jax.align.state import (
   init_state,
 )
 from prefpaint_jax.diffusion.ddim import Trajectory
-from prefpaint_jax.models.pipeline import Prompts
+from prefpaint_jax.models.conditioning import Context, Prompts
 from prefpaint_jax.models.reward import RewardNetwork
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.runtime.compilation import Program, fast_jit
@@ -56,15 +56,21 @@ def make_stages(
   optimizer: optax.GradientTransformation,
   mesh: Mesh,
   params: Params,
+  has_texts: bool = False,
 ) -> Stages:
-  """Makes the stages for trained parameters like `params`, which may be arrays or shapes."""
+  """Makes the stages.
+
+  Args:
+    params: arrays or shapes of the trained parameters.
+    has_texts: each prompt has a context of its own; otherwise all share that of the empty text.
+  """
   settings = sampler.settings
   init = functools.partial(init_state, sampler, optimizer)
   shapes = jax.eval_shape(init, params)
   layout = sharding.specs(shapes, sharding.DEFAULT_RULES, mesh)
   batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   along_time = NamedSharding(mesh, P(None, *batch.spec))
-  prompts = Prompts(*(batch,) * 4, context=whole)
+  prompts = Prompts(*(batch,) * 4, context=batch if has_texts else whole, guidance=whole)
   trajectory = Trajectory(latents=along_time, log_probs=along_time, timesteps=whole)
 
   @jax.jit
@@ -103,7 +109,12 @@ def make_stages(
 
 
 def compile_iteration(
-  stages: Stages, state: TrainState, frozen: Frozen, images: Any, masks: Any
+  stages: Stages,
+  state: TrainState,
+  frozen: Frozen,
+  images: Any,
+  masks: Any,
+  context: Context | None = None,
 ) -> None:
   """Compiles all programs of an iteration before the first of them runs.
 
@@ -113,7 +124,9 @@ def compile_iteration(
   key, behaviour = jax.random.key(0), behaviour_params(state)
   size = *images.shape, sum(x.size for x in jax.tree.leaves(behaviour))
   with waiting("compiling the rollout", size):
-    prompts, trajectory, samples = stages.rollout.compile(behaviour, frozen, images, masks, key)
+    prompts, trajectory, samples = stages.rollout.compile(
+      behaviour, frozen, images, masks, key, context
+    )
   with waiting("compiling the score", size):
     scores, _ = stages.score.compile(frozen, prompts, samples)
   indices = stages.draw_timesteps(key)[0]

@@ -1,5 +1,5 @@
 """The trees of an alignment run: train state, frozen networks, experience; and how they combine."""
-# Shapes: B samples, H W pixels, h w latents, D features, L text tokens, C context width.
+# Shapes: B samples, h w latents, D features.
 
 from typing import NamedTuple
 
@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from prefpaint_jax.align.settings import Settings
 from prefpaint_jax.diffusion.ddim import Steps, Trajectory
 from prefpaint_jax.models import lora
-from prefpaint_jax.models.pipeline import Modules, Prompts
+from prefpaint_jax.models.conditioning import Context, Prompts
+from prefpaint_jax.models.pipeline import Modules
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.weights.names import Params
 
@@ -31,8 +32,9 @@ class Frozen(NamedTuple):
   vae: Params
   reward: Params
   whitening: Float[Array, "D D"] | None  # of the reward's bound
-  context: Float[Array, "1 L C"]  # of the empty text
+  context: Context  # of the empty text
   base: Params | None  # the UNet before alignment, for the KL term and for LoRA
+  negative: Context | None = None  # that guidance leads away from; None: no guidance
 
 
 class TrainState(NamedTuple):

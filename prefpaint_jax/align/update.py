@@ -30,7 +30,7 @@ from prefpaint_jax.align.state import (
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.diffusion.ddim import Trajectory
 from prefpaint_jax.kernels.dispatch import dispatch
-from prefpaint_jax.models.pipeline import Prompts
+from prefpaint_jax.models.conditioning import Prompts
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.weights.names import Params
 
@@ -154,7 +154,7 @@ def update(
     return gradients, jax.tree.map(jnp.sum, metrics)
 
   if mesh is not None and mesh.size > 1:
-    sum_passes = _per_device(sum_passes, mesh, state.params)
+    sum_passes = _per_device(sum_passes, mesh, state.params, experience.prompts)
   params, base = gather(sampler, state.params, mesh), frozen.base
   if settings.kl_weight and not settings.lora:
     base = gather(sampler, base, mesh)
@@ -179,7 +179,7 @@ def _part(experience: Experience, first: jax.Array, size: int) -> Experience:
   prompts, trajectory, scores = experience
   cut = lambda x, axis=0: jax.lax.dynamic_slice_in_dim(x, first, size, axis)
   return Experience(
-    Prompts(*map(cut, prompts[:-1]), context=prompts.context),
+    prompts.map_samples(cut),
     trajectory._replace(latents=cut(trajectory.latents, 1), log_probs=cut(trajectory.log_probs, 1)),
     Scores(*map(cut, scores)),
   )
@@ -199,7 +199,7 @@ def _row_major(tree: Params) -> Params:
 LAYOUTS = {"reference": lambda tree: tree, "cuda": _row_major}
 
 
-def _per_device(sum_passes, mesh: Mesh, params: Params):
+def _per_device(sum_passes, mesh: Mesh, params: Params, prompts: Prompts):
   """Computes per-device gradients in shard_map and reduces each of them once per update.
 
   Without it XLA would gather parameters and reduce gradients in every pass. Each gradient ends
@@ -220,7 +220,9 @@ def _per_device(sum_passes, mesh: Mesh, params: Params):
 
   own, whole, own_in_time = P(mesh.axis_names), P(), P(None, mesh.axis_names)
   experience = Experience(
-    Prompts(*(own,) * 4, context=whole), Trajectory(own_in_time, own_in_time, whole), own
+    jax.tree.map(lambda is_own: own if is_own else whole, prompts.per_sample),
+    Trajectory(own_in_time, own_in_time, whole),
+    own,
   )
   return jax.shard_map(
     sum_and_reduce,

@@ -1,9 +1,9 @@
-"""The networks of an inpainting pipeline as pure functions, and the prompts that condition them."""
-# Shapes: B prompts, H W pixels, h w latents, c latent channels, L text tokens, D text width.
+"""The networks of an inpainting pipeline as pure functions."""
+# Shapes: B prompts, H W pixels, h w latents, c latent channels.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,37 +12,22 @@ from packaging.version import InvalidVersion, Version
 
 from prefpaint_jax.diffusion.schedule import Schedule
 from prefpaint_jax.models.clip import CLIPTextModel
+from prefpaint_jax.models.conditioning import Context, Guidance, Prompts
 from prefpaint_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from prefpaint_jax.models.unet import UNet2DConditionModel
 from prefpaint_jax.models.vae import AutoencoderKL
 from prefpaint_jax.runtime.config_fields import DTYPE
 from prefpaint_jax.runtime.memory import check_memory
-from prefpaint_jax.runtime.ranges import check, shorten
+from prefpaint_jax.runtime.ranges import check
 from prefpaint_jax.weights.names import Params
 
 NETWORKS = ("unet", "vae", "text_encoder")
 MASK_LATENTS = ("cells", "corner")
 
+Tokens = tuple[jax.Array, jax.Array | None]
+
 # One timestep for the batch, or one per sample.
 Timestep = int | Int[Array, ""] | Int[Array, " B"]
-
-
-class Prompts(NamedTuple):
-  """Encoded prompts: masked images, their masks, and one text for all or one for each."""
-
-  mask: Float[Array, "B H W 1"]  # 1 = missing
-  masked_image: Float[Array, "B H W 3"]  # in [0, 1], black in the hole
-  mask_latents: Float[Array, "B h w 1"]
-  masked_latents: Float[Array, "B h w c"]  # scaled
-  context: Float[Array, "#B L D"] | None  # None: not encoded yet
-
-  def repeat(self, samples: int) -> "Prompts":
-    """Repeats each prompt `samples` times in a row; a context that all share stays one row."""
-    if samples == 1:
-      return self
-    repeated = Prompts(*(jnp.repeat(x, samples, axis=0) for x in self))
-    shared = self.context.shape[0] == 1
-    return repeated._replace(context=self.context) if shared else repeated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +60,11 @@ class Modules:
     size = self.unet.config.sample_size or 64
     return (size if isinstance(size, int) else min(size)) * self.vae.config.factor
 
+  @property
+  def text_length(self) -> int:
+    """Returns the largest number of tokens of a text."""
+    return self.text_encoder.config.max_position_embeddings
+
   def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
     """Returns the shape [B, h, w, c] of the latents of images of `height` by `width` pixels.
 
@@ -96,7 +86,7 @@ class Modules:
     vae_params: Params,
     images: Float[Array, "B H W 3"],
     masks: Float[Array, "B H W 1"],
-    context: Float[Array, "#B L D"] | None,
+    context: Context | None,
     noise: Float[Array, "B h w c"] | None = None,
   ) -> Prompts:
     """Encodes images and masks as prompts.
@@ -104,7 +94,7 @@ class Modules:
     Args:
       images: in [0, 1]; pixels under the mask are ignored.
       masks: 1 = missing.
-      context: of one text for all prompts or of B texts; becomes the prompts' context.
+      context: of one text for all prompts or of B texts; None: `condition` sets it later.
       noise: standard normal, to sample the VAE's posterior; None: its mean.
     """
     known = 1.0 - masks
@@ -115,13 +105,14 @@ class Modules:
     )
     if noise is not None:
       latents = latents + jnp.exp(0.5 * log_variance) * noise
-    return Prompts(
+    prompts = Prompts(
       mask=masks,
       masked_image=images * known,
       mask_latents=self._shrink(masks),
       masked_latents=latents * self.vae.config.scaling_factor,
-      context=context,
+      context=None,
     )
+    return prompts if context is None else self.condition(prompts, context)
 
   def _shrink(self, masks: Float[Array, "B H W 1"]) -> Float[Array, "B h w 1"]:
     """Computes the mask of the latents from that of the pixels, as `mask_latents` says."""
@@ -132,6 +123,12 @@ class Modules:
     cells = jnp.reshape(masks, (B, H // factor, factor, W // factor, factor, 1))
     return jnp.max(cells, axis=(2, 4))
 
+  def condition(
+    self, prompts: Prompts, context: Context, guidance: Guidance | None = None
+  ) -> Prompts:
+    """Returns the prompts with a context, and with guidance by texts unless it is None."""
+    return prompts._replace(context=context, guidance=guidance)
+
   def predict(
     self,
     unet_params: Params,
@@ -139,9 +136,26 @@ class Modules:
     latents: Float[Array, "B h w c"],
     timestep: Timestep,
   ) -> Float[Array, "B h w c"]:
-    """Computes the UNet's output for noisy latents, in float32."""
+    """Computes the UNet's output for noisy latents, in float32; guided if the prompts say so.
+
+    The UNet evaluates the negative texts and the prompts' texts as one batch of 2 B.
+    """
     sample = jnp.concatenate([latents, prompts.mask_latents, prompts.masked_latents], axis=-1)
-    output = self.unet.apply({"params": unet_params}, sample, timestep, prompts.context)
+    context, guidance = prompts.context, prompts.guidance
+    if guidance is None:
+      return self._apply_unet(unet_params, sample, timestep, context)
+    B, twice = len(sample), lambda x: jnp.concatenate([x, x])
+    if jnp.ndim(timestep):
+      timestep = twice(timestep)
+    both = guidance.negative.broadcast(B), context.broadcast(B)
+    context = jax.tree.map(lambda *x: jnp.concatenate(x), *both)
+    output = self._apply_unet(unet_params, twice(sample), timestep, context)
+    return output[:B] + guidance.scale * (output[B:] - output[:B])
+
+  def _apply_unet(
+    self, params: Params, sample: jax.Array, timestep: Timestep, context: Context
+  ) -> jax.Array:
+    output = self.unet.apply({"params": params}, sample, timestep, context.tokens)
     return output.astype(jnp.float32)
 
   def round_params(self, unet_params: Params) -> Params:
@@ -153,29 +167,15 @@ class Modules:
 
     return jax.tree_util.tree_map_with_path(round_one, unet_params)
 
-  def predict_guided(
-    self,
-    unet_params: Params,
-    prompts: Prompts,
-    empty_context: Float[Array, "1 L D"],
-    guidance_scale: Float[Array, ""],
-    latents: Float[Array, "B h w c"],
-    timestep: Int[Array, ""],
-  ) -> Float[Array, "B h w c"]:
-    """Computes the UNet's output with classifier-free guidance (Ho & Salimans 2022).
-
-    The UNet evaluates the empty text and the prompts' text as one batch of 2 B.
+  def encode_text(self, params: dict[str, Params], tokens: Tokens) -> Context:
+    """Computes the context of B texts from their tokens.
 
     Args:
-      empty_context: context of the empty text.
-      guidance_scale: 1 gives the output for the prompts' text, 0 for the empty text.
+      params: trees of the text encoders by name.
+      tokens: ids [B, L] and attention mask [B, L] or None.
     """
-    B = latents.shape[0]
-    broadcast = lambda context: jnp.broadcast_to(context, (B, *context.shape[1:]))
-    context = jnp.concatenate([broadcast(empty_context), broadcast(prompts.context)])
-    doubled = Prompts(*(jnp.concatenate([x, x]) for x in prompts[:-1]), context)
-    output = self.predict(unet_params, doubled, jnp.concatenate([latents, latents]), timestep)
-    return output[:B] + guidance_scale * (output[B:] - output[:B])
+    encoded = self.text_encoder.apply({"params": params["text_encoder"]}, *tokens)
+    return Context(encoded.astype(jnp.float32))
 
   def decode(self, vae_params: Params, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
     """Decodes scaled latents to images in [0, 1]."""
@@ -218,33 +218,6 @@ def _shapes(
   unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel
 ) -> dict[str, Params]:
   return jax.eval_shape(functools.partial(_init, unet, vae, text_encoder), jax.random.key(0))
-
-
-def list_texts(text: Any, number: int) -> list[str]:
-  """Returns one text, or one for each of `number` images.
-
-  Raises:
-    ValueError: `text` is neither a text nor a list of 1 or `number` texts.
-  """
-  texts = [text] if isinstance(text, str) else text
-  if not isinstance(texts, list | tuple) or not all(isinstance(one, str) for one in texts):
-    raise ValueError(f"text is {text!r}; expected a text or a list of texts; give '' for no text")
-  if len(texts) not in (1, number):
-    raise ValueError(f"text: {len(texts)} texts for {number} images; give one, or one for each")
-  return list(texts)
-
-
-def sampling_key(key: Any) -> jax.Array:
-  """Returns a PRNG key, `jax.random.key(0)` for None; raises ValueError for what is no key."""
-  if key is None:
-    return jax.random.key(0)
-  is_typed = isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
-  raw_shape = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
-  is_raw = getattr(key, "dtype", None) == jnp.uint32 and key.shape == raw_shape
-  if not (is_raw or (is_typed and key.ndim == 0)):
-    found = f"an array of {key.dtype}{list(key.shape)}" if hasattr(key, "shape") else shorten(key)
-    raise ValueError(f"key is {found}; expected one PRNG key; give jax.random.key(SEED)")
-  return key
 
 
 def make_modules(

@@ -39,3 +39,17 @@ def tokenize(
       "this text encoder, or add the token's embedding to it"
     )
   return ids, np.asarray(tokens["attention_mask"]) if config.use_attention_mask else None
+
+
+def list_texts(text: Any, number: int, name: str = "text") -> list[str]:
+  """Returns one text, or one for each of `number` images.
+
+  Raises:
+    ValueError: `text` is neither a text nor a list of 1 or `number` texts. The message has `name`.
+  """
+  texts = [text] if isinstance(text, str) else text
+  if not isinstance(texts, list | tuple) or not all(isinstance(one, str) for one in texts):
+    raise ValueError(f"{name} is {text!r}; expected a text or a list of texts; give '' for no text")
+  if len(texts) not in (1, number):
+    raise ValueError(f"{name}: {len(texts)} texts for {number} images; give one, or one for each")
+  return list(texts)

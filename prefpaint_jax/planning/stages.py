@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from prefpaint_jax.align.run import Run, image_shapes, outline
+from prefpaint_jax.align.run import Run, context_shapes, image_shapes, outline
 from prefpaint_jax.align.settings import check_batch, compares_with_base
 from prefpaint_jax.align.state import Experience, behaviour_params
 from prefpaint_jax.planning import cost
@@ -169,7 +169,8 @@ def _measure_stages(
   replicated = sharding.replicated(mesh)
   key = sharding.with_shardings(jax.eval_shape(jax.random.key, 0), replicated)
   indices = jax.eval_shape(stages.draw_timesteps, key)[0]
-  live = [state, frozen, images, masks]
+  context = context_shapes(config, mesh, frozen) if run.has_texts else None
+  live = [state, frozen, images, masks, context]
   # A run that compares with the base policy keeps its parameters; with a KL term `frozen.base` is
   # the same arrays.
   if compares_with_base(config) and frozen.base is not run.begin:
@@ -183,7 +184,7 @@ def _measure_stages(
     return outputs
 
   prompts, trajectory, samples = measure(
-    "rollout", stages.rollout, behaviour_params(state), frozen, images, masks, key
+    "rollout", stages.rollout, behaviour_params(state), frozen, images, masks, key, context
   )
   scores, _ = measure("score", stages.score, frozen, prompts, samples)
   arguments = (

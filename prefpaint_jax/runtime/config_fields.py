@@ -66,6 +66,8 @@ RL: dict[str, Range] = {
   "samples_per_prompt": Integer(1, 10**4),
   "num_steps": NUM_STEPS,
   "eta": Number(0, 1, excluded=(0,)),  # a chain without noise has no policy gradient
+  "guidance_scale": GUIDANCE_SCALE,
+  "text_dropout": SHARE,
   "samples_per_pass": COUNT_OR_NONE,
   "decode_batch": COUNT_OR_NONE,
   "behaviour_refresh": COUNT,

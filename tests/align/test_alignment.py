@@ -112,7 +112,7 @@ def torch_loss(settings: Settings, params, prompts, trajectory, scores, indices,
 
   unet, base = make_unet(params), make_unet(frozen.base)
   alphas = torch.tensor(modules.schedule.alphas_cumprod, dtype=torch.float64)
-  context = tensor(prompts.context).expand(B, -1, -1)
+  context = tensor(prompts.context.tokens).expand(B, -1, -1)
   # A latent is in the hole if any of its pixels is missing.
   factor = modules.vae.config.factor
   hole = torch.nn.functional.max_pool2d(nchw(prompts.mask), factor)

@@ -35,7 +35,6 @@ from prefpaint_jax.align.rollout import in_chunks
 from prefpaint_jax.align.settings import Trust
 from prefpaint_jax.align.state import Experience, Scores, init_state
 from prefpaint_jax.diffusion.ddim import Trajectory
-from prefpaint_jax.models.pipeline import Prompts
 from prefpaint_jax.models.reward import apply
 from prefpaint_jax.runtime import sharding
 
@@ -72,7 +71,7 @@ def test_invalid_sample_of_nan_changes_neither_loss_nor_gradient():
 
   # The batch without the invalid sample.
   without = lambda x: np.delete(np.asarray(x), lost, axis=0)
-  kept = Prompts(*(without(x) for x in prompts[:-1]), prompts.context)
+  kept = prompts.map_samples(without)
   shorter = Trajectory(
     np.delete(trajectory.latents, lost, axis=1),
     np.delete(trajectory.log_probs, lost, axis=1),
