@@ -1,13 +1,15 @@
-"""Prompts of the benchmarks BrushBench and EditBench: a folder with mapping_file.json.
+"""Prompts of a folder with mapping_file.json, the format of the benchmark BrushBench.
 
-The file has an object for each ID: `image`, a path in the folder; `caption` or `prompt_full`, the
-text; `inpainting_mask`, and `outpainting_mask` for its complement. Images have 512x512 pixels. A
-mask is a list of start, length, start, length, ...: runs of missing pixels in row-major order, the
-first pixel is 1 (`rle2mask` of TencentARC/BrushNet, examples/brushnet/evaluate_brushnet.py).
+The file has an object for each ID: `image`, a path in the folder; the text, `caption`, or
+`prompt_full` as EditBench calls it; `inpainting_mask` and `outpainting_mask`. Images have 512x512
+pixels. A mask is a list of start, length, start, length, ..., or of pairs [start, length]: runs of
+missing pixels in row-major order, the first pixel is 1 (`rle2mask` of TencentARC/BrushNet,
+examples/brushnet/evaluate_brushnet.py).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -96,6 +98,8 @@ def _check_entry(entry: Any, field: str, place: str) -> tuple[str, str, np.ndarr
     raise ValueError(f"{place} has no {', '.join(missing)}; expected {', '.join(wanted)}")
   image, caption = (check_text(entry[name], f"{place}: {name}") for name in wanted[:2])
   numbers = entry[field]
+  if isinstance(numbers, list) and all(isinstance(x, list) and len(x) == 2 for x in numbers):
+    numbers = list(itertools.chain.from_iterable(numbers))
   if not isinstance(numbers, list) or len(numbers) % 2 or any(type(x) is not int for x in numbers):
     raise ValueError(f"{place}: {field} is not a list of start, length, ..., integers; correct it")
   pixels = SIZE[0] * SIZE[1]

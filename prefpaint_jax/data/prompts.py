@@ -47,7 +47,7 @@ def open_prompts(
                       without all three, every split has all prompts. prompts.jsonl may list the
                       kinds of the masks, which are otherwise derived from the masks.
                       captions.jsonl or captions/ID.txt may hold texts (see `data.captions`);
-    FOLDER            with mapping_file.json of BrushBench or EditBench (see `data.mapping_files`);
+    FOLDER            with mapping_file.json, as BrushBench has it (see `data.mapping_files`);
                       FOLDER:outpainting takes the outpainting masks;
     FOLDER:LIST.txt   either folder, with the IDs in LIST.txt, a file in the folder or a path;
     FOLDER            images at any depth; one prompt is drawn from each;

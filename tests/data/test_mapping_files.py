@@ -51,8 +51,9 @@ def test_a_mapping_file_opens_with_the_mask_inside_or_outside(folder):
   assert prompts.open_prompts(folder, "train", (32, 24))[0]["image"].shape == (32, 24, 3)
 
 
-def test_runs_begin_at_pixel_one_in_row_major_order(folder, entry):
-  write(folder, {"a": entry | {"inpainting_mask": [2, 1, 513, 2, PIXELS, 1]}})
+@pytest.mark.parametrize("runs", [[2, 1, 513, 2, PIXELS, 1], [[2, 1], [513, 2], [PIXELS, 1]]])
+def test_runs_begin_at_pixel_one_in_row_major_order(folder, entry, runs):
+  write(folder, {"a": entry | {"inpainting_mask": runs}})
   mask = prompts.open_prompts(folder, "test")[0]["mask"][..., 0]
   assert np.argwhere(mask).tolist() == [[0, 1], [1, 0], [1, 1], [511, 511]]
 
@@ -79,6 +80,8 @@ def test_lists_choose_the_entries_of_a_mapping_file(folder, entry):
     ({"caption": None}, "000: caption is None; expected a string"),
     ({"image": 3}, "000: image is 3; expected a string"),
     ({"inpainting_mask": [1, 2, 3]}, "000: inpainting_mask is not a list of start, length, "),
+    ({"inpainting_mask": [[1, 2], 3]}, "000: inpainting_mask is not a list of start, length, "),
+    ({"inpainting_mask": [[1, 2.0]]}, "000: inpainting_mask is not a list of start, length, "),
     ({"inpainting_mask": "1 2"}, "000: inpainting_mask is not a list of start, length, "),
     ({"inpainting_mask": [0, 2]}, "has a run outside of pixels 1 to 262144; correct it"),
     ({"inpainting_mask": [PIXELS, 2]}, "has a run outside of pixels 1 to 262144; correct it"),
