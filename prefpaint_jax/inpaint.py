@@ -50,6 +50,7 @@ _OUTPUT = flags.DEFINE_string(
   "output", None, "PNG, JPEG or WebP to write, GIF for views, or a folder.", required=True
 )
 _TEXT = flags.DEFINE_string("text", "", "Description of the missing part, or empty.")
+_NEGATIVE = flags.DEFINE_string("negative_text", None, "Description of what not to show.")
 _NUM_STEPS = flags.DEFINE(within(NUM_STEPS), "num_steps", 50, "Denoising steps.")
 _ETA = flags.DEFINE(within(ETA), "eta", 0.0, "Noise in each step, 0 to 1.")
 _GUIDANCE = flags.DEFINE(
@@ -209,6 +210,7 @@ def _settings(calls: int = 1) -> Iterator[dict[str, Any]]:
       "num_steps": _NUM_STEPS.value,
       "eta": _ETA.value,
       "text": _TEXT.value,
+      "negative_text": _NEGATIVE.value,
       "guidance_scale": _GUIDANCE.value,
       "report": report,
     }
