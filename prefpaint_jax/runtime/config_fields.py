@@ -161,6 +161,7 @@ COLLECT: dict[str, Range] = {
   "samples_per_prompt": Integer(1, 10**4),
   "num_steps": NUM_STEPS,
   "eta": ETA,
+  "guidance_scale": GUIDANCE_SCALE,
   "batch_size": COUNT,
   "perturbed": Integer(0, 10**4),
 }
@@ -234,6 +235,7 @@ EVAL: dict[str, Range] = {
   "samples_per_prompt": Integer(2, 10**4),  # WinRate compares different seeds
   "num_steps": NUM_STEPS,
   "eta": ETA,
+  "guidance_scale": GUIDANCE_SCALE,
   "batch_size": COUNT,
   "gallery": Integer(0, 10**4),
 }
