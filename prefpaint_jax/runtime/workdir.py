@@ -25,14 +25,9 @@ EARLIER = {
   "mask_latents": "corner",
   "vae_posterior": "mean",
   "network.differences": True,
-EARLIER = {
-  "mask_latents": "corner",
-  "vae_posterior": "mean",
-  "network.differences": True,
   "guidance_scale": 1.0,
   "text_dropout": 0.0,
   "combine": "sum",
-}
 }
 
 
