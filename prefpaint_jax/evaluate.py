@@ -137,7 +137,8 @@ def examine(
       features = by_prompt(z) if features is None else features
       results[f"{side}/score/{label}"] = by_prompt(rewards)
     if config.simulated_preference:
-      truth = simulation.true_preference(samples, repeated_masks)["combined"]
+      repeated_texts = [str(text) for text in np.repeat(batch["text"], S)]
+      truth = simulation.true_preference(samples, repeated_masks, repeated_texts)["combined"]
       results[f"{side}/score/{tables.SIMULATED}"] = by_prompt(truth)
     measures = drift_lib.measure(samples, repeated_masks, repeated_images)
     results |= {f"{side}/measure/{name}": by_prompt(values) for name, values in measures.items()}

@@ -97,7 +97,9 @@ class HeldOut:
       samples, rewards = self._inpaint(params, batch, jax.random.fold_in(key, s))
       scores = {"reward": rewards}
       if self._simulated:
-        scores["true_preference"] = simulation.true_preference(samples, batch["mask"])["combined"]
+        texts = [str(text) for text in batch["text"]]
+        truth = simulation.true_preference(samples, batch["mask"], texts)
+        scores["true_preference"] = truth["combined"]
       found.append(scores | drift.measure(samples, batch["mask"], batch["image"]))
     return {name: np.stack([one[name] for one in found], axis=1) for name in found[0]}
 

@@ -86,11 +86,14 @@ def score(
   valid = usable & jnp.isfinite(features).all(-1)
   features = jnp.where(valid[:, None], features, 0.0)
   scores = [jnp.where(valid, one, 0.0) for one in scores]
-  total = combined(objective, scores, valid, S)
+  total = sum(weight * one for weight, one in zip(objective.weights, scores, strict=True))
   weigh = functools.partial(trust_weights, settings.trust)
   trust = in_chunks(weigh, 0, mesh, frozen.whitening, features)
   valid &= jnp.isfinite(trust)
-  advantages = ppo.standardise(total, valid, S, settings.advantage_std, settings.advantage_clip)
+  combination = combined(objective, scores, valid, S)
+  advantages = ppo.standardise(
+    combination, valid, S, settings.advantage_std, settings.advantage_clip
+  )
   result = Scores(total, valid, trust, advantages)
   metrics = _metrics(result, S)
   for reward, own in zip(rewards, scores, strict=True) if len(rewards) > 1 else ():
