@@ -153,7 +153,10 @@ def outline(config: ConfigDict, mesh: Mesh) -> tuple[Run, Modules, str]:
   shapes = modules.shapes()
   array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   D = objective.trusted.feature_dim if objective.trusted else 0
-  tokens = jax.ShapeDtypeStruct((1, modules.text_length), jnp.int32), None
+  tokens = tuple(
+    (jax.ShapeDtypeStruct((1, encoder.config.max_position_embeddings), jnp.int32), None)
+    for encoder in modules.text_encoders.values()
+  )
   context = jax.eval_shape(modules.encode_text, shapes, tokens)
   has_texts = config.guidance_scale != 1 or config.text_dropout > 0
   needs_bound = settings_from(config).trust.needs_bound
