@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from prefpaint_jax.align.held_out import HeldOut
 from prefpaint_jax.align.optimizer import rate_of_iteration
 from prefpaint_jax.align.results import print_comparison, print_results, warn_of_equal_weights
-from prefpaint_jax.align.run import Run, context_shapes, image_shapes, make_run
+from prefpaint_jax.align.run import Run, context_shapes, first_params, image_shapes, make_run
 from prefpaint_jax.align.settings import (
   check_batch,
   check_config,
@@ -137,7 +137,7 @@ def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session
 
   ### State: fresh, or exactly where an earlier run stopped.
   if is_new:
-    state = run.stages.init(run.begin)
+    state = run.stages.init(first_params(config, run))
   else:
     state, position, _ = checkpoints.restore(run.state_shapes)
     loader.set_state(position)

@@ -97,6 +97,17 @@ def make_run(
   return Run(settings, network, stages, begin, frozen, has_texts)
 
 
+def first_params(config: ConfigDict, run: Run) -> Params:
+  """Returns the parameters that a new run trains first: those of `lora.init`, or `run.begin`.
+
+  `run.begin` has adapters that change nothing, so a run is compared with its base policy.
+  """
+  if not config.lora.init:
+    return run.begin
+  adapters = lora.read(config.lora.init, run.frozen.base, config.lora.rank, run.begin)
+  return sharding.place(jax.tree.map(lambda x: x.sharding, run.begin), adapters)
+
+
 def check_dtype(dtype: str, device: Any) -> None:
   """Raises ValueError for bfloat16 on an NVIDIA GPU before Ampere, such as a T4 or a V100.
 

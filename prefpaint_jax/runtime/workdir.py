@@ -21,7 +21,12 @@ LOCK = ".lock"
 COMMAND = "command"  # the key of config.json that names the command; the others are its fields
 
 # Values of fields that config.json of earlier versions lacks: what those versions computed.
-EARLIER = {"mask_latents": "corner", "vae_posterior": "mean", "network.differences": True}
+EARLIER = {
+  "mask_latents": "corner",
+  "vae_posterior": "mean",
+  "network.differences": True,
+  "lora.init": "",
+}
 
 
 @contextlib.contextmanager
