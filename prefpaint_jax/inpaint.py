@@ -46,12 +46,13 @@ from prefpaint_jax.runtime.waiting import waiting
 from prefpaint_jax.weights import adapters
 
 _MODEL = flags.DEFINE_string("model", "mini", "Folder, hub name, workdir of a run, or mini.")
+_LORA = flags.DEFINE_string("lora", None, "LoRA adapters of the model: FILE or FILE:SCALE.")
 _IMAGE = flags.DEFINE_string("image", None, "Image, or a folder of images.", required=True)
 _OUTPUT = flags.DEFINE_string(
   "output", None, "PNG, JPEG or WebP to write, GIF for views, or a folder.", required=True
 )
 _TEXT = flags.DEFINE_string("text", "", "Description of the missing part, or empty.")
-_LORA = flags.DEFINE_string("lora", None, "LoRA adapters of the model: FILE or FILE:SCALE.")
+_NEGATIVE = flags.DEFINE_string("negative_text", None, "Description of what not to show.")
 _NUM_STEPS = flags.DEFINE(within(NUM_STEPS), "num_steps", 50, "Denoising steps.")
 _ETA = flags.DEFINE(within(ETA), "eta", 0.0, "Noise in each step, 0 to 1.")
 _GUIDANCE = flags.DEFINE(
@@ -216,6 +217,7 @@ def _settings(calls: int = 1) -> Iterator[dict[str, Any]]:
       "num_steps": _NUM_STEPS.value,
       "eta": _ETA.value,
       "text": _TEXT.value,
+      "negative_text": _NEGATIVE.value,
       "guidance_scale": _GUIDANCE.value,
       "report": report,
     }

@@ -17,6 +17,7 @@ from prefpaint_jax.align import rollout as rollout_lib
 from prefpaint_jax.align import update
 from prefpaint_jax.align.settings import Settings, Trust, settings_from
 from prefpaint_jax.align.state import Experience, Frozen, Sampler, Scores
+from prefpaint_jax.align.texts import Texts
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.diffusion.ddim import Trajectory
 from prefpaint_jax.diffusion.schedule import Schedule
@@ -53,6 +54,17 @@ def world(dtype: str = "float32"):
     base=base,
   )
   return inpainter.modules, base, reward_model.network, frozen
+
+
+TEXTS = ["a warm sky", "", "cold water", "a warm sky"]
+
+
+def contexts(mesh, dtype: str, number: int) -> Context:
+  """Encodes TEXTS, repeated to `number`, as a run does."""
+  inpainter = testing.tiny_inpainter(dtype=dtype)
+  empty, encoders = inpainter.empty_context, inpainter.text_params
+  texts = Texts(inpainter.modules, encoders, inpainter.tokenize, empty, mesh, number)
+  return texts(TEXTS * (number // len(TEXTS)))
 
 
 def steps_of(settings: Settings) -> ddim.Steps:

@@ -61,14 +61,16 @@ def both(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-  ("text", "guidance_scale"),
+  ("text", "guidance_scale", "negative_text"),
   [
-    pytest.param("", 7.5, marks=pytest.mark.slow),
-    pytest.param("a red Tree!", 1.0, marks=pytest.mark.slow),
-    ("a red Tree!", 7.5),
+    pytest.param("", 7.5, None, marks=pytest.mark.slow),
+    pytest.param("a red Tree!", 1.0, None, marks=pytest.mark.slow),
+    pytest.param("a red Tree!", 7.5, None, marks=pytest.mark.slow),
+    pytest.param("", 3.0, "a blurred sky", marks=pytest.mark.slow),
+    ("a red Tree!", 3.0, "a blurred sky"),
   ],
 )
-def test_pipeline_equals_stock_diffusers(both, prompt, text, guidance_scale):
+def test_pipeline_equals_stock_diffusers(both, prompt, text, guidance_scale, negative_text):
   import torch
 
   ours, stock = both
@@ -85,6 +87,7 @@ def test_pipeline_equals_stock_diffusers(both, prompt, text, guidance_scale):
     strength=1.0,
     num_inference_steps=STEPS,
     guidance_scale=guidance_scale,
+    negative_prompt=negative_text,
     eta=0.0,
     latents=torch.tensor(latents).permute(0, 3, 1, 2),
     output_type="np",
@@ -95,6 +98,7 @@ def test_pipeline_equals_stock_diffusers(both, prompt, text, guidance_scale):
     num_steps=STEPS,
     text=text,
     guidance_scale=guidance_scale,
+    negative_text=negative_text,
     latents=latents,
     paste_back=False,
   )

@@ -182,7 +182,8 @@ def extend(
     left, right, top, bottom: pixels to add, in pixels of the image.
     key: `jax.random.key`; default `jax.random.key(0)`.
     overlap: minimum share of each window that is known.
-    **options: `num_steps`, `eta`, `text`, `guidance_scale` and `report` of `Inpainter`.
+    **options: `num_steps`, `eta`, `text`, `negative_text`, `guidance_scale` and `report` of
+      `Inpainter`.
 
   Returns:
     float32 [top + H + bottom, left + W + right, 3] in [0, 1]. Pixels of the image are unchanged.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from alignment_world import get_config, make_settings, sampler_of, world
+from alignment_world import contexts, get_config, make_settings, sampler_of, world
 
 from prefpaint_jax import testing
 from prefpaint_jax.align.settings import settings_from
@@ -20,7 +20,9 @@ from prefpaint_jax.runtime import sharding
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def first_ratio(monkeypatch, dtype: str, data=1, fsdp=1, rank=0, remat=False, **changes) -> dict:
+def first_ratio(
+  monkeypatch, dtype: str, data=1, fsdp=1, rank=0, remat=False, texts=False, **changes
+) -> dict:
   """Returns the metrics of the first update after a refresh of the behaviour policy.
 
   The policy is perturbed before the refresh, so that its parameters are no bfloat16 numbers.
@@ -31,16 +33,21 @@ def first_ratio(monkeypatch, dtype: str, data=1, fsdp=1, rank=0, remat=False, **
   modules, base, network, frozen = world(dtype)
   modules = dataclasses.replace(modules, unet=modules.unet.clone(remat=remat))
   mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
+  if texts:
+    frozen = frozen._replace(negative=frozen.context)
   frozen = sharding.place(sharding.replicated(mesh), frozen)
   trained = lora.init(jax.random.key(1), base, rank, "attn") if rank else base
   rng = np.random.default_rng(0)
   trained = jax.tree.map(lambda x: x + 0.01 * rng.normal(size=x.shape).astype(x.dtype), trained)
-  stages = make_stages(sampler_of(modules, settings), network, optax.sgd(1.0), mesh, trained)
+  stages = make_stages(sampler_of(modules, settings), network, optax.sgd(1.0), mesh, trained, texts)
   place = lambda tree: sharding.place(sharding.specs(tree, sharding.DEFAULT_RULES, mesh), tree)
   state = stages.end_iteration(stages.init(place(trained)))
   images, masks = sharding.to_global(mesh, testing.tiny_prompts(max(4, data * fsdp)))
   key = jax.random.key(0)
-  prompts, trajectory, samples = stages.rollout(behaviour_params(state), frozen, images, masks, key)
+  context = contexts(mesh, dtype, len(images)) if texts else None
+  prompts, trajectory, samples = stages.rollout(
+    behaviour_params(state), frozen, images, masks, key, context
+  )
   scores, _ = stages.score(frozen, prompts, samples)
   (indices,) = stages.draw_timesteps(key)
   experience = Experience(prompts, trajectory, scores)
@@ -63,6 +70,16 @@ OPTIONS = {
   "remat": {"dtype": "bfloat16", "behaviour_dtype": "bfloat16", "remat": True},
   "hole_kl": {"dtype": "float32", "log_prob_region": "hole", "kl_weight": 0.1},
   "few_samples": {"dtype": "bfloat16", "behaviour_dtype": "bfloat16", "samples_per_pass": 2},
+  "texts": {"dtype": "float32", "texts": True, "text_dropout": 0.5},
+  "guided": {"dtype": "float32", "texts": True, "guidance_scale": 3.0, "kl_weight": 0.1},
+  "guided_split": {
+    "dtype": "bfloat16",
+    "texts": True,
+    "guidance_scale": 3.0,
+    "rank": 2,
+    "data": 2,
+    "fsdp": 4,
+  },
   "own_policy": {"dtype": "bfloat16", "behaviour_refresh": 1},
 }
 

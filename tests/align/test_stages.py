@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from alignment_world import make_settings, sampler_of, world
+from alignment_world import contexts, make_settings, sampler_of, world
 
 from prefpaint_jax import testing
 from prefpaint_jax.align.stages import make_stages
@@ -47,7 +47,14 @@ class Iteration:
   """An iteration on a mesh: its results, and the collectives of its programs."""
 
   def __init__(
-    self, data: int, fsdp: int, rank: int = 0, dtype: str = "float32", moved: float = 0.0, **changes
+    self,
+    data: int,
+    fsdp: int,
+    rank: int = 0,
+    dtype: str = "float32",
+    moved: float = 0.0,
+    texts: bool = False,
+    **changes,
   ):
     # One update of four timesteps in four passes. A step of SGD with rate 1 is the gradient.
     settings = make_settings(
@@ -60,8 +67,11 @@ class Iteration:
     move = lambda x: x + moved * rng.normal(size=x.shape).astype(x.dtype)
     trained = jax.tree.map(move, trained) if moved else trained
     self.stages = stages = make_stages(
-      sampler_of(modules, settings), network, optax.sgd(1.0), self.mesh, trained
+      sampler_of(modules, settings), network, optax.sgd(1.0), self.mesh, trained, texts
     )
+    if texts:
+      frozen = frozen._replace(negative=frozen.context)
+    context = contexts(self.mesh, dtype, PROMPTS) if texts else None
     frozen = sharding.place(sharding.replicated(self.mesh), frozen)
     place = lambda tree: sharding.place(
       sharding.specs(tree, sharding.DEFAULT_RULES, self.mesh), tree
@@ -77,7 +87,7 @@ class Iteration:
       return compiled(*arguments)
 
     before = jax.device_get(state.params)
-    prompts, trajectory, samples = run("rollout", state.params, frozen, images, masks, key)
+    prompts, trajectory, samples = run("rollout", state.params, frozen, images, masks, key, context)
     scores, metrics = run("score", frozen, prompts, samples)
     (indices,) = stages.draw_timesteps(key)
     state, update_metrics = run(
@@ -134,6 +144,7 @@ MICRO = {
   "groups": {},
   "kl_and_accumulation": {"moved": 0.003, "kl_weight": 0.5, "gradient_accumulation": 2},
   "adapters_and_kl": {"moved": 0.01, "kl_weight": 0.5, "rank": 2},
+  "guided_texts": {"texts": True, "guidance_scale": 2.0, "text_dropout": 0.3, "kl_weight": 0.5},
 }
 
 
