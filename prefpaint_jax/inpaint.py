@@ -193,11 +193,11 @@ def _open_policy() -> Inpainter:
   if _MODEL.value == "mini":
     advice = "mini inpaints at 32 pixels, as an example; for photographs give --model=FOLDER"
     print(advice, file=sys.stderr)
-  if _LORA.value:
+  if _LORA.value is not None:
     adapters.parse(_LORA.value)  # raises ValueError before the model is loaded
   with waiting(f"loading {_MODEL.value}"):
     inpainter = open_policy(_MODEL.value, _DTYPE.value)
-    if _LORA.value:
+    if _LORA.value is not None:
       inpainter.add_lora(_LORA.value)
   return inpainter
 

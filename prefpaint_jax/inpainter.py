@@ -33,7 +33,6 @@ from prefpaint_jax.runtime.config_fields import ARGUMENTS
 from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.runs import open_run, pinned_step
 from prefpaint_jax.runtime.text import first_line
-from prefpaint_jax.weights import adapters
 from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights.names import Params
 
@@ -102,9 +101,7 @@ class Inpainter:
 
   def add_lora(self, name: str | Path) -> None:
     """Adds the LoRA adapters of a file to the UNet's kernels; "FILE:0.8" scales them."""
-    file, scale = adapters.parse(name)
-    base = self.params["unet"]
-    self.params["unet"] = lora.merge(base, adapters.load(file, base, scale))
+    self.params["unet"] = lora.add(self.params["unet"], name)
 
   def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
     """Writes a diffusers folder, with parameters stored as `dtype`, whole or not at all.

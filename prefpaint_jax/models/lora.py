@@ -7,6 +7,7 @@ kernel of the base, and no other leaves.
 
 import math
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,16 @@ def merge(base: Params, adapters: Params) -> Params:
       kernel = base[name]
       merged[name] = kernel + (value["down"] @ value["up"]).reshape(kernel.shape)
   return merged
+
+
+def add(base: Params, name: str | Path) -> Params:
+  """Merges the adapters of a file, "FILE" or "FILE:SCALE", into the kernels of `base`.
+
+  Raises:
+    ValueError: the file cannot be read, or is not for this network.
+  """
+  file, scale = files.parse(name)
+  return merge(base, files.load(file, base, scale))
 
 
 def read(file: str, base: Params, rank: int, chosen: Params) -> Params:

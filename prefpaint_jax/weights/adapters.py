@@ -75,15 +75,15 @@ def save(path: Path, adapters: Params, base: Params, layout: str) -> None:
     ValueError: a number is not finite, and its tensor is named.
   """
   pairs, kernels = flatten_dict(adapters), flatten_dict(base)
+  names = {kernel: module for module, kernel in modules(base, layout).items()}
   tensors = {}
-  for module, kernel in modules(base, layout).items():
-    if (*kernel, "down") not in pairs:
-      continue
+  for kernel in sorted({path[:-1] for path in pairs}):
+    module = names[kernel]
     down, up = (np.asarray(pairs[*kernel, part]) for part in ("down", "up"))
     *spatial, inputs, _ = kernels[kernel].shape
-    rank, ones = len(up), (1,) * len(spatial)
+    rank = len(up)
     down = np.moveaxis(down.reshape(*spatial, inputs, rank), (-1, -2), (0, 1))
-    up = up.T.reshape(-1, rank, *ones)
+    up = up.T.reshape(-1, rank, *(1 for _ in spatial))
     ends = ("lora_A", "lora_B") if layout == "diffusers" else ("lora_down", "lora_up")
     for end, tensor in zip(ends, (down, up), strict=True):
       name = f"{module}.{end}.weight"
@@ -95,7 +95,7 @@ def save(path: Path, adapters: Params, base: Params, layout: str) -> None:
     save_tensors(temporary, tensors)
 
 
-def parse(name: str) -> tuple[Path, float]:
+def parse(name: str | Path) -> tuple[Path, float]:
   """Splits "FILE" or "FILE:SCALE" into a file and a scale; a folder gives its standard file.
 
   Raises:
@@ -168,7 +168,8 @@ def load(path: Path, base: Params, scale: float = 1.0) -> Params:
       )
     alpha = alphas.get(module, rank)
     factor = alpha / rank if config is None else _factor(config, torch_module(kernel), rank, path)
-    up = up.reshape(outputs, rank).T * np.float32(scale * factor)
+    with np.errstate(over="ignore"):  # reported below
+      up = up.reshape(outputs, rank).T * np.float32(scale * factor)
     check_finite(module, up, str(path))
     down = np.moveaxis(down, (0, 1), (-1, -2)).reshape(-1, rank)
     adapters[*kernel, "down"], adapters[*kernel, "up"] = map(np.ascontiguousarray, (down, up))
