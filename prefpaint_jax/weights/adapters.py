@@ -158,7 +158,7 @@ def load(path: Path, base: Params, scale: float = 1.0) -> Params:
     kernel = known[module]
     *spatial, inputs, outputs = kernels[kernel].shape
     down, up = pair["down"], pair["up"]
-    rank = len(down)
+    rank, *_ = (*down.shape, 0)
     expected = (rank, inputs, *spatial), (outputs, rank, *(1,) * len(spatial))
     if (down.shape, up.shape) != expected or not rank:
       raise ValueError(
@@ -186,7 +186,9 @@ def _group(
   for name, tensor in tensors.items():
     for part, kind in _OTHER_KINDS.items():
       if part in name:
-        raise ValueError(f"{path}: {name} is of {kind}; expected LoRA, pairs of matrices; give one")
+        raise ValueError(
+          f"{path}: {name} is of {kind}; expected pairs of matrices of LoRA; give such a file"
+        )
     ending = next((end for end in _ENDINGS if name.endswith(end)), None)
     if name.startswith(_TEXT_ENCODERS):
       if _ENDINGS.get(ending) != "down" and not name.endswith(_ALPHA) and tensor.any():

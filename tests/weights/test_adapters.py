@@ -183,6 +183,11 @@ WRONG = {  # tensors, metadata, error
     {},
     r"pair of \[2, 6\] and \[4, 1\]; expected",
   ),
+  "a number": (
+    edited(peft(), f"{QUERY}.lora_A.weight", lambda x: np.array(x[0, 0])),
+    {},
+    r"pair of \[\] and \[4, 2\]; expected",
+  ),
   "rank 0": (peft(rank=0), {}, r"pair of \[0, 6\] and \[4, 0\]; expected"),
   "dense for a convolution": (
     peft("unet.conv_in", inputs=81, outputs=5),
@@ -221,7 +226,7 @@ WRONG = {  # tensors, metadata, error
   "DoRA": (
     peft() | {f"{QUERY}.lora_magnitude_vector": np.ones(4)},
     {},
-    "is of DoRA; expected LoRA",
+    "is of DoRA; expected pairs",
   ),
   "DoRA of kohya": (kohya() | {f"{KOHYA_QUERY}.dora_scale": np.ones(4)}, {}, "is of DoRA"),
   "LoHa": ({f"{KOHYA_QUERY}.hada_w1_a": np.ones((4, 2))}, {}, "hada_w1_a is of LoHa"),
