@@ -148,7 +148,7 @@ def test_run_begins_with_the_adapters_of_a_file_and_resumes_without_it(
   world, workdir, files, tmp_path
 ):
   file = shutil.copy(files["kohya"], tmp_path / "begin.safetensors")
-  still = {"learning_rate": 0.0, "weight_decay": 0.0, "lora.init": str(file)}
+  still = {"learning_rate": 0.0, "weight_decay": 0.0, "mesh.fsdp": 4, "lora.init": str(file)}
   train(make_config(world, **still), tmp_path / "run")
   begun = load_params(tmp_path / "run")
   jax.tree.map(np.testing.assert_array_equal, begun, load_params(workdir, "ema"))
