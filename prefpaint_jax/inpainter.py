@@ -89,6 +89,10 @@ class Inpainter:
     params = {part: weights.load_params(path / part, shapes[part], variant) for part in shapes}
     return cls(modules, params, configs, tokenizer_files)
 
+  def add_lora(self, name: str | Path) -> None:
+    """Adds the LoRA adapters of a file to the UNet's kernels; "FILE:0.8" scales them."""
+    self.params["unet"] = lora.add(self.params["unet"], name)
+
   def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
     """Writes a diffusers folder, with parameters stored as `dtype`, whole or not at all.
 
