@@ -10,11 +10,11 @@ PRESETS = {
 
 def get_config(preset: str = "") -> ConfigDict:
   config = ConfigDict()
-  config.seed = 0
+  config.seed = 0  # of everything that is drawn
   config.dtype = "bfloat16"  # of the activations; parameters are float32
 
   # Images, and the prompts drawn from them.
-  config.pictures = ""  # a folder, tfds:NAME, or a mixture "2*FOLDER,1*tfds:NAME"
+  config.pictures = ""  # required: a folder, tfds:NAME, or mixture "2*FOLDER,1*tfds:NAME"
   config.num_prompts = 1000  # to train the reward model on
   config.num_test_prompts = 100  # held out
   config.size = 512  # pixels along each side
@@ -26,10 +26,12 @@ def get_config(preset: str = "") -> ConfigDict:
   )
 
   # Candidates. The samples take the policies in turn: folders, hub names, workdirs, or "mini".
-  config.policies = ("stable-diffusion-v1-5/stable-diffusion-inpainting",)
-  config.samples_per_prompt = 3
-  config.num_steps = 50
-  config.eta = 1.0
+  config.policies = (  # whose samples are the candidates
+    "stable-diffusion-v1-5/stable-diffusion-inpainting",
+  )
+  config.samples_per_prompt = 3  # candidates of each prompt
+  config.num_steps = 50  # DDIM steps
+  config.eta = 1.0  # scale of the noise of each DDIM step; 0: none
   config.guidance_scale = 1.0  # of the texts of the prompts; 1: no guidance
   config.batch_size = 16  # prompts sampled at a time
   config.perturbed = 0  # additional candidates with random defects in the hole, for simulations

@@ -17,6 +17,7 @@ from prefpaint_jax import collect, evaluate, pretrain, train, train_reward
 from prefpaint_jax.align.settings import check_prompts, settings_from
 from prefpaint_jax.data import preferences
 from prefpaint_jax.planning import stages
+from prefpaint_jax.runtime import help_pages
 from prefpaint_jax.runtime.config_fields import CONFIGS
 
 ROOT = Path(__file__).parents[1]
@@ -406,6 +407,15 @@ def test_help_shows_usage_options_presets_and_every_field(number, answers):
       assert re.search(rf"--config={file}:{preset} +\w", page)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_field_of_a_config_file_has_an_explanation(name):
+  comments = help_pages.read_comments(ROOT / "configs" / f"{name}.py").fields
+  for field in leaves_of(load_config(name).to_dict()):
+    group = field.rpartition(".")[0]
+    is_in_table = group and comments.get(group) and field not in comments  # ConfigDict({...})
+    assert comments.get(field) or is_in_table, field
+
+
 def leaves_of(tree, prefix=""):
   for name, value in tree.items():
     if isinstance(value, dict):
@@ -420,6 +430,14 @@ def test_help_of_a_preset_has_its_values_with_the_comments_of_the_file(answers):
   assert "\nFields of configs/rl.py:mini:\n" in page
   assert re.search(r"\n  --config\.batch_size=16 +prompts per iteration, over all devices\n", page)
   assert "\n  Rollout.\n  --config.batch_size" in page
+
+
+@pytest.mark.parametrize("arguments", [["help", "data.masks"], ["data.masks", "--help"]])
+def test_help_of_a_command_is_its_page(arguments):
+  done = subprocess.run(
+    [sys.executable, "-m", "prefpaint_jax", *arguments], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.stdout.startswith("Draws random masks") and "\nOptions:\n" in done.stdout
 
 
 def test_a_command_without_arguments_prints_its_usage(answers):

@@ -1,15 +1,13 @@
 """Draws random masks; as a command, a sheet of examples.
 
-Kinds: a missing border, imitated holes of a new camera view, a box, and brush strokes.
-`warping.draw_view` draws the true holes of a new camera view, together with the warped image.
-
-A mask depends only on its size and an integer seed or NumPy generator. It is float32 [H, W, 1],
-1 = missing. A mask always has missing pixels and known pixels.
-
   python -m prefpaint_jax.data.masks --image=PHOTO --output=sheet.png
 
-writes a contact sheet, an image grid with examples of each kind of mask.
+Writes an image with one row for each kind of mask: a missing border, imitated holes of a new camera
+view, a box, and brush strokes.
 """
+# `warping.draw_view` draws the true holes of a new camera view, together with the warped image.
+# A mask depends only on its size and an integer seed or NumPy generator. It is float32 [H, W, 1],
+# 1 = missing. A mask always has missing pixels and known pixels.
 # Shapes: H W pixels.
 
 from __future__ import annotations
