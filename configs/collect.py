@@ -21,7 +21,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.fit = "crop"  # crop (centre), pad (the border is missing too), random (square crops)
   config.crop = (512, 4096)  # sides of random crops
   config.test_share = 0.1  # held-out share of the images; with fit="random", of each image's width
-  config.kinds = ConfigDict(  # weight of each kind of mask
+  config.kinds = ConfigDict(  # weight of each kind; holes: like warping, but the image stays
     {"outpainting": 1.0, "warping": 1.0, "holes": 0.0, "box": 0.0, "brush": 0.0}
   )
 

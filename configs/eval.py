@@ -29,7 +29,7 @@ def get_config(preset: str = "") -> ConfigDict:
   # Prompts and samples.
   config.prompts = ""  # folder of prompts, or of images to draw prompts from; required
   config.split = ""  # "": unseen if the prompts have it (images that nothing learned), else test
-  config.kind = ""  # outpainting, warping, box or brush; "": all kinds
+  config.kind = ""  # outpainting, warping (with holes of collect), box, brush; "": all
   config.num_prompts = 0  # number of prompts, from the first on; 0: all
   config.size = 512  # side of the images, in pixels
   config.samples_per_prompt = 11  # S; one more than the best of 10, for a rival of another seed

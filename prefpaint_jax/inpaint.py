@@ -83,6 +83,11 @@ _INPUTS = ("image", "mask", "depth", "intrinsics", "reward", "model")  # flags t
 def main() -> None:
   """Runs the task that the flags ask for."""
   task = _choose_task()
+  model = Path(_MODEL.value)
+  if model.suffix.lower() in FORMATS and model.is_file():
+    raise ValueError(
+      f"--model={model}: an image; expected a model; give a folder, hub name, workdir or mini"
+    )
   pairs = [Pair(Path(_IMAGE.value), Path(), Path(_OUTPUT.value))]
   if task is _inpaint:
     pairs = find_pairs(_IMAGE.value, _MASK.value, _OUTPUT.value)
@@ -122,7 +127,8 @@ def _choose_task() -> Callable[..., None]:
     return _inpaint
   suffixes = (*FORMATS, *((".gif",) if chosen == [_show_views] else ()))
   if Path(_OUTPUT.value).suffix.lower() not in suffixes:
-    raise ValueError(f"--output={_OUTPUT.value}: give a name that ends in {' or '.join(suffixes)}")
+    ends = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
+    raise ValueError(f"--output={_OUTPUT.value}: give a name that ends in {ends}")
   return chosen[0]
 
 

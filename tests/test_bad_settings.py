@@ -271,7 +271,20 @@ LINES = [  # TMP is the folder of `answers`
   (("train", RL, "--workdir="), "--workdir=: expected a name or path"),
   (("train", "--config=nowhere.py", "--workdir=x"), "--config=nowhere.py: no such file"),
   (("train", "--config=configs", "--workdir=x"), "--config=configs: no such file"),
-  (("train", "--config=configs/rl.py:huge", "--workdir=x"), "line .* has no preset 'huge'"),
+  (
+    (
+      "inpaint",
+      *("--model=TMP/a_1.png", "--image=TMP/a_1.png", "--mask=TMP/mask.png", "--output=TMP/o.png"),
+    ),
+    "--model=.*a_1.png: an image; expected a model",
+  ),
+  (("train", "--config=configs/rl.py:mni", "--workdir=x"), "mni: .* mean configs/rl.py:mini"),
+  (("train", RL, "--workdir=x", "--config.trust=3"), "trust is a section .* --config.trust.b"),
+  (("evaluate", "--config=configs/none.py", "--workdir=x"), "no such file; .* configs/eval.py"),
+  (
+    ("train", "--config=configs/rl.py:huge", "--workdir=x"),
+    "rl.py:huge: no such preset; give one of mini, released",
+  ),
   *[
     (("inpaint", "--image=TMP/a_1.png", "--mask=TMP/mask.png", *arguments), message)
     for arguments, message in (
@@ -444,7 +457,7 @@ def test_a_command_without_arguments_prints_its_usage(answers):
   status, printed = answers[-1]
   assert status == 1
   assert printed.startswith("Aligns an inpainting model with a reward model.\n\n  python -m ")
-  assert printed.endswith("--help explains every option.\n")
+  assert printed.endswith("\nRequired: --config, --workdir. --help explains every option.\n")
 
 
 def test_the_list_of_commands_names_every_module_that_runs():

@@ -57,7 +57,10 @@ WRONG = {
   "no depth": (["--move=1,0,0"], "--depth is missing; .* --depth=synthetic"),
   "short move": (["--move=1,0", "--depth=synthetic"], "--move=1,0: give 3 numbers"),
   "worded turn": (["--turn=left,0", "--depth=synthetic"], "--turn=left,0: give 2 numbers"),
-  "other depth": (["--move=1,0,0", "--depth=small.npy"], "the depth is 4x5, its image 10x12"),
+  "other depth": (
+    ["--move=1,0,0", "--depth=small.npy"],
+    "the depth is 5x4 pixels, its image 12x10",
+  ),
   "camera": (["--move=1,0,0", "--intrinsics=3"], "give fx,fy,cx,cy"),
   "GIF": (["--extend=left=4", "--output=O.gif"], "ends in .png or .jpg or .jpeg or .webp$"),
   "BMP": (["--move=1,0,0", "--output=O.bmp"], "ends in .png or .jpg or .jpeg or .webp or .gif$"),

@@ -54,7 +54,7 @@ def load_depth(
     raise ValueError(f"{name}: {depth.dtype} of shape {depth.shape}; expected floats [H, W]")
   if size is not None and depth.shape != tuple(size):
     raise ValueError(
-      f"{name}: the depth is {depth.shape[0]}x{depth.shape[1]}, its image {size[0]}x{size[1]}; "
+      f"{name}: the depth is {depth.shape[1]}x{depth.shape[0]} pixels, its image {size[1]}x{size[0]}; "
       "give both the same height and width"
     )
   unknown = np.isnan(depth) | (depth == 0)

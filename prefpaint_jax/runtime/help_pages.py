@@ -73,7 +73,8 @@ def usage() -> str:
   """Returns the first line and the examples of the command's docstring."""
   first, *others = _document().splitlines()
   examples = [line for line in others if line.startswith("  ")]
-  return "\n".join([first, "", *examples, "", "--help explains every option."])
+  needed = ", ".join(f"--{name}" for name in missing_flags())
+  return "\n".join([first, "", *examples, "", f"Required: {needed}. --help explains every option."])
 
 
 def page(source: str = "", fields: Mapping[str, Any] | None = None) -> str:
