@@ -46,6 +46,7 @@ from prefpaint_jax.align.state import (
   current_params,
 )
 from prefpaint_jax.align.texts import Texts
+from prefpaint_jax.data.captions import check_guidance
 from prefpaint_jax.data.images import save_png
 from prefpaint_jax.data.prompts import final_split, open_prompts, prompt_loader
 from prefpaint_jax.inpainter import open_policy
@@ -85,6 +86,7 @@ def load_run(
       "--config.bound=FILE or --config.trust.norm=none"
     )
   guidance = policy.guidance(config.guidance_scale, None if has_texts else [""])
+  check_guidance(config.guidance_scale, guidance is not None, config.prompts)
   if trust.needs_bound:
     check_condition(bound.whitening, trust.norm)
   frozen = Frozen(
