@@ -59,11 +59,11 @@ WRONG = {
   "worded turn": (["--turn=left,0", "--depth=synthetic"], "--turn=left,0: give 2 numbers"),
   "other depth": (
     ["--move=1,0,0", "--depth=small.npy"],
-    "the depth is 5x4 pixels, its image 12x10",
+    "depth is 5x4 pixels, its image 12x10",
   ),
   "camera": (["--move=1,0,0", "--intrinsics=3"], "give fx,fy,cx,cy"),
-  "GIF": (["--extend=left=4", "--output=O.gif"], "ends in .png or .jpg or .jpeg or .webp$"),
-  "BMP": (["--move=1,0,0", "--output=O.bmp"], "ends in .png or .jpg or .jpeg or .webp or .gif$"),
+  "GIF": (["--extend=left=4", "--output=O.gif"], "ends in .png, .jpg, .jpeg or .webp$"),
+  "BMP": (["--move=1,0,0", "--output=O.bmp"], "ends in .png, .jpg, .jpeg, .webp or .gif$"),
   "photograph": (["--mask=photo.png"], "photo.png: a colour photograph; expected a mask"),
   "folder of masks": (["--mask=masks"], "--mask=masks is a folder; expected the mask of image.png"),
 }
