@@ -2,8 +2,8 @@
 
   python -m prefpaint_jax.testing --output=full_size   # Stable Diffusion 1.5's size, 5 GB
 
-Every parameter is random, including those that are initialised to zero or one, so that a test
-detects an unused parameter.
+Writes the pipeline of Stable Diffusion 1.5's size to the folder. Every parameter is random,
+including those that are initialised to zero or one, so that a test detects an unused parameter.
 """
 # Shapes: N prompts, H W pixels.
 
