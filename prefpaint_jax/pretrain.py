@@ -23,8 +23,9 @@ from ml_collections import ConfigDict
 from prefpaint_jax.data.drawn_prompts import DrawnPrompts
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.inpainter import Inpainter, open_policy
+from prefpaint_jax.models.assembly import make_modules
 from prefpaint_jax.models.conditioning import Context
-from prefpaint_jax.models.pipeline import NETWORKS, Modules, make_modules
+from prefpaint_jax.models.pipeline import NETWORKS, Modules
 from prefpaint_jax.models.tokenizer import byte_tokenizer
 from prefpaint_jax.models.vae import AutoencoderKL
 from prefpaint_jax.preference import simulation

@@ -25,8 +25,8 @@ from prefpaint_jax.models.architectures import (
   random_params,
   tiny_configs,
 )
+from prefpaint_jax.models.assembly import make_modules
 from prefpaint_jax.models.config import RewardConfig
-from prefpaint_jax.models.pipeline import make_modules
 from prefpaint_jax.models.reward import RewardNetwork, network_shapes
 from prefpaint_jax.models.tokenizer import byte_tokenizer
 from prefpaint_jax.preference.bound import Bound
