@@ -129,7 +129,14 @@ class Inpainter:
     """Computes the tokens of B texts; texts of more than L tokens are cut."""
     encoders = self.modules.text_encoders.values()
     pairs = zip(self.tokenizers, encoders, strict=True)
-    return tuple(tokenize(tokenizer, encoder.config, texts) for tokenizer, encoder in pairs)
+    tokens = tuple(tokenize(tokenizer, encoder.config, texts) for tokenizer, encoder in pairs)
+    lengths = [ids.shape[1] for ids, _ in tokens]
+    if len(set(lengths)) > 1:
+      raise ValueError(
+        f"tokenizer and tokenizer_2 make {lengths[0]} and {lengths[1]} tokens; expected equal "
+        "numbers; use tokenizers and text encoders of one model"
+      )
+    return tokens
 
   def encode_text(self, texts: Sequence[str]) -> Context:
     """Computes the context of B texts."""

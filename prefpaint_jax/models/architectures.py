@@ -200,7 +200,7 @@ def full_size_configs(generation: Generation = 1) -> dict[str, dict[str, Any]]:
     }
     configs["text_encoder"] |= {"hidden_size": 1024, "num_attention_heads": 16}
   elif generation == "xl":
-    configs["vae"] |= {"sample_size": 1024, "scaling_factor": 0.13025}
+    configs["vae"] |= {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": False}
     configs |= _xl_changes(configs, _FULL_XL)
   return configs
 

@@ -88,7 +88,7 @@ def read_pipeline_configs(folder: Path) -> dict[str, dict[str, Any]]:
   check_pipeline(folder)
   index = read_config(folder, "model_index.json")
   parts = ["unet", "vae", "text_encoder"]
-  is_xl = str(index.get("_class_name")).startswith("StableDiffusionXL")
+  is_xl = "StableDiffusionXL" in str(index.get("_class_name"))
   if is_xl:
     parts.append("text_encoder_2")
     if index.get("requires_aesthetics_score"):
