@@ -32,6 +32,7 @@ from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.runs import open_run, pinned_step
 from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights.names import Params
+from prefpaint_jax.weights.pipeline_parts import read_pipeline_configs, read_tokenizers
 
 
 class Inpainter:
@@ -83,9 +84,9 @@ class Inpainter:
     check_values({"remat": remat}, ARGUMENTS, owner="")
     enable_cache()
     path = weights.resolve_pipeline(mini.locate(name, "policy"))
-    configs = weights.read_pipeline_configs(path)
+    configs = read_pipeline_configs(path)
     modules = make_modules(configs, dtype, remat, str(name), mask_latents)
-    tokenizer_files = weights.read_tokenizers(path, modules.text_encoder_2 is not None)
+    tokenizer_files = read_tokenizers(path, modules.text_encoder_2 is not None)
     shapes = modules.shapes()
     params = {part: weights.load_params(path / part, shapes[part], variant) for part in shapes}
     return cls(modules, params, configs, tokenizer_files)
