@@ -32,6 +32,7 @@ from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.runs import open_run, pinned_step
 from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights.names import Params
+from prefpaint_jax.weights.pipeline_parts import read_pipeline_configs, read_tokenizers
 
 
 class Inpainter:
@@ -83,9 +84,9 @@ class Inpainter:
     check_values({"remat": remat}, ARGUMENTS, owner="")
     enable_cache()
     path = weights.resolve_pipeline(mini.locate(name, "policy"))
-    configs = weights.read_pipeline_configs(path)
+    configs = read_pipeline_configs(path)
     modules = make_modules(configs, dtype, remat, str(name), mask_latents)
-    tokenizer_files = weights.read_tokenizers(path, modules.text_encoder_2 is not None)
+    tokenizer_files = read_tokenizers(path, modules.text_encoder_2 is not None)
     shapes = modules.shapes()
     params = {part: weights.load_params(path / part, shapes[part], variant) for part in shapes}
     return cls(modules, params, configs, tokenizer_files)
@@ -129,7 +130,14 @@ class Inpainter:
     """Computes the tokens of B texts; texts of more than L tokens are cut."""
     encoders = self.modules.text_encoders.values()
     pairs = zip(self.tokenizers, encoders, strict=True)
-    return tuple(tokenize(tokenizer, encoder.config, texts) for tokenizer, encoder in pairs)
+    tokens = tuple(tokenize(tokenizer, encoder.config, texts) for tokenizer, encoder in pairs)
+    lengths = [ids.shape[1] for ids, _ in tokens]
+    if len(set(lengths)) > 1:
+      raise ValueError(
+        f"tokenizer and tokenizer_2 make {lengths[0]} and {lengths[1]} tokens; expected equal "
+        "numbers; use tokenizers and text encoders of one model"
+      )
+    return tokens
 
   def encode_text(self, texts: Sequence[str]) -> Context:
     """Computes the context of B texts."""

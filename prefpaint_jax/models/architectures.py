@@ -10,6 +10,7 @@ from prefpaint_jax.runtime.files import check_is_folder
 from prefpaint_jax.runtime.runs import base_of
 from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights.names import Params
+from prefpaint_jax.weights.pipeline_parts import read_pipeline_configs
 
 Generation = Literal[1, 2, "xl"]  # of Stable Diffusion
 
@@ -38,7 +39,7 @@ def read_architecture(policy: str) -> tuple[dict[str, dict], str]:
   path = weights.local_path(mini.locate(base_of(policy), "policy"), "config.policy")
   if path.exists():
     check_is_folder(path, "a diffusers folder, a workdir, or a hub name")
-    return weights.read_pipeline_configs(path), "read from its folder"
+    return read_pipeline_configs(path), "read from its folder"
   if policy not in KNOWN:
     raise ValueError(
       f"config.policy {policy}: not a pipeline folder, nor a hub name with a known architecture; "
@@ -200,7 +201,7 @@ def full_size_configs(generation: Generation = 1) -> dict[str, dict[str, Any]]:
     }
     configs["text_encoder"] |= {"hidden_size": 1024, "num_attention_heads": 16}
   elif generation == "xl":
-    configs["vae"] |= {"sample_size": 1024, "scaling_factor": 0.13025}
+    configs["vae"] |= {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": False}
     configs |= _xl_changes(configs, _FULL_XL)
   return configs
 

@@ -33,8 +33,9 @@ def make_modules(
     where: name of the pipeline, for error messages.
     mask_latents: "cells" or "corner", see `Modules`.
 
-  As stock pipelines do, it takes `steps_offset` of the scheduler as 1, and a `sample_size` below 64
-  of a UNet that a version of diffusers before 0.9 wrote as 64.
+  As stock pipelines do, it takes `steps_offset` of the scheduler as 1, except for SDXL, and a
+  `sample_size` below 64 of a UNet that a version of diffusers before 0.9 wrote as 64. As theirs,
+  SDXL's text encoders have no attention mask, and its VAE encodes in float32 by `force_upcast`.
 
   Raises:
     ValueError: a config is not supported, or the networks do not fit together.
@@ -56,20 +57,23 @@ def make_modules(
   _check_widths(where, unet, encoders)
   check("dtype", str(dtype), DTYPE)
   compute_dtype = jnp.dtype(dtype)
-  if len(encoders) == 1:
-    text_encoders = {"text_encoder": CLIPTextModel(encoders["text_encoder"], compute_dtype)}
-  else:
+  schedule, is_xl = Schedule.from_config(configs["scheduler"]), len(encoders) == 2
+  if is_xl:
+    unmasked = {n: dataclasses.replace(c, use_attention_mask=None) for n, c in encoders.items()}
     text_encoders = {
       name: SDXLTextModel(config, name == "text_encoder_2", compute_dtype)
-      for name, config in encoders.items()
+      for name, config in unmasked.items()
     }
+  else:
+    text_encoders = {"text_encoder": CLIPTextModel(encoders["text_encoder"], compute_dtype)}
+    schedule = dataclasses.replace(schedule, steps_offset=1)
+  zero_negative = configs.get("model_index", {}).get("force_zeros_for_empty_prompt", True)
   return Modules(
     UNet2DConditionModel(unet, compute_dtype, remat),
-    AutoencoderKL(vae, compute_dtype),
-    schedule=dataclasses.replace(Schedule.from_config(configs["scheduler"]), steps_offset=1),
+    AutoencoderKL(vae, compute_dtype, jnp.dtype("float32") if is_xl and vae.force_upcast else None),
+    schedule=schedule,
     mask_latents=mask_latents,
-    zero_negative=len(encoders) == 2
-    and configs.get("model_index", {}).get("force_zeros_for_empty_prompt", True),
+    zero_negative=is_xl and bool(zero_negative),
     **text_encoders,
   )
 
@@ -88,7 +92,13 @@ def _check_widths(where: str, unet: UNetConfig, encoders: Mapping[str, CLIPTextC
       "expected 'text_time' with two text encoders, and null with one; use the parts of one model"
     )
   if len(encoders) == 2:
-    own = encoders["text_encoder_2"].projection_dim + 6 * unet.addition_time_embed_dim
+    second = encoders["text_encoder_2"]
+    if (second.projection_dim or 0) < 1:
+      raise ValueError(
+        f"{where}: projection_dim of text_encoder_2 is {second.projection_dim}; expected 1 or more;"
+        " use the config of the base model"
+      )
+    own = second.projection_dim + 6 * unet.addition_time_embed_dim
     if unet.projection_class_embeddings_input_dim != own:
       raise ValueError(
         f"{where}: projection_class_embeddings_input_dim of the UNet is "

@@ -96,7 +96,7 @@ class UNetConfig:
       for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
         if getattr(self, name) is None:
           raise ValueError(f"UNet config: {name} is missing; addition_embed_type needs it")
-      _check_positive(self, "UNet", "addition_time_embed_dim")
+        _check_positive(self, "UNet", name)
     levels = zip(self.block_out_channels, self.heads, self.layers, self.depths, strict=True)
     for width, heads, layers, _ in levels:
       for count, name in ((heads, "attention_head_dim"), (layers, "layers_per_block")):
@@ -138,6 +138,7 @@ class VAEConfig:
   latent_channels: int = 4
   norm_num_groups: int = 32
   scaling_factor: float = 0.18215
+  force_upcast: bool = True  # encodes in float32 in every precision, in pipelines of SDXL alone
 
   @classmethod
   def from_dict(cls, config: dict[str, Any]) -> "VAEConfig":
@@ -179,7 +180,7 @@ class CLIPTextConfig:
   max_position_embeddings: int = 77
   hidden_act: str = "quick_gelu"
   layer_norm_eps: float = 1e-5
-  projection_dim: int = 512  # of the pooled text, which SDXL uses
+  projection_dim: int | None = 512  # of the pooled text, which SDXL uses
   # The pooled text is that of the first such token; 2, of old files, means that of the largest id.
   eos_token_id: int = 49407
   # Tokens of the padding are not attended to, as stock pipelines of such an encoder do.

@@ -27,7 +27,7 @@ def exported_configs(
   stock diffusers samples as `Inpainter` does.
 
   Args:
-    configs: those of the base, as `weights.folder.read_pipeline_configs` reads them.
+    configs: those of the base, as `weights.pipeline_parts.read_pipeline_configs` reads them.
     schedule: the schedule that the policy samples with.
     dtype: type of the stored weights.
 

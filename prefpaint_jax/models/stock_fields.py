@@ -75,7 +75,7 @@ VAE = fields.Table(
     "use_post_quant_conv": (True,),
     "mid_block_add_attention": (True,),
   },
-  harmless=_LIBRARY | {"sample_size", "force_upcast"},  # of tiling, and of half precision
+  harmless=_LIBRARY | {"sample_size"},  # of tiling
 )
 TEXT = fields.Table(
   "text encoder",

@@ -123,20 +123,25 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-  """The autoencoder; `encode` and `decode` are its methods for `apply`."""
+  """The autoencoder; `encode` and `decode` are its methods for `apply`.
+
+  `encode_dtype` is the compute dtype of `encode`; None: that of `decode`, `dtype`.
+  """
 
   config: VAEConfig
   dtype: Dtype = jnp.float32
+  encode_dtype: Dtype | None = None
 
   def setup(self):
-    self.encoder = Encoder(self.config, self.dtype)
+    dtype = self.encode_dtype or self.dtype
+    self.encoder = Encoder(self.config, dtype)
     self.decoder = Decoder(self.config, self.dtype)
-    self.quant_conv = nn.Conv(2 * self.config.latent_channels, (1, 1), dtype=self.dtype)
+    self.quant_conv = nn.Conv(2 * self.config.latent_channels, (1, 1), dtype=dtype)
     self.post_quant_conv = nn.Conv(self.config.latent_channels, (1, 1), dtype=self.dtype)
 
   def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Encodes images [B, H, W, 3] to the posterior's mean and log-variance, each [B, h, w, C]."""
-    moments = self.quant_conv(self.encoder(images.astype(self.dtype))).astype(jnp.float32)
+    moments = self.quant_conv(self.encoder(images.astype(self.encoder.dtype))).astype(jnp.float32)
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return mean, jnp.clip(log_variance, -30.0, 20.0)
 

@@ -1,5 +1,7 @@
 """SDXL equals stock diffusers and transformers: UNet, text encoders, and the whole pipeline."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +12,15 @@ from PIL import Image
 from prefpaint_jax import testing
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.models import architectures
-from prefpaint_jax.models.clip import SDXLTextModel
+from prefpaint_jax.models.assembly import make_modules
+from prefpaint_jax.models.clip import CLIPTextModel, SDXLTextModel
 from prefpaint_jax.models.config import CLIPTextConfig, UNetConfig
 from prefpaint_jax.models.unet import UNet2DConditionModel
 
 torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEPS = 10
 
 
@@ -79,6 +83,18 @@ def test_penultimate_and_pooled_outputs_equal_transformers(projection, eos):
     assert pooled is None
 
 
+def test_last_layer_of_the_first_encoder_is_not_computed():
+  config = CLIPTextConfig.from_dict(TEXT)
+  ids = jnp.zeros((1, 6), jnp.int32)
+
+  def products(module) -> int:
+    params = template_of(module, ids)
+    return jax.jit(module.apply).lower({"params": params}, ids).as_text().count("dot_general")
+
+  first, whole = SDXLTextModel(config, projection=False), CLIPTextModel(config)
+  assert 3 * products(first) == 2 * products(whole)  # two of three layers
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
   """Returns our pipeline, and that of stock diffusers from the folder that ours wrote."""
@@ -86,7 +102,12 @@ def both(tmp_path_factory):
   from diffusers.models.autoencoders import vae
 
   folder = tmp_path_factory.mktemp("pipeline")
-  testing.tiny_inpainter(generation="xl").save_pretrained(folder)
+  painter = testing.tiny_inpainter(generation="xl")
+  # Stock pipelines of SDXL take neither an attention mask nor 1 for another offset.
+  painter.configs["text_encoder"]["use_attention_mask"] = True
+  painter.configs["scheduler"]["steps_offset"] = 3
+  painter.modules = make_modules(painter.configs)
+  painter.save_pretrained(folder)
   ours = Inpainter.from_pretrained(folder, mask_latents="corner")
   stock = diffusers.AutoPipelineForInpainting.from_pretrained(folder)
   assert type(stock) is diffusers.StableDiffusionXLInpaintPipeline
@@ -142,6 +163,27 @@ def test_pipeline_equals_stock_diffusers(both, text, guidance_scale, negative_te
   )
   assert expected.std() > 0.05  # the image is not saturated
   np.testing.assert_allclose(samples, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_vae_in_bfloat16_encodes_in_the_precision_of_stock_diffusers(both, upcast):
+  ours, stock = both
+  configs = ours.configs | {"vae": ours.configs["vae"] | {"force_upcast": upcast}}
+  modules = make_modules(configs, "bfloat16", mask_latents="corner")
+  low = lambda x: jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)
+  image = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3)).astype(np.float32) / 256
+  prompts = modules.encode_prompts(
+    jax.tree.map(low, ours.params["vae"]), jnp.asarray(image), jnp.zeros((1, 8, 8, 1)), None
+  )
+  vae = copy.deepcopy(stock.vae).to(torch.bfloat16)
+  vae.register_to_config(force_upcast=upcast)
+  pixels = torch.tensor(2 * image - 1).permute(0, 3, 1, 2).to(torch.bfloat16)
+  with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+    patch.setattr(stock, "vae", vae)
+    expected = channels_last(stock._encode_vae_image(pixels, None).float())
+  # Stock rounds the result to bfloat16; without the upcast, every layer rounds.
+  error = np.abs(prompts.masked_latents - expected).max() / np.abs(expected).max()
+  assert error <= 2**-7 if upcast else 2**-7 < error < 2**-4
 
 
 def test_export_of_import_is_bit_identical(both, tmp_path):

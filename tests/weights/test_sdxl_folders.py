@@ -35,6 +35,11 @@ FAULTS = {
     {"text_encoder_2/config.json": {"hidden_size": 20}},
     "cross_attention_dim of the UNet is 28; expected 32, the hidden_size of text_encoder and",
   ),
+  "no projection": (
+    [],
+    {"text_encoder_2/config.json": {"projection_dim": None}},
+    "projection_dim of text_encoder_2 is None; expected 1 or more",
+  ),
   "other projection": (
     [],
     {"text_encoder_2/config.json": {"projection_dim": 8}},
@@ -46,6 +51,21 @@ FAULTS = {
     "addition_embed_type of the UNet is None",
   ),
 }
+
+
+def test_tokenizers_of_different_lengths_are_refused_in_one_line(folder, tmp_path):
+  shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+  path = tmp_path / "tokenizer_2/tokenizer_config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 16}))
+  with pytest.raises(ValueError, match=r"\Atokenizer and tokenizer_2 make 77 and 16 tokens; .*\Z"):
+    Inpainter.from_pretrained(tmp_path).tokenize(["a red tree"])
+
+
+def test_projection_of_the_only_text_encoder_may_be_null(tmp_path):
+  base = testing.tiny_inpainter()
+  base.configs["text_encoder"]["projection_dim"] = None  # stock pipelines do not read it
+  base.save_pretrained(tmp_path / "model")
+  assert Inpainter.from_pretrained(tmp_path / "model").modules.text_encoder_2 is None
 
 
 @pytest.mark.parametrize(("removed", "changes", "message"), FAULTS.values(), ids=FAULTS)
