@@ -22,7 +22,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.num_iterations = 1000  # rollouts, each followed by its updates
   config.dtype = "bfloat16"  # of the networks' computation, or float32; parameters stay float32
 
-  # Models and data: folders, hub names or "mini".
+  # Models and data: folders, hub names or "mini"; the policy also a file.
   config.policy = "stable-diffusion-v1-5/stable-diffusion-inpainting"  # the model to align
   config.reward = "kd5678/prefpaintReward"  # the reward model
   config.bound = ""  # a bound.safetensors or a released V⁻¹; "": the bound in the reward folder

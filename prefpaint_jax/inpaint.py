@@ -44,7 +44,9 @@ from prefpaint_jax.runtime.metrics import progress
 from prefpaint_jax.runtime.ranges import Number, Several
 from prefpaint_jax.runtime.waiting import waiting
 
-_MODEL = flags.DEFINE_string("model", "mini", "Folder, hub name, workdir of a run, or mini.")
+_MODEL = flags.DEFINE_string(
+  "model", "mini", "Folder, single file, hub name, workdir of a run, or mini."
+)
 _IMAGE = flags.DEFINE_string("image", None, "Image, or a folder of images.", required=True)
 _OUTPUT = flags.DEFINE_string(
   "output", None, "PNG, JPEG or WebP to write, GIF for views, or a folder.", required=True

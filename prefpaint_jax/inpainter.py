@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from prefpaint_jax import mini
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.diffusion import ddim
-from prefpaint_jax.models import lora, sampling
+from prefpaint_jax.models import lora, sampling, single_file
 from prefpaint_jax.models.conditioning import Context, Guidance
 from prefpaint_jax.models.exported import exported_configs
 from prefpaint_jax.models.pipeline import NETWORKS, Modules, Tokens, make_modules
@@ -67,14 +67,15 @@ class Inpainter:
     variant: str | None = None,
     mask_latents: str = "cells",
   ) -> "Inpainter":
-    """Loads a pipeline in the diffusers format.
+    """Loads a pipeline: a folder in the format of diffusers, or a single file in that of CompVis.
 
     It also enables JAX's compilation cache, unless the process has chosen one (see
     `runtime.compilation.enable_cache`).
 
     Args:
-      name: a folder, a hub name ("stable-diffusion-v1-5/stable-diffusion-inpainting"), or "mini",
-        the model inside this package.
+      name: a folder, a `.safetensors` or `.ckpt` file, a hub name
+        ("stable-diffusion-v1-5/stable-diffusion-inpainting"), or "mini", the model inside this
+        package.
       dtype: compute dtype of the networks; parameters stay float32.
       remat: rematerialise the UNet's blocks in the backward pass.
       variant: variant of the weight files, "fp16" for example; default: full precision, if present.
@@ -86,12 +87,17 @@ class Inpainter:
     check_values({"remat": remat}, ARGUMENTS, owner="")
     enable_cache()
     path = weights.resolve_pipeline(mini.locate(name, "policy"))
-    configs = {part: weights.read_config(path / part) for part in NETWORKS}
-    configs["scheduler"] = weights.read_config(path / "scheduler", "scheduler_config.json")
+    file = single_file.read(path, variant) if path.is_file() else None
+    if file:
+      configs = file.configs
+    else:
+      configs = {part: weights.read_config(path / part) for part in NETWORKS}
+      configs["scheduler"] = weights.read_config(path / "scheduler", "scheduler_config.json")
     modules = make_modules(configs, dtype, remat, str(name), mask_latents)
     shapes = modules.shapes()
-    params = {part: weights.load_params(path / part, shapes[part], variant) for part in NETWORKS}
-    found = sorted((path / "tokenizer").glob("*"))
+    load = lambda part: weights.load_params(path / part, shapes[part], variant)
+    params = file.params(shapes) if file else {part: load(part) for part in NETWORKS}
+    found = sorted((file.tokenizer if file else path / "tokenizer").glob("*"))
     tokenizer_files = {file.name: file.read_bytes() for file in found if file.is_file()}
     if not tokenizer_files:
       raise ValueError(

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 from prefpaint_jax import mini
+from prefpaint_jax.models import single_file
 from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.models.pipeline import NETWORKS
-from prefpaint_jax.runtime.files import check_is_folder
 from prefpaint_jax.runtime.runs import base_of
 from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights.names import Params
@@ -25,8 +25,8 @@ def read_architecture(policy: str) -> tuple[dict[str, dict], str]:
   """Reads the configs of a policy's networks without its weights.
 
   Args:
-    policy: folder of a pipeline, workdir of a run, "mini", or a hub name in KNOWN, for which
-      nothing is downloaded.
+    policy: folder or single file of a pipeline, workdir of a run, "mini", or a hub name in KNOWN,
+      for which nothing is downloaded.
 
   Returns:
     The configs by network, with "scheduler", and a phrase that says where they come from.
@@ -35,8 +35,9 @@ def read_architecture(policy: str) -> tuple[dict[str, dict], str]:
     ValueError: the policy is neither a folder nor a known hub name.
   """
   path = weights.local_path(mini.locate(base_of(policy), "policy"), "config.policy")
+  if path.is_file():
+    return single_file.read_configs(path), "read from the shapes of its tensors"
   if path.exists():
-    check_is_folder(path, "a diffusers folder, a workdir, or a hub name")
     weights.check_pipeline(path)
     configs = {part: weights.read_config(path / part) for part in NETWORKS}
     configs["scheduler"] = weights.read_config(path / "scheduler", "scheduler_config.json")

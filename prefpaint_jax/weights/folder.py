@@ -47,7 +47,7 @@ def local_path(name: str | os.PathLike[str], what: str = "model") -> Path:
 
 
 def resolve_pipeline(name_or_folder: str | Path) -> Path:
-  """Finds the folder of a diffusers pipeline, local or on the hub.
+  """Finds the folder of a diffusers pipeline, local or on the hub; returns a file unchanged.
 
   The class that its model_index.json names is checked before anything else is read or downloaded.
 
@@ -55,10 +55,7 @@ def resolve_pipeline(name_or_folder: str | Path) -> Path:
   """
   path = local_path(name_or_folder)
   if path.is_file():
-    raise ValueError(
-      f"{path}: a single file; expected a diffusers folder; convert it with diffusers: "
-      "StableDiffusionInpaintPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-    )
+    return path
   check_pipeline(resolve(name_or_folder, ("model_index.json",)))  # before anything else is read
   return resolve(name_or_folder, _PIPELINE_FILES)
 
