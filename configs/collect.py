@@ -30,6 +30,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.samples_per_prompt = 3
   config.num_steps = 50
   config.eta = 1.0
+  config.guidance_scale = 1.0  # of the texts of the prompts; 1: no guidance
   config.batch_size = 16  # prompts sampled at a time
   config.perturbed = 0  # additional candidates with random defects in the hole, for simulations
 

@@ -35,6 +35,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.samples_per_prompt = 11  # S; one more than the best of 10, for a rival of another seed
   config.num_steps = 50
   config.eta = 1.0
+  config.guidance_scale = 1.0  # of the texts of the prompts; 1: no guidance
   config.batch_size = 4  # prompts that are sampled at a time, S times each
 
   config.gallery = 18  # prompts in the report: largest, median and smallest gains

@@ -24,7 +24,10 @@ def get_config(preset: str = "") -> ConfigDict:
 
   # Models and data: folders, hub names or "mini"; the policy also a file.
   config.policy = "stable-diffusion-v1-5/stable-diffusion-inpainting"  # the model to align
-  config.reward = "kd5678/prefpaintReward"  # the reward model
+  # Rewards as NAME*WEIGHT,NAME: a reward model (folder, hub name, prefpaint or mini), or a function
+  # FILE.py:FUNCTION.
+  config.reward = "kd5678/prefpaintReward"
+  config.combine = "sum"  # of several rewards: sum, gdpo or winrate (docs/rewards.md)
   config.bound = ""  # a bound.safetensors or a released V⁻¹; "": the bound in the reward folder
   config.prompts = ""  # a folder with masks/ID_mask.png and images/ID.png, or a tfds folder
   config.size = 512  # pixels of each side of an image

@@ -49,7 +49,8 @@ def annotate(folder: Path, annotators: int, noise: float, seed: int) -> int:
   if not file.is_file():
     raise ValueError(f"{file}: no such file; give the --workdir of prefpaint_jax.collect")
   errors: list[str] = []
-  candidates = read_candidates(folder, read_prompts(folder, errors), errors)
+  prompts = read_prompts(folder, errors)
+  candidates = read_candidates(folder, prompts, errors)
   if errors:
     raise ValueError(f"{folder}/{errors[0]}; correct the file or collect the candidates again")
   lines = list(candidates.items())
@@ -62,7 +63,8 @@ def annotate(folder: Path, annotators: int, noise: float, seed: int) -> int:
       chunk = lines[first : first + _CHUNK]
       images = [image_io.load_image(folder / "inpaint" / f"{name}.png") for name, _ in chunk]
       masks = [image_io.load_mask(folder / "masks" / f"{x.image_id}_mask.png") for _, x in chunk]
-      truth = simulation.true_preference(np.stack(images), np.stack(masks))
+      texts = [prompts[x.image_id].text for _, x in chunk]
+      truth = simulation.true_preference(np.stack(images), np.stack(masks), texts)
       rng = np.random.default_rng([seed, first])
       scores = simulation.annotate(rng, truth, annotators, noise)
       for i, (name, candidate) in enumerate(chunk):

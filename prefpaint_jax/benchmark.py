@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from prefpaint_jax.align.rollout import decode, encode_prompts
-from prefpaint_jax.align.run import context_shapes, outline
+from prefpaint_jax.align.run import context_shapes, outline, reward_shapes
 from prefpaint_jax.align.settings import check_batch
 from prefpaint_jax.align.stages import Stages
 from prefpaint_jax.align.state import Experience, Frozen, TrainState, behaviour_params
@@ -57,7 +57,7 @@ def _materialise_frozen(frozen: Frozen) -> Frozen:
     whitening = sharding.place(whitening.sharding, np.eye(len(whitening), dtype=np.float32))
   return Frozen(
     vae=materialise(frozen.vae),
-    reward=materialise(frozen.reward),
+    reward=tuple(map(materialise, frozen.reward)),
     whitening=whitening,
     context=_normal(frozen.context),
     base=None if frozen.base is None else materialise(frozen.base),
@@ -128,7 +128,7 @@ class _Timer:
       began = time.perf_counter()
       behaviour = behaviour_params(state)
       encoded, trajectory, samples = compiled["rollout"](behaviour, frozen, *prompts)
-      scores, _ = compiled["score"](frozen, encoded, samples)
+      scores, _ = compiled["score"](frozen, encoded, samples, None, None)
       experience = Experience(encoded, trajectory, scores)
       for indices in stages.draw_timesteps(jax.random.key(0)):
         state, _ = compiled["update"](state, frozen, experience, indices)
@@ -188,7 +188,9 @@ def benchmark(
   timer.stage("encode", jit(encode), frozen, images, masks)
   decode_all = functools.partial(decode, modules, chunk=settings.decode_batch, mesh=mesh)
   timer.stage("decode", jit(decode_all), frozen.vae, trajectory.latents[-1], prompts)
-  scores, _ = timer.stage("score", stages.score, frozen, prompts, samples)
+  if any(read := reward_shapes(run.objective, config, mesh)):
+    raise ValueError("config.reward reads texts or runs on the host; give a reward that does not")
+  scores, _ = timer.stage("score", stages.score, frozen, prompts, samples, *read)
   indices, experience = stages.draw_timesteps(key)[0], Experience(prompts, trajectory, scores)
   updates = settings.updates_per_iteration
   arguments = state, frozen, experience, indices

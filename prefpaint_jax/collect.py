@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from prefpaint_jax import inpainter
 from prefpaint_jax.data import masks as mask_io
+from prefpaint_jax.data.captions import check_guidance
 from prefpaint_jax.data.drawn_prompts import DrawnPrompts
 from prefpaint_jax.data.examples import SPLITS, Prompt, stack
 from prefpaint_jax.data.images import save_png, to_bytes
@@ -80,8 +81,7 @@ def recover(folder: Path, per_prompt: int) -> set[str]:
 
 def sample_candidates(
   policies: list[tuple[str, Inpainter]],
-  images: np.ndarray,
-  masks: np.ndarray,
+  batch: Mapping[str, np.ndarray],
   turn: int,
   key: jax.Array,
   config: ConfigDict,
@@ -90,14 +90,14 @@ def sample_candidates(
 
   Args:
     policies: (name, policy); the samples take them in turn.
-    images: [B, H, W, 3] in [0, 1].
-    masks: [B, H, W, 1].
+    batch: B prompts (see `examples.stack`).
     turn: offset into the policies; the number of the batch.
     key: PRNG key of the batch.
 
   Yields:
     (name of the policy, or "perturbed", and candidates [B, H, W, 3] in [0, 1]).
   """
+  images, masks = batch["image"], batch["mask"]
   samples = []
   for sample in range(config.samples_per_prompt):
     name, policy = policies[(turn + sample) % len(policies)]
@@ -108,6 +108,8 @@ def sample_candidates(
         key=jax.random.fold_in(key, sample),
         num_steps=config.num_steps,
         eta=config.eta,
+        text=batch["text"].tolist(),
+        guidance_scale=config.guidance_scale,
       )
     )
     yield name, samples[-1]
@@ -161,6 +163,8 @@ def collect(config: ConfigDict, workdir: Path) -> None:
   check_memory(64 * config.batch_size * config.size**2, what)
   sharding.check_batch(config.batch_size, sharding.make_mesh(devices=jax.local_devices()))
   drawn = _draw_prompts(config)
+  has_texts = any(prompts.has_texts for prompts in drawn.values())
+  check_guidance(config.guidance_scale, has_texts, config.pictures)
   free = "num_prompts", "num_test_prompts"
   progress_file = "candidates.jsonl"
   with open_workdir(config, workdir, "collect", WRITES, free, progress_file) as write_config:
@@ -214,10 +218,9 @@ def _collect(
           interrupts.end_early()
           bar.close()
           return False
-        stacked = stack(batch)
-        images, masks = stacked["image"], stacked["mask"]
         batch_key = jax.random.fold_in(split_key, first)
-        candidates = list(sample_candidates(policies, images, masks, first // B, batch_key, config))
+        sampled = sample_candidates(policies, stack(batch), first // B, batch_key, config)
+        candidates = list(sampled)
         # Images are written before the lines that list them, so that a listed prompt is complete.
         samples_by_prompt = [[samples[i] for _, samples in candidates] for i in missing]
         write = functools.partial(write_prompt, workdir)
@@ -225,6 +228,8 @@ def _collect(
         for i in missing:
           name, kind = batch[i]["id"], mask_io.KINDS[batch[i]["kind"]]
           about = {"source": batch[i]["source"], "picture": batch[i]["picture"]}
+          if text := batch[i].get("text"):
+            about["text"] = text
           print(json.dumps({"image_id": name, "kind": kind} | about), file=prompt_lines)
         for i in missing:
           name = batch[i]["id"]

@@ -25,6 +25,7 @@ from prefpaint_jax import inpainter
 from prefpaint_jax.data import examples
 from prefpaint_jax.data import masks as mask_io
 from prefpaint_jax.data import prompts as prompt_io
+from prefpaint_jax.data.captions import check_guidance
 from prefpaint_jax.data.images import save_png
 from prefpaint_jax.evaluation import batches as batch_files
 from prefpaint_jax.evaluation import drift as drift_lib
@@ -79,6 +80,7 @@ def choose_prompts(config: ConfigDict) -> tuple[Sequence[examples.Prompt], list[
     for i in range(len(prompts))
     if not config.kind or mask_io.KINDS[prompts[i]["kind"]] == config.kind
   )
+  check_guidance(config.guidance_scale, prompts.has_texts, config.prompts)
   chosen = list(itertools.islice(wanted, config.num_prompts or None))
   if len(chosen) < config.num_prompts and jax.process_index() == 0:
     print(
@@ -110,7 +112,7 @@ def examine(
   Returns:
     SIDE/score/JUDGE [b, S], SIDE/measure/NAME [b, S], SIDE/measure/diversity [b],
     SIDE/witness/NAME [b, S, ...], SIDE/picture [b, h, w, 3] (thumbnails of the first samples),
-    id, kind and complete [b], truth [b, 12] (moments of the images), prompt and original
+    id, kind, complete and text [b], truth [b, 12] (moments of the images), prompt and original
     [b, h, w, 3].
   """
   S = config.samples_per_prompt
@@ -120,22 +122,23 @@ def examine(
     "id": batch["id"],
     "kind": batch["kind"],
     "complete": batch["complete"],
+    "text": batch["text"],
     "truth": witnesses.measure(images, masks, images)["moments"],
     "prompt": np.stack([gallery.thumbnail(*pair) for pair in zip(images, masks, strict=True)]),
     "original": np.stack([gallery.thumbnail(image) for image in images]),
   }
+  sampler = {name: config[name] for name in ("num_steps", "eta", "guidance_scale")}
   by_prompt = lambda x: np.asarray(x).reshape(-1, S, *np.shape(x)[1:])
   for side, policy in policies.items():
-    samples = policy(
-      images, masks, key=key, num_steps=config.num_steps, eta=config.eta, num_samples=S
-    )
+    samples = policy(images, masks, key=key, text=batch["text"].tolist(), num_samples=S, **sampler)
     features = None
     for label, judge in judges.items():
       rewards, z = judge.score(samples, images * (1.0 - masks))
       features = by_prompt(z) if features is None else features
       results[f"{side}/score/{label}"] = by_prompt(rewards)
     if config.simulated_preference:
-      truth = simulation.true_preference(samples, repeated_masks)["combined"]
+      repeated_texts = [str(text) for text in np.repeat(batch["text"], S)]
+      truth = simulation.true_preference(samples, repeated_masks, repeated_texts)["combined"]
       results[f"{side}/score/{tables.SIMULATED}"] = by_prompt(truth)
     measures = drift_lib.measure(samples, repeated_masks, repeated_images)
     results |= {f"{side}/measure/{name}": by_prompt(values) for name, values in measures.items()}
@@ -279,7 +282,8 @@ def write_results(
     "judges": ", ".join(titles.values()),
     "prompts": f"{number} of {config.prompts}, {config.split}",
     "samples_per_prompt": config.samples_per_prompt,
-    "sampler": f"DDIM, {config.num_steps} steps, eta {config.eta:g}",
+    "sampler": f"DDIM, {config.num_steps} steps, eta {config.eta:g}, "
+    f"guidance scale {config.guidance_scale:g}",
     "seed": config.seed,
     "command": " ".join(["python -m prefpaint_jax.evaluate", *sys.argv[1:]]),
   }
@@ -293,6 +297,7 @@ def write_results(
     results["policy/picture"],
     named(scores),
     [image if known else None for image, known in pairs],
+    results["text"].tolist(),
   )
   save_png(workdir / "examples.png", gallery.draw_examples(shown, **names))
   summary, found, drift = (evaluation[name] for name in ("judges", "witnesses", "drift"))

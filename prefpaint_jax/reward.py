@@ -6,20 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from prefpaint_jax import mini
 from prefpaint_jax.data.images import load_images
-from prefpaint_jax.models.config import RewardConfig
-from prefpaint_jax.models.reward import RewardNetwork, apply, network_shapes
-from prefpaint_jax.preference.bound import FILE_NAME, Bound, check_bound, load_bound, save_bound
+from prefpaint_jax.models.reward import RewardNetwork, apply
+from prefpaint_jax.preference.bound import FILE_NAME, Bound, save_bound
+from prefpaint_jax.rewards.prefpaint import open_network
+from prefpaint_jax.rewards.prefpaint import read_bound as read_bound
 from prefpaint_jax.runtime import files
 from prefpaint_jax.runtime.compilation import enable_cache
-from prefpaint_jax.runtime.config_fields import DTYPE
-from prefpaint_jax.runtime.ranges import check
 from prefpaint_jax.weights import folder as weights
-from prefpaint_jax.weights.files import load_torch
 from prefpaint_jax.weights.names import Params
 
 
@@ -66,20 +62,8 @@ class RewardModel:
     Raises:
       ValueError: a file is missing or damaged, or does not fit the network.
     """
-    check("dtype", str(dtype), DTYPE)
     enable_cache()
-    path = weights.resolve_reward(mini.locate(name, "reward"))
-    config = {} if path.is_file() else weights.read_config(path)
-    given = {"shift": shift, "scale": scale}
-    config |= {field: value for field, value in given.items() if value is not None}
-    network = RewardNetwork(RewardConfig.from_dict(config), jnp.dtype(dtype))
-    if not bound and (path / FILE_NAME).is_file():
-      bound = path / FILE_NAME
-    loaded = read_bound(bound) if bound else None
-    if loaded is not None:
-      check_bound(loaded, network.config.feature_dim)
-    params = weights.load_reward(path, network_shapes(network.config))
-    return cls(network, params, loaded)
+    return cls(*open_network(name, bound, dtype, shift, scale))
 
   def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
     """Writes config.json, model.safetensors (as `dtype`) and, with a bound, bound.safetensors.
@@ -115,27 +99,3 @@ class RewardModel:
       )
     reward, features = _apply(self.network, self.params, images, masked_images)
     return np.asarray(reward), np.asarray(features)
-
-
-def read_bound(path: str | Path) -> Bound:
-  """Reads a bound from `bound.safetensors`, or from a released inverse of V (`.pt`).
-
-  Raises:
-    ValueError: the file cannot be read, or does not hold one matrix.
-  """
-  file = weights.local_path(path, "bound")
-  if file.is_file() and file.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
-    raise ValueError(
-      f"bound {path}: a file that is no bound; expected bound.safetensors of a reward model, or a "
-      "released inverse of V (.pt); give one of them"
-    )
-  if file.suffix not in (".pt", ".pth", ".bin"):
-    return load_bound(path)
-  stored = load_torch(path)
-  values = stored.values() if isinstance(stored, dict) else [stored]
-  tensors = [value for value in values if isinstance(value, np.ndarray)]
-  if len(tensors) != 1:
-    raise ValueError(
-      f"{path}: holds {len(tensors)} tensors; expected 1; give the file of the inverse of V"
-    )
-  return Bound.from_inverse(tensors[0].astype(np.float64))

@@ -22,7 +22,14 @@ from ml_collections import ConfigDict
 from prefpaint_jax.align.held_out import HeldOut
 from prefpaint_jax.align.optimizer import rate_of_iteration
 from prefpaint_jax.align.results import print_comparison, print_results, warn_of_equal_weights
-from prefpaint_jax.align.run import Run, context_shapes, image_shapes, make_run
+from prefpaint_jax.align.run import (
+  Run,
+  context_shapes,
+  image_shapes,
+  make_run,
+  reward_shapes,
+)
+from prefpaint_jax.align.score import reward_inputs
 from prefpaint_jax.align.settings import (
   check_batch,
   check_config,
@@ -39,11 +46,12 @@ from prefpaint_jax.align.state import (
   current_params,
 )
 from prefpaint_jax.align.texts import Texts
+from prefpaint_jax.data.captions import check_guidance
 from prefpaint_jax.data.images import save_png
 from prefpaint_jax.data.prompts import final_split, open_prompts, prompt_loader
 from prefpaint_jax.inpainter import open_policy
 from prefpaint_jax.preference.bound import check_condition
-from prefpaint_jax.reward import RewardModel
+from prefpaint_jax.rewards.objective import open_objective
 from prefpaint_jax.runtime import cli, sharding
 from prefpaint_jax.runtime.checkpoint import Checkpoints
 from prefpaint_jax.runtime.config_check import check_fields
@@ -70,28 +78,27 @@ def load_run(
   """
   trust = settings_from(config).trust
   policy = open_policy(config.policy, config.dtype, step, config.remat)
-  reward_model = RewardModel.from_pretrained(config.reward, config.bound or None, config.dtype)
-  if trust.needs_bound and reward_model.bound is None:
+  objective = open_objective(config.reward, config.combine, config.dtype, config.bound or None)
+  bound = objective.trusted and objective.trusted.bound
+  if trust.needs_bound and bound is None:
     raise ValueError(
       f"trust.norm={trust.norm!r} needs a bound, {config.reward} has none: give "
       "--config.bound=FILE or --config.trust.norm=none"
     )
-  bound = reward_model.bound
   guidance = policy.guidance(config.guidance_scale, None if has_texts else [""])
+  check_guidance(config.guidance_scale, guidance is not None, config.prompts)
   if trust.needs_bound:
     check_condition(bound.whitening, trust.norm)
   frozen = Frozen(
     vae=policy.params["vae"],
-    reward=reward_model.params,
+    reward=objective.params,
     whitening=None if bound is None else bound.whitening.astype(np.float32),
     context=policy.empty_context,
     base=None,
     negative=guidance and guidance.negative,
   )
   base = policy.params.pop("unet")
-  run = make_run(
-    config, mesh, policy.modules, reward_model.network, base, frozen, has_texts=has_texts
-  )
+  run = make_run(config, mesh, policy.modules, objective, base, frozen, has_texts=has_texts)
   if not has_texts:
     return run
   most = max(config.batch_size, config.num_samples)
@@ -180,7 +187,8 @@ def iterate(
   stopping = failed = False
   if start < config.num_iterations:
     context = context_shapes(config, mesh, frozen) if run.has_texts else None
-    compile_iteration(stages, state, frozen, *image_shapes(config, mesh), context)
+    read = reward_shapes(run.objective, config, mesh)
+    compile_iteration(stages, state, frozen, *image_shapes(config, mesh), context, *read)
   if start == 0 and config.sample_every:
     with waiting(f"sampling {config.num_samples} held-out prompts"):
       write_sample(session, state)
@@ -198,7 +206,8 @@ def iterate(
     prompts, trajectory, samples = stages.rollout(
       behaviour, frozen, images, masks, rollout_key, context
     )
-    scores, score_metrics = stages.score(frozen, prompts, samples)
+    read = reward_inputs(run.objective, mesh, batch, samples)
+    scores, score_metrics = stages.score(frozen, prompts, samples, *read)
     log.scored(score_metrics)
     experience, update_metrics = Experience(prompts, trajectory, scores), []
     for indices in stages.draw_timesteps(timestep_key):

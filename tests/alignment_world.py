@@ -23,6 +23,8 @@ from prefpaint_jax.diffusion.ddim import Trajectory
 from prefpaint_jax.diffusion.schedule import Schedule
 from prefpaint_jax.models import architectures
 from prefpaint_jax.models.conditioning import Context, Prompts
+from prefpaint_jax.rewards.objective import Objective
+from prefpaint_jax.rewards.prefpaint import as_reward
 
 get_config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rl.py"))["get_config"]
 WORLD = dict.fromkeys(("policy", "reward", "prompts"), "")  # no path is read
@@ -43,17 +45,18 @@ quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 @functools.cache
 def world(dtype: str = "float32"):
-  """Returns (modules, UNet parameters, reward network, frozen trees) of the tiny models."""
+  """Returns (modules, UNet parameters, objective, frozen trees) of the tiny models."""
   inpainter, reward_model = testing.tiny_inpainter(dtype=dtype), testing.tiny_reward(dtype=dtype)
   base = inpainter.params["unet"]
+  objective = Objective((as_reward("tiny", reward_model.network, reward_model.params),))
   frozen = Frozen(
     vae=inpainter.params["vae"],
-    reward=reward_model.params,
+    reward=objective.params,
     whitening=reward_model.bound.whitening.astype(np.float32),
     context=inpainter.empty_context,
     base=base,
   )
-  return inpainter.modules, base, reward_model.network, frozen
+  return inpainter.modules, base, objective, frozen
 
 
 TEXTS = ["a warm sky", "", "cold water", "a warm sky"]
@@ -140,7 +143,7 @@ def toy_rollout(settings: Settings, params, prompts: Prompts, seed: int) -> Traj
 
 
 TOY_FROZEN = Frozen(
-  vae={}, reward={}, whitening=None, context=Context(jnp.zeros((1, 1, 3))), base=TOY
+  vae={}, reward=({},), whitening=None, context=Context(jnp.zeros((1, 1, 3))), base=TOY
 )
 
 

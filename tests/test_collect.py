@@ -3,6 +3,7 @@
 import json
 import signal
 
+import jax
 import numpy as np
 import pytest
 from preference_world import collect_config
@@ -12,7 +13,11 @@ from prefpaint_jax import testing
 from prefpaint_jax.annotate import annotate
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.data.annotations import read_annotations
+from prefpaint_jax.data.prompts import open_prompts
+from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.runtime import interrupts
+
+TEXTS = {"0": "a “red” house", "1": "sea", "2": ""}  # by image
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -22,7 +27,10 @@ def world(tmp_path_factory):
   folder = tmp_path_factory.mktemp("collect")
   testing.tiny_inpainter(seed=5).save_pretrained(folder / "other")
   policies = (str(folder / "policy"), str(folder / "other"))
-  config = collect_config(folder, policies=policies, samples_per_prompt=2, perturbed=1)
+  more = {"samples_per_prompt": 2, "perturbed": 1, "guidance_scale": 3.0}
+  config = collect_config(folder, policies=policies, **more)
+  captions = [{"id": picture, "text": text} for picture, text in TEXTS.items() if text]
+  (folder / "photos" / "captions.jsonl").write_text("\n".join(map(json.dumps, captions)))
   command.collect(config, folder / "whole")
   return folder, config
 
@@ -57,6 +65,54 @@ def test_every_prompt_has_its_images_and_candidates(world):
     np.testing.assert_array_equal(sample * (1 - mask), image * (1 - mask))
     assert not np.array_equal(sample, image)
   assert {line["kind"] for line in prompts.values()} == {"outpainting", "warping"}
+
+
+def test_texts_of_the_images_reach_prompts_and_annotations(world):
+  folder, config = world[0] / "whole", world[1]
+  rows = lines(folder / "prompts.jsonl")
+  assert {row["picture"] for row in rows} == set(TEXTS)
+  assert all(row.get("text") == (TEXTS[row["picture"]] or None) for row in rows)
+  expected = {row["image_id"]: TEXTS[row["picture"]] for row in rows}
+  opened = open_prompts(folder, "train", config.size)
+  assert opened.has_texts
+  assert all(prompt.get("text", "") == expected[prompt["id"]] for prompt in opened)
+  annotate(folder, annotators=1, noise=0.5, seed=0)
+  found = {prompt.image_id: prompt.text for prompt in read_annotations(folder).prompts}
+  assert found == expected
+  (folder / "annotations.jsonl").unlink()
+
+
+def test_policies_sample_with_the_texts_and_the_guidance_of_the_config(world):
+  calls = []
+
+  def policy(images, masks, **options):
+    calls.append(options)
+    return images
+
+  images, masks = testing.tiny_prompts(2)
+  batch = {"image": images, "mask": masks, "text": np.array(["", "a red house"])}
+  list(command.sample_candidates([("a", policy)], batch, 0, jax.random.key(0), world[1]))
+  assert [options["text"] for options in calls] == [["", "a red house"]] * 2
+  assert {options["guidance_scale"] for options in calls} == {3.0}
+
+
+@pytest.mark.slow
+def test_candidates_are_samples_with_the_text_of_their_prompt(world):
+  folder, config = world
+  prompts = command._draw_prompts(config)["train"]
+  batch = [prompts[i] for i in range(8)]
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 0), 0)
+  policy = Inpainter.from_pretrained(config.policies[0])
+  images, masks = (np.stack([prompt[name] for prompt in batch]) for name in ("image", "mask"))
+  sampler = {"num_steps": config.num_steps, "eta": config.eta, "guidance_scale": 3.0}
+  texts = [TEXTS[prompt["picture"]] for prompt in batch]
+  key = jax.random.fold_in(key, 0)
+  expected = policy(images, masks, key=key, text=texts, **sampler)
+  without = policy(images, masks, key=key, **sampler)
+  for prompt, text, sample, other in zip(batch, texts, expected, without, strict=True):
+    saved = image_io.load_image(folder / "whole" / "inpaint" / f"{prompt['id']}_0.png")
+    np.testing.assert_allclose(saved, sample, atol=1.01 / 255)
+    assert (np.abs(sample - other).max() > 3 / 255) == bool(text)
 
 
 def test_policies_take_turns(world):
@@ -160,6 +216,7 @@ def test_simulated_scores_can_be_read(world):
   [
     ({"pictures": ""}, r"config\.pictures is empty"),
     ({"pictures": "nowhere"}, "nowhere"),
+    ({"pictures": "mini"}, r"guidance_scale is 3, but mini has no texts to guide by; add captions"),
     ({"policies": ()}, r"config\.policies is empty"),
     ({"policies": ("nowhere",)}, "nowhere: no such folder"),
     ({"kinds.holes": -1.0}, r"kinds\.holes is -1"),

@@ -11,6 +11,7 @@ from preference_world import load_config
 
 from prefpaint_jax import evaluate, testing
 from prefpaint_jax.data.examples import stack
+from prefpaint_jax.data.images import save_png, to_bytes
 from prefpaint_jax.data.prompts import open_prompts
 from prefpaint_jax.evaluation import tables
 from prefpaint_jax.evaluation.batches import read_batch
@@ -119,8 +120,42 @@ def test_no_prompt_is_counted_twice(world, number, line, capsys):
   assert line in capsys.readouterr().out
 
 
+def test_both_sides_sample_with_the_texts_and_the_guidance_of_the_config(world):
+  images, masks = testing.tiny_prompts(2)
+  batch = {"id": np.array(["a", "b"]), "kind": np.zeros(2, np.int32), "complete": np.ones(2, bool)}
+  batch |= {"image": images, "mask": masks, "text": np.array(["", "a red house"])}
+  calls = []
+
+  def policy(images, masks, num_samples, **options):
+    calls.append(options)
+    return np.repeat(images, num_samples, axis=0)
+
+  config = config_of(world, guidance_scale=3.0)
+  sides = dict.fromkeys(evaluate.SIDES, policy)
+  results = evaluate.examine(sides, {}, batch, jax.random.key(0), config)
+  for options in calls:
+    assert (options["text"], options["guidance_scale"]) == (["", "a red house"], 3.0)
+  assert len(calls) == 2 and results["text"].tolist() == ["", "a red house"]
+
+
+@pytest.mark.slow
+def test_the_report_shows_the_texts_of_a_folder(world, tmp_path):
+  images, masks = testing.tiny_prompts(8)
+  for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
+    save_png(tmp_path / "in" / "images" / f"{i}.png", to_bytes(image))
+    save_png(tmp_path / "in" / "masks" / f"{i}_mask.png", to_bytes(mask[..., 0]))
+  rows = [{"id": str(i), "text": f"a <b>text</b> {i}"} for i in range(8)]
+  (tmp_path / "in" / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  config = config_of(world, prompts=str(tmp_path / "in"), num_prompts=0, guidance_scale=3.0)
+  evaluate.evaluate(config, tmp_path / "out")
+  page = (tmp_path / "out" / "report.html").read_text()
+  assert page.count('<p class="text">a &lt;b&gt;text&lt;/b&gt; ') >= 3
+  about = json.loads((tmp_path / "out" / "eval.json").read_text())["about"]
+  assert about["sampler"].endswith("guidance scale 3")
+
+
 def test_a_batch_of_an_earlier_version_is_computed_again(tmp_path):
-  now = {"complete": np.ones(2, bool), "original": np.zeros((2, 4, 4, 3), np.uint8)}
+  now = {"complete": np.ones(2, bool), "text": np.array(["", "a"])}
   np.savez(tmp_path / "now.npz", **now)
   np.savez(tmp_path / "earlier.npz", complete=now["complete"])
   assert read_batch(tmp_path / "now.npz").keys() == now.keys()
@@ -179,6 +214,8 @@ def test_a_signal_keeps_finished_batches_and_damaged_ones_are_computed_again(
     ({"judges": ("nowhere",)}, "nowhere: no such folder"),
     ({"kind": "brush"}, "none of the 20 prompts of 'test' is of kind brush"),
     ({"kind": "hole"}, "kind is 'hole'; expected one of outpainting"),
+    ({"guidance_scale": 3.0}, "guidance_scale is 3, but .* has no texts to guide by; add captions"),
+    ({"guidance_scale": 0.5}, "guidance_scale is 0.5; expected"),
     ({"samples_per_prompt": 0}, "samples_per_prompt is 0"),
     ({"samples_per_prompt": 1}, "samples_per_prompt is 1; expected an integer from 2"),
     ({"batch_size": 3}, "batch_size 3 does not divide over 8 devices"),

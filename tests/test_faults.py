@@ -53,14 +53,14 @@ def make_cheap_stages(*arguments) -> Stages:
     leaves = [x.ravel() for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.mean(jnp.concatenate(leaves))
 
-  def inpaint(policy, frozen, images, masks, key):
+  def inpaint(policy, frozen, images, masks, key, context=None):
     return images + masks * jnp.tanh(mean(policy) * jax.random.normal(key, images.shape))
 
-  def rollout(policy, frozen, images, masks, key):
+  def rollout(policy, frozen, images, masks, key, context=None):
     samples = inpaint(policy, frozen, images, masks, key)
     return images, masks, samples
 
-  def score(frozen, prompts, samples):
+  def score(frozen, prompts, samples, texts=None, on_host=None):
     reward = jnp.mean(samples)
     return reward, {"reward/mean": reward, "reward/nan_fraction": jnp.zeros(())}
 

@@ -132,12 +132,12 @@ def test_programs_call_nothing_on_the_host(configs):
 @pytest.mark.slow
 def test_iteration_copies_nothing_from_the_host_after_its_prompts():
   settings, mesh = make_settings(updates_per_iteration=2), one_device()
-  modules, base, network, frozen = world()
+  modules, base, objective, frozen = world()
   optimizer = make_optimizer("adamw", 1e-3)
   base, frozen, prompt_arrays, key = jax.device_put(
     (base, frozen, testing.tiny_prompts(4), jax.random.key(0)), sharding.replicated(mesh)
   )
-  stages = make_stages(sampler_of(modules, settings), network, optimizer, mesh, base)
+  stages = make_stages(sampler_of(modules, settings), objective, optimizer, mesh, base)
   state = stages.init(base)
 
   def iterate(state):

@@ -29,6 +29,7 @@ LEVELS = (
   ("models",),
   ("data",),
   ("preference",),
+  ("rewards",),
   ("evaluation",),
   ("align",),
   ("planning",),

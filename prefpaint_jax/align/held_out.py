@@ -10,11 +10,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from prefpaint_jax.align.run import Run
+from prefpaint_jax.align.score import reward_inputs
 from prefpaint_jax.data.examples import Prompt, concatenate, stack
 from prefpaint_jax.data.grids import image_grid
 from prefpaint_jax.evaluation import drift, winrate
-from prefpaint_jax.models import reward
-from prefpaint_jax.models.reward import RewardNetwork
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.weights.names import Params
@@ -28,13 +27,6 @@ STATISTICS = {
   "_gain_in_sd": "gain_in_sd",
 }
 SAMPLES = 2  # S; WinRate compares the samples of different seeds
-
-
-@functools.partial(jax.jit, static_argnames="network")
-def _rewards_of(
-  network: RewardNetwork, params: Params, samples: jax.Array, masked_images: jax.Array
-) -> jax.Array:
-  return reward.apply(network, params, samples, masked_images)[0]
 
 
 class HeldOut:
@@ -84,11 +76,18 @@ class HeldOut:
     """Returns samples [N, H, W, 3] and their rewards [N] of a batch, on every process."""
     layout, frozen = sharding.batch_sharding(self._mesh), self._run.frozen
     images, masks = sharding.place(layout, (batch["image"], batch["mask"]))
-    texts = self._run.texts
-    context = texts and texts(texts.local(list(batch["text"])))
+    texts, objective = self._run.texts, self._run.objective
+    own = sharding.local_rows(self._mesh, len(masks))
+    local = {name: values[own] for name, values in batch.items()}
+    context = texts and texts([str(text) for text in local["text"]])
     samples = self._run.stages.inpaint(params, frozen, images, masks, key, context)
-    rewards = _rewards_of(self._run.network, frozen.reward, samples, images * (1.0 - masks))
+    read = reward_inputs(objective, self._mesh, local, samples)
+    rewards = self._weighted(frozen.reward, samples, images * (1.0 - masks), masks, *read)
     return multihost_utils.process_allgather((samples, rewards), tiled=True)
+
+  @functools.cached_property
+  def _weighted(self) -> Callable[..., jax.Array]:
+    return jax.jit(self._run.objective.weighted)
 
   def _scores(self, params: Params, chunk: int) -> dict[str, np.ndarray]:
     """Returns scores and drift measures [N, S] of a chunk."""
@@ -98,7 +97,9 @@ class HeldOut:
       samples, rewards = self._inpaint(params, batch, jax.random.fold_in(key, s))
       scores = {"reward": rewards}
       if self._simulated:
-        scores["true_preference"] = simulation.true_preference(samples, batch["mask"])["combined"]
+        texts = [str(text) for text in batch["text"]]
+        truth = simulation.true_preference(samples, batch["mask"], texts)
+        scores["true_preference"] = truth["combined"]
       found.append(scores | drift.measure(samples, batch["mask"], batch["image"]))
     return {name: np.stack([one[name] for one in found], axis=1) for name in found[0]}
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -21,10 +22,10 @@ from prefpaint_jax.align.state import Frozen, Sampler, TrainState
 from prefpaint_jax.align.texts import Texts
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.models import lora
-from prefpaint_jax.models.architectures import read_architecture, read_reward
+from prefpaint_jax.models.architectures import read_architecture
 from prefpaint_jax.models.conditioning import Context
 from prefpaint_jax.models.pipeline import Modules, make_modules
-from prefpaint_jax.models.reward import RewardNetwork, network_shapes
+from prefpaint_jax.rewards.objective import Objective, outline_objective
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.weights.names import Params
 
@@ -33,7 +34,7 @@ class Run(NamedTuple):
   """The fixed part of a run: arrays, or shapes with their shardings."""
 
   settings: Settings
-  network: RewardNetwork
+  objective: Objective
   stages: Stages
   begin: Params  # the trained parameters before the first iteration
   frozen: Frozen
@@ -58,7 +59,7 @@ def make_run(
   config: ConfigDict,
   mesh: Mesh,
   modules: Modules,
-  network: RewardNetwork,
+  objective: Objective,
   base: Params,
   frozen: Frozen,
   *,
@@ -93,8 +94,8 @@ def make_run(
   if settings.kl_weight and not settings.lora:
     frozen = frozen._replace(base=begin)
   sampler = Sampler(modules, settings, steps)
-  stages = make_stages(sampler, network, optimizer_from(config), mesh, begin, has_texts)
-  return Run(settings, network, stages, begin, frozen, has_texts)
+  stages = make_stages(sampler, objective, optimizer_from(config), mesh, begin, has_texts)
+  return Run(settings, objective, stages, begin, frozen, has_texts)
 
 
 def check_dtype(dtype: str, device: Any) -> None:
@@ -127,6 +128,17 @@ def context_shapes(config: ConfigDict, mesh: Mesh, frozen: Frozen) -> Context:
   return sharding.with_shardings(shapes, sharding.batch_sharding(mesh))
 
 
+def reward_shapes(objective: Objective, config: ConfigDict, mesh: Mesh) -> tuple[Any, Any]:
+  """Returns the shapes of `texts` and `on_host` of `score`, sharded over the mesh."""
+  array = lambda x, rows: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
+  shapes = lambda tree, rows: jax.tree.map(lambda x: array(np.asarray(x), rows), tree)
+  tokens, on_host = shapes(objective.tokenize([""]), config.batch_size), None
+  if objective.has_host_rewards:
+    zeros = tuple(np.zeros(1, np.float32) if one.on_host else None for one in objective.rewards)
+    on_host = shapes(zeros, config.batch_size * config.samples_per_prompt)
+  return sharding.with_shardings((tokens, on_host), sharding.batch_sharding(mesh))
+
+
 def outline(config: ConfigDict, mesh: Mesh) -> tuple[Run, Modules, str]:
   """Makes a run of shapes: no weights are read or made.
 
@@ -137,23 +149,23 @@ def outline(config: ConfigDict, mesh: Mesh) -> tuple[Run, Modules, str]:
   """
   configs, source = read_architecture(config.policy)
   modules = make_modules(configs, config.dtype, config.remat, where=config.policy)
-  network = RewardNetwork(read_reward(config.reward), jnp.dtype(config.dtype))
+  objective = outline_objective(config.reward, config.combine, config.dtype)
   shapes = modules.shapes()
   array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-  D = network.config.feature_dim
+  D = objective.trusted.feature_dim if objective.trusted else 0
   tokens = jax.ShapeDtypeStruct((1, modules.text_length), jnp.int32), None
   context = jax.eval_shape(modules.encode_text, shapes, tokens)
   has_texts = config.guidance_scale != 1 or config.text_dropout > 0
   needs_bound = settings_from(config).trust.needs_bound
   frozen = Frozen(
     vae=shapes["vae"],
-    reward=network_shapes(network.config),
+    reward=objective.params,
     whitening=array(D, D) if needs_bound else None,
     context=context,
     base=None,
     negative=context if config.guidance_scale != 1 else None,
   )
   run = make_run(
-    config, mesh, modules, network, shapes["unet"], frozen, has_texts=has_texts, abstract=True
+    config, mesh, modules, objective, shapes["unet"], frozen, has_texts=has_texts, abstract=True
   )
   return run, modules, source

@@ -2,6 +2,8 @@
 # Shapes: P prompts, S samples of each, B = P S samples, H W pixels, D features.
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,10 @@ from prefpaint_jax.align import ppo
 from prefpaint_jax.align.rollout import in_chunks
 from prefpaint_jax.align.settings import Settings, Trust
 from prefpaint_jax.align.state import Frozen, Scores
-from prefpaint_jax.models import reward
 from prefpaint_jax.models.conditioning import Prompts
-from prefpaint_jax.models.reward import RewardNetwork
 from prefpaint_jax.preference import bound
+from prefpaint_jax.rewards.objective import Objective, combined
+from prefpaint_jax.runtime import sharding
 from prefpaint_jax.weights.names import Params
 
 
@@ -41,36 +43,85 @@ def trust_weights(
 
 
 def score(
-  network: RewardNetwork,
+  objective: Objective,
   settings: Settings,
   frozen: Frozen,
   prompts: Prompts,
   samples: Float[Array, "B H W 3"],
+  texts: tuple[Any, ...] | None = None,
+  on_host: tuple[Float[Array, " B"] | None, ...] | None = None,
   mesh: Mesh | None = None,
 ) -> tuple[Scores, dict[str, jax.Array]]:
-  """Computes rewards, trust weights and advantages of samples in [0, 1], and their metrics."""
+  """Computes rewards, trust weights and advantages of samples in [0, 1], and their metrics.
+
+  Args:
+    texts: what each reward reads of the P texts; None: no reward reads texts.
+    on_host: scores of the rewards that run on the host; None: there is none.
+  """
   S = settings.samples_per_prompt
   # Chunks hold whole prompts, so that the masked image of a prompt is embedded once.
   grouped = samples.reshape(-1, S, *samples.shape[1:])
 
-  def evaluate(params: Params, images: jax.Array, masked_images: jax.Array):
+  rewards, trusted = objective.rewards, objective.trusted
+  texts = texts or (None,) * len(rewards)
+
+  def evaluate(params: tuple[Params, ...], images: jax.Array, known: jax.Array, masks, texts):
     flat = images.reshape(-1, *images.shape[2:])
-    rewards, features = reward.apply(network, params, flat, masked_images)
-    return rewards.reshape(-1, S), features.reshape(-1, S, features.shape[-1])
+    scores, features = [], jnp.zeros((len(flat), 0))
+    for reward, own, read in zip(rewards, params, texts, strict=True):
+      if not reward.on_host:
+        found, z = reward.function(own, flat, known, masks, read)
+        scores.append(found.astype(jnp.float32).reshape(-1, S))
+        features = z if reward is trusted else features
+    return scores, features.reshape(-1, S, features.shape[-1])
 
   chunk = -(-settings.decode_batch // S)
-  masked_images = prompts.masked_image.reshape(-1, S, *samples.shape[1:])[:, 0]
-  rewards, features = in_chunks(evaluate, chunk, mesh, frozen.reward, grouped, masked_images)
-  rewards, features = rewards.reshape(-1), features.reshape(-1, features.shape[-1])
-  valid = ppo.usable(rewards) & jnp.isfinite(features).all(-1)
+  first = lambda x: x.reshape(-1, S, *x.shape[1:])[:, 0]
+  known, masks = first(prompts.masked_image), first(prompts.mask)
+  found, features = in_chunks(evaluate, chunk, mesh, frozen.reward, grouped, known, masks, texts)
+  found = iter(found)
+  scores = [on_host[i] if one.on_host else next(found).reshape(-1) for i, one in enumerate(rewards)]
+  features = features.reshape(-1, features.shape[-1])
+  usable = functools.reduce(jnp.logical_and, map(ppo.usable, scores))
+  valid = usable & jnp.isfinite(features).all(-1)
   features = jnp.where(valid[:, None], features, 0.0)
-  rewards = jnp.where(valid, rewards, 0.0)
+  scores = [jnp.where(valid, one, 0.0) for one in scores]
+  total = sum(weight * one for weight, one in zip(objective.weights, scores, strict=True))
   weigh = functools.partial(trust_weights, settings.trust)
   trust = in_chunks(weigh, 0, mesh, frozen.whitening, features)
   valid &= jnp.isfinite(trust)
-  advantages = ppo.standardise(rewards, valid, S, settings.advantage_std, settings.advantage_clip)
-  scores = Scores(rewards, valid, trust, advantages)
-  return scores, _metrics(scores, S)
+  combination = combined(objective, scores, valid, S)
+  advantages = ppo.standardise(
+    combination, valid, S, settings.advantage_std, settings.advantage_clip
+  )
+  result = Scores(total, valid, trust, advantages)
+  metrics = _metrics(result, S)
+  for reward, own in zip(rewards, scores, strict=True) if len(rewards) > 1 else ():
+    mean = ppo.masked_mean(own, valid)
+    metrics[f"reward/{reward.label}/mean"] = mean
+    metrics[f"reward/{reward.label}/std"] = jnp.sqrt(ppo.masked_mean((own - mean) ** 2, valid))
+  return result, metrics
+
+
+def reward_inputs(
+  objective: Objective,
+  mesh: Mesh,
+  batch: Mapping[str, np.ndarray],
+  samples: Float[Array, "B H W 3"],
+) -> tuple[tuple[Any, ...] | None, tuple[Any, ...] | None]:
+  """Returns `texts` and `on_host` of `score`; waits for the samples only for rewards on the host.
+
+  Args:
+    batch: the prompts of this process, as `examples.stack` returns them.
+    samples: of all processes.
+  """
+  texts = [str(text) for text in batch["text"]]
+  tokens, on_host = objective.tokenize(texts), None
+  if objective.has_host_rewards:
+    masks, known = batch["mask"], batch["image"] * (1.0 - batch["mask"])
+    local = sharding.to_local(mesh, samples)
+    on_host = objective.host_scores(local, known, masks, texts)
+  return sharding.to_global(mesh, (tokens, on_host))
 
 
 def _metrics(scores: Scores, S: int) -> dict[str, jax.Array]:

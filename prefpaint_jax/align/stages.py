@@ -29,7 +29,7 @@ from prefpaint_jax.align.state import (
 )
 from prefpaint_jax.diffusion.ddim import Trajectory
 from prefpaint_jax.models.conditioning import Context, Prompts
-from prefpaint_jax.models.reward import RewardNetwork
+from prefpaint_jax.rewards.objective import Objective
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.runtime.compilation import Program, fast_jit
 from prefpaint_jax.runtime.waiting import waiting
@@ -52,7 +52,7 @@ class Stages(NamedTuple):
 
 def make_stages(
   sampler: Sampler,
-  network: RewardNetwork,
+  objective: Objective,
   optimizer: optax.GradientTransformation,
   mesh: Mesh,
   params: Params,
@@ -91,7 +91,7 @@ def make_stages(
       out_shardings=(prompts, trajectory, batch),
     ),
     inpaint=program(functools.partial(rollout_lib.inpaint, single, mesh=mesh)),
-    score=program(functools.partial(score_lib.score, network, settings, mesh=mesh)),
+    score=program(functools.partial(score_lib.score, objective, settings, mesh=mesh)),
     draw_timesteps=draw_timesteps,
     update=program(
       functools.partial(update_lib.update, sampler, optimizer, mesh=mesh),
@@ -115,6 +115,8 @@ def compile_iteration(
   images: Any,
   masks: Any,
   context: Context | None = None,
+  texts: Any = None,
+  on_host: Any = None,
 ) -> None:
   """Compiles all programs of an iteration before the first of them runs.
 
@@ -128,7 +130,7 @@ def compile_iteration(
       behaviour, frozen, images, masks, key, context
     )
   with waiting("compiling the score", size):
-    scores, _ = stages.score.compile(frozen, prompts, samples)
+    scores, _ = stages.score.compile(frozen, prompts, samples, texts, on_host)
   indices = stages.draw_timesteps(key)[0]
   experience = Experience(prompts, trajectory, scores)
   with waiting("compiling the update", size):

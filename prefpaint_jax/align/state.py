@@ -30,8 +30,8 @@ class Frozen(NamedTuple):
   """Trees that never change. Every program takes them as arguments, never as constants."""
 
   vae: Params
-  reward: Params
-  whitening: Float[Array, "D D"] | None  # of the reward's bound
+  reward: tuple[Params, ...]  # of each reward of the objective
+  whitening: Float[Array, "D D"] | None  # of the trusted reward's bound
   context: Context  # of the empty text
   base: Params | None  # the UNet before alignment, for the KL term and for LoRA
   negative: Context | None = None  # that guidance leads away from; None: no guidance

@@ -44,8 +44,8 @@ class Texts:
       batch_size: most texts of a process at a time.
     """
     self._modules, self._host_params, self._tokenize = modules, params, tokenize
-    self._layout = sharding.batch_sharding(mesh)
-    self._device = self._shards(mesh.size)[0][0]
+    self._mesh, self._layout = mesh, sharding.batch_sharding(mesh)
+    self._device = sharding.local_shards(mesh, mesh.size)[0][0]
     row_bytes = sum(x.nbytes for x in jax.tree.leaves(empty))
     rows = max(batch_size, KEPT_BYTES // row_bytes) + 1
     table = jax.tree.map(lambda x: np.zeros((rows, *x.shape[1:]), x.dtype), empty)
@@ -61,17 +61,6 @@ class Texts:
     params = jax.device_put(self._host_params, self._device)
     return jax.jit(self._modules.round_params)(params)
 
-  def _shards(self, number: int) -> list[tuple[jax.Device, slice]]:
-    """Returns this process's devices and their parts of `number` rows, in order of the parts."""
-    parts = self._layout.addressable_devices_indices_map((number,))
-    return sorted(
-      ((device, part) for device, (part,) in parts.items()), key=lambda x: x[1].start or 0
-    )
-
-  def local(self, texts: Sequence[str]) -> list[str]:
-    """Returns those of the texts of all processes that belong to this process's devices."""
-    return [text for _, part in self._shards(len(texts)) for text in texts[part]]
-
   def __call__(self, texts: Sequence[str]) -> Context:
     """Returns the context of the B texts of all processes.
 
@@ -86,7 +75,7 @@ class Texts:
       self._encode(new[first : first + AT_A_TIME])
     rows = np.array([self._rows[text] for text in texts], np.int32)
     B = len(texts) * jax.process_count()
-    shards = self._shards(B)
+    shards = sharding.local_shards(self._mesh, B)
     local = [_take(self._table, part) for part in np.split(rows, len(shards))]
     placed = [jax.device_put(part, device) for part, (device, _) in zip(local, shards, strict=True)]
 

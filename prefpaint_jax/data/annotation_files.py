@@ -10,11 +10,12 @@ import json
 import math
 import re
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefpaint_jax.data import masks
+from prefpaint_jax.data.captions import check_text, read_captions
 from prefpaint_jax.data.examples import CRITERIA, MAX_SCORE, SPLITS, VALIDATION
 
 _NUMBERS = ("kind", *CRITERIA)  # fields that may hold numbers; all others hold text
@@ -28,6 +29,7 @@ class PromptEntry(NamedTuple):
   source: str
   kind: int | None  # index into masks.KINDS; None: unknown
   picture: str  # ID of the image that the prompt was drawn from
+  text: str = ""
 
 
 class CandidateEntry(NamedTuple):
@@ -46,7 +48,7 @@ class Rating(NamedTuple):
 
 
 def read_prompts(folder: Path, errors: list[str]) -> dict[str, PromptEntry]:
-  """Reads prompts.jsonl, or lists the masks if that file is missing.
+  """Reads prompts.jsonl, or lists the masks if that file is missing, and the captions.
 
   A line with an error still counts as a prompt if its ID is known. Otherwise every score of that
   prompt would add an error about an unknown ID.
@@ -54,11 +56,14 @@ def read_prompts(folder: Path, errors: list[str]) -> dict[str, PromptEntry]:
   Returns:
     {image ID: entry}.
   """
-  if not (folder / _PROMPTS).exists():
+  prompts, texts = {}, {}
+  if (folder / _PROMPTS).exists():
+    rows = _rows(folder / _PROMPTS, ("image_id", "source", "kind"), errors)
+  else:
     ids = sorted(f.name.removesuffix("_mask.png") for f in folder.glob("masks/*_mask.png"))
-    return {image_id: PromptEntry("", "unknown", None, image_id) for image_id in ids}
-  prompts = {}
-  for where, row in _rows(folder / _PROMPTS, ("image_id", "source", "kind"), errors):
+    prompts = {image_id: PromptEntry("", "unknown", None, image_id) for image_id in ids}
+    rows = ()
+  for where, row in rows:
     image_id, kind = row["image_id"], row["kind"]
     if kind in masks.KINDS:
       kind = masks.KINDS.index(kind)
@@ -68,6 +73,13 @@ def read_prompts(folder: Path, errors: list[str]) -> dict[str, PromptEntry]:
       errors.append(f"{where}: image id {image_id!r} is also in {prompts[image_id].where}")
     image = str(row.get("picture") or image_id)
     prompts[image_id] = PromptEntry(where, row["source"], kind, image)
+    if "text" in row:
+      texts[image_id] = _read(folder, errors, check_text, row["text"], f"{where}: text") or ""
+  captions = _read(folder, errors, read_captions, folder, prompts) or {}
+  if captions and texts:
+    errors.append(f"captions and {_PROMPTS} both have texts; keep only one")
+  for image_id, text in (texts | captions).items():
+    prompts[image_id] = prompts[image_id]._replace(text=text)
   return prompts
 
 
@@ -213,6 +225,15 @@ def read_lists(
       ids.add(image_id)
     lists[split] = frozenset(ids)
   return lists
+
+
+def _read(folder: Path, errors: list[str], function: Callable[..., Any], *arguments: Any) -> Any:
+  """Calls a function; if it raises ValueError, appends the error and returns None."""
+  try:
+    return function(*arguments)
+  except ValueError as error:
+    errors.append(str(error).replace(f"{folder}/", ""))
+    return None
 
 
 def _rows(file: Path, fields: Sequence[str], errors: list[str]) -> Iterator[tuple[str, dict]]:

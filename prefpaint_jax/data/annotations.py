@@ -10,13 +10,15 @@ A folder holds the images of every prompt:
 and their scores, in one of two layouts.
 
 A candidates folder has three files with one JSON object per line:
-  prompts.jsonl      {"image_id", "source", "kind"}, and "picture" if several IDs share one image
+  prompts.jsonl      {"image_id", "source", "kind"}, "picture" if several IDs share one image, and
+                     "text" if the prompt has one
   candidates.jsonl   {"image_id", "candidate", "policy"}
   annotations.jsonl  {"image_id", "candidate", "annotator", "structure", "texture", "overall"}
 The first two are optional. Without them, every mask is a prompt and every image in inpaint/ is a
 candidate. A released folder has JSON files of {candidate: [score, rank]} or
 {image_id: {candidate: [score, rank]}} instead, with one combined score per candidate, which is
-often normalised already.
+often normalised already. Instead of prompts.jsonl, captions.jsonl or captions/ID.txt may have the
+texts (see `data.captions`).
 
 train.txt, validation.txt and test.txt may list the IDs of the splits, one per line. The reader
 skips no errors: it collects all of them and raises one report that names the file and the line of
@@ -74,6 +76,7 @@ class ScoredPrompt(NamedTuple):
   image: Path  # the whole image if there is one, else the image with the missing pixels black
   mask: Path
   candidates: tuple[Candidate, ...]
+  text: str = ""
 
 
 class Annotations(NamedTuple):
@@ -212,6 +215,7 @@ def _scored_prompt(
     image=whole if whole.exists() else masked,
     mask=folder / "masks" / f"{image_id}_mask.png",
     candidates=tuple(candidates),
+    text=prompt.text,
   )
 
 

@@ -7,7 +7,7 @@ has the empty text.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from prefpaint_jax.runtime.files import parse_json
 LINES, FILES = "captions.jsonl", "captions"
 
 
-def read_captions(folder: Path, ids: Collection[str]) -> dict[str, str]:
+def read_captions(folder: Path, ids: Iterable[str]) -> dict[str, str]:
   """Reads the texts of a folder: {ID: text}, empty if the folder has none.
 
   Args:
@@ -27,11 +27,13 @@ def read_captions(folder: Path, ids: Collection[str]) -> dict[str, str]:
     ValueError: the folder has both, or a text cannot be read, has an unknown ID, or is the second
       one of its ID. The message names the file and the line.
   """
-  lines, files, ids = folder / LINES, sorted((folder / FILES).glob("**/*.txt")), frozenset(ids)
+  lines, files = folder / LINES, sorted((folder / FILES).glob("**/*.txt"))
   files = [file for file in files if not file.name.startswith(".")]
   if files and lines.is_file():
-    raise ValueError(f"{folder} has both {LINES} and {FILES}/ID.txt; remove one of them")
-  texts, places = {}, {}
+    raise ValueError(f"{lines} and {folder / FILES} both have texts; remove one of them")
+  if not files and not lines.is_file():
+    return {}
+  texts, places, ids = {}, {}, frozenset(ids)
   if lines.is_file():
     for number, line in enumerate(lines.read_bytes().split(b"\n"), 1):
       if line.strip():
@@ -67,6 +69,15 @@ def decode_text(content: bytes, place: str) -> str:
   except UnicodeDecodeError as error:
     line = 1 + content.count(b"\n", 0, error.start)
     raise ValueError(f"{place}, line {line}: not text in UTF-8; save the file as UTF-8") from None
+
+
+def check_guidance(scale: float, has_texts: bool, source: str) -> None:
+  """Raises ValueError if config.guidance_scale asks for guidance by texts that `source` lacks."""
+  if scale != 1 and not has_texts:
+    raise ValueError(
+      f"config.guidance_scale is {scale:g}, but {source} has no texts to guide by; add "
+      f"{LINES} to it, or give 1"
+    )
 
 
 def _check_id(id_: str, ids: Collection[str], place: str) -> None:

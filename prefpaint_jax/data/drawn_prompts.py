@@ -71,7 +71,8 @@ class DrawnPrompts(Sequence):
   """A sequence of prompts drawn from images.
 
   A prompt depends only on the images, the seed, the split and its index. A prompt has the fields
-  `source`, `picture` (the ID of its image) and `complete` besides the required ones.
+  `source`, `picture` (the ID of its image) and `complete` besides the required ones. If a source
+  has texts, `has_texts` is True and a prompt has the text of its image.
 
   Args:
     source: a source of images or a mixture of sources (see `data.pictures`). Each epoch over a
@@ -92,8 +93,6 @@ class DrawnPrompts(Sequence):
     min_std: random crops whose channels all have a smaller standard deviation are nearly uniform
       and are drawn again, up to 20 times.
   """
-
-  has_texts = False
 
   def __init__(
     self,
@@ -118,6 +117,7 @@ class DrawnPrompts(Sequence):
 
     mixture = open_mixture(source)
     self._sources = [Cached(p) if fit == "random" else p for _, p in mixture]
+    self.has_texts = any(source.has_texts for source in self._sources)
     members = [self._members(source) for source in self._sources]
     number = sum(map(len, members)) if number is None else number
     self._source = interleave([weight for weight, _ in mixture], number)
@@ -184,7 +184,7 @@ class DrawnPrompts(Sequence):
     complete = kind != NEW_VIEW
     if image.shape[:2] != self._size:
       image, mask, complete = pad(image, self._size, 0.0), pad(mask, self._size, 1.0), False
-    return {
+    prompt: Prompt = {
       "id": self.id(index),
       "kind": number,
       "image": image,
@@ -193,6 +193,9 @@ class DrawnPrompts(Sequence):
       "picture": original.id,
       "complete": complete,
     }
+    if self.has_texts:
+      prompt["text"] = original.text
+    return prompt
 
   def _cut(self, rng: np.random.Generator, original: SourceImage) -> np.ndarray:
     """Crops or resizes an image to [h, w, 3]; to less with fit="pad", before padding."""

@@ -6,6 +6,9 @@ A source is written as
   tfds:FOLDER[:SPLIT]                     the same dataset, given by its folder;
   "mini"                                  the embedded photographs.
 A mixture is written as "2*FOLDER,1*tfds:kitti": two thirds of the prompts come from FOLDER.
+
+Images may have texts: of captions.jsonl or captions/ID.txt in FOLDER, where ID is the path of an
+image in FOLDER without its suffix (see `data.captions`), or the feature "text" of a dataset.
 """
 # Shapes: H W pixels of an image.
 
@@ -24,6 +27,7 @@ from etils import epy
 
 from prefpaint_jax import mini
 from prefpaint_jax.data import images
+from prefpaint_jax.data.captions import decode_text, read_captions
 from prefpaint_jax.data.records import find_records
 from prefpaint_jax.runtime.text import first_line
 
@@ -40,6 +44,7 @@ class SourceImage(NamedTuple):
   id: str  # path relative to the folder, or number in the tfds split; the same on every machine
   source: str
   image: np.ndarray  # float32 [H, W, 3] in [0, 1]
+  text: str = ""
 
 
 def open_pictures(source: str | Path) -> FolderPictures | RecordPictures:
@@ -88,6 +93,8 @@ class FolderPictures(Sequence):
         f"{self._folder}: contains no {', '.join(PHOTO_SUFFIXES)}; give a folder of images "
         "(or tfds:FOLDER for a tfds dataset)"
       )
+    self._texts = read_captions(self._folder, map(self.id, range(len(self))))
+    self.has_texts = any(self._texts.values())
 
   def __len__(self) -> int:
     return len(self._files)
@@ -97,7 +104,7 @@ class FolderPictures(Sequence):
 
   def __getitem__(self, index: int) -> SourceImage:
     image = images.load_image(self._folder / self._files[index])
-    return SourceImage(self.id(index), self.source, image)
+    return SourceImage(self.id(index), self.source, image, self._texts.get(self.id(index), ""))
 
 
 def _find_images(root: Path) -> list[str]:
@@ -157,10 +164,11 @@ class RecordPictures(Sequence):
         f"{source}: no split {split!r}; it has {', '.join(builder.info.splits) or 'none'}"
       )
     self._name, self._feature = f"{builder.name}_{split}", _image_feature(source, builder)
-    # Of a record, only the encoded bytes of the image are read.
-    self._features = tfds.features.FeaturesDict(
-      {self._feature: builder.info.features[self._feature]}
-    )
+    features = dict(builder.info.features)
+    self.has_texts = isinstance(features.get("text"), tfds.features.Text)
+    # Of a record, only the text and the encoded bytes of the image are read.
+    read = [self._feature, *(["text"] if self.has_texts else [])]
+    self._features = tfds.features.FeaturesDict({name: features[name] for name in read})
     try:
       self._records = builder.as_data_source(
         split,
@@ -191,7 +199,9 @@ class RecordPictures(Sequence):
         f"{self.source}: image {self.id(index)} is damaged ({first_line(error)}); prepare the "
         "dataset again"
       ) from None
-    return SourceImage(self.id(index), self.source, image)
+    place = f"{self.source}: the text of image {self.id(index)}"
+    text = decode_text(record["text"], place) if self.has_texts else ""
+    return SourceImage(self.id(index), self.source, image, text)
 
 
 def _open_builder(source: str, name: str) -> tfds.core.DatasetBuilder:
@@ -241,6 +251,7 @@ class Cached(Sequence):
 
   def __init__(self, source: FolderPictures | RecordPictures, limit: int = 2**29):
     self.id, self.source, self._images = source.id, source.source, source
+    self.has_texts = source.has_texts
     self._limit, self._bytes, self._kept, self._lock = limit, 0, OrderedDict(), Lock()
 
   def __len__(self) -> int:

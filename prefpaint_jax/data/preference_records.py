@@ -166,6 +166,7 @@ def _features() -> dict[str, Any]:
   return {
     "id": text(),
     "source": text(),
+    "text": text(),
     "kind": tfds.features.ClassLabel(names=list(masks.KINDS)),
     "image": image(shape=(None, None, 3), encoding_format="png"),
     "mask": image(shape=(None, None, 1), encoding_format="png"),
@@ -202,6 +203,7 @@ def _record(metadata: Mapping[str, Any], prompt: ScoredPrompt) -> dict[str, Any]
   return {
     "id": prompt.image_id,
     "source": prompt.source,
+    "text": prompt.text,
     "kind": prompt.kind,
     "image": _stored(prompt.image),
     "mask": encode_png(mask[..., 0]),

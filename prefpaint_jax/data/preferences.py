@@ -47,6 +47,7 @@ class Preference(TypedDict):
 
   id: str
   kind: int  # index into masks.KINDS
+  text: str  # empty if the prompt has none
   masked_image: np.ndarray  # uint8 [H, W, 3], missing pixels black
   mask: np.ndarray  # uint8 [H, W, 1], 1 = missing
   candidates: np.ndarray  # uint8 [C, H, W, 3]
@@ -149,6 +150,7 @@ class StoredPreferences(Sequence[Preference]):
     return Preference(
       id=id_,
       kind=feature["kind"].int64_list.value[0],
+      text=b"".join(feature["text"].bytes_list.value).decode(),  # earlier versions wrote none
       masked_image=masked_image,
       mask=mask,
       candidates=np.stack(
@@ -211,7 +213,7 @@ def stack(preferences: Sequence[Preference], num_candidates: int) -> dict[str, n
   """Stacks preferences of one size to a batch, padded with zeros to C = num_candidates.
 
   Returns:
-    {id: str [b], kind: int32 [b], masked_image: uint8 [b, H, W, 3],
+    {id, text: str [b], kind: int32 [b], masked_image: uint8 [b, H, W, 3],
      candidates: uint8 [b, C, H, W, 3], scores: float32 [b, C], normalised,
      valid: bool [b, C], False for padding}.
 
@@ -239,6 +241,7 @@ def stack(preferences: Sequence[Preference], num_candidates: int) -> dict[str, n
     valid[row, :count] = True
   return {
     "id": np.array([preference["id"] for preference in preferences]),
+    "text": np.array([preference["text"] for preference in preferences]),
     "kind": np.array([preference["kind"] for preference in preferences], np.int32),
     "masked_image": np.stack([preference["masked_image"] for preference in preferences]),
     "candidates": candidates,

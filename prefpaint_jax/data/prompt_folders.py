@@ -19,18 +19,21 @@ class FolderPrompts(Sequence):
 
   has_texts: bool  # a prompt of the folder has a text
 
-  def __init__(self, folder: Path, ids: list[str], size: tuple[int, int] | None):
+  def __init__(self, folder: Path, split: str, listing: str | None, size: tuple[int, int] | None):
     mask_files, whole, masked = (
       {file.name for file in (folder / name).glob("*.png")}
       for name in ("masks", "images", "masks_color")
     )
     self._files, (kinds, self._texts) = [], _read_lines(folder)
-    captions = read_captions(folder, {name.removesuffix("_mask.png") for name in mask_files})
+    known = sorted(n.removesuffix("_mask.png") for n in mask_files if n.endswith("_mask.png"))
+    if not known:
+      raise ValueError(f"{folder / 'masks'}: contains no ID_mask.png; add the masks")
+    captions = read_captions(folder, known)
     if captions and self._texts:
       raise ValueError(f"{folder}: captions and prompts.jsonl both have texts; keep only one")
     self._texts |= captions
     self.has_texts = any(self._texts.values())
-    for id_ in ids:
+    for id_ in read_ids(folder, split, listing, known):
       if f"{id_}_mask.png" not in mask_files:
         raise ValueError(
           f"{folder / 'masks' / id_}_mask.png: no such file, but {id_} is listed; "
@@ -81,17 +84,14 @@ def make_prompt(
   return prompt
 
 
-def read_ids(folder: Path, split: str, listing: str | None) -> list[str]:
-  """Returns the IDs in `listing`, in the list of the split, or of all masks if there is no list."""
+def read_ids(folder: Path, split: str, listing: str | None, known: list[str]) -> list[str]:
+  """Returns the IDs in `listing`, in the list of the split, or `known` if there is no list."""
   if listing is not None:
     file = folder / listing if (folder / listing).exists() else Path(listing)
   else:
     file = folder / f"{split}.txt"
     if not any((folder / f"{name}.txt").exists() for name in (*SPLITS, UNSEEN)):
-      ids = sorted(path.name.removesuffix("_mask.png") for path in folder.glob("masks/*_mask.png"))
-      if not ids:
-        raise ValueError(f"{folder / 'masks'}: contains no ID_mask.png; add the masks")
-      return ids
+      return known
   if not file.is_file():
     raise ValueError(f"{file}: no such list of prompts; write one ID per line to it")
   ids = _read_list(file)
@@ -128,5 +128,8 @@ def _read_lines(folder: Path) -> tuple[dict[str, int], dict[str, str]]:
         "correct it or delete the file"
       ) from None
     if "text" in entry:
-      texts[entry["image_id"]] = check_text(entry["text"], f"{place}: text")
+      id_ = str(entry["image_id"])
+      if id_ in texts:
+        raise ValueError(f"{place}: {id_} has a text in an earlier line; keep one")
+      texts[id_] = check_text(entry["text"], f"{place}: text")
   return kinds, texts

@@ -10,7 +10,7 @@ image by (1 - mask). `text` is the text of the prompt if its source has one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from prefpaint_jax.data import images, masks
 from prefpaint_jax.data.captions import decode_text
 from prefpaint_jax.data.drawn_prompts import DrawnPrompts
 from prefpaint_jax.data.examples import UNSEEN, Prompt, stack
-from prefpaint_jax.data.prompt_folders import FolderPrompts, make_prompt, read_ids
+from prefpaint_jax.data.mapping_files import MAPPING, OUTPAINTING, MappedPrompts
+from prefpaint_jax.data.prompt_folders import FolderPrompts, make_prompt
 from prefpaint_jax.data.records import encode_png, endless_batches, find_records, write_records
 from prefpaint_jax.runtime.files import read_json
 
@@ -46,7 +47,9 @@ def open_prompts(
                       without all three, every split has all prompts. prompts.jsonl may list the
                       kinds of the masks, which are otherwise derived from the masks.
                       captions.jsonl or captions/ID.txt may hold texts (see `data.captions`);
-    FOLDER:LIST.txt   the same, with the IDs in LIST.txt, a file in the folder or a path;
+    FOLDER            with mapping_file.json, as BrushBench has it (see `data.mapping_files`);
+                      FOLDER:outpainting takes the outpainting masks;
+    FOLDER:LIST.txt   either folder, with the IDs in LIST.txt, a file in the folder or a path;
     FOLDER            images at any depth; one prompt is drawn from each;
     tfds:NAME         the images of a tfds dataset; one prompt is drawn from each;
     2*A,1*B           a mixture of sources of images (see `data.pictures`).
@@ -60,11 +63,15 @@ def open_prompts(
   """
   size = (size, size) if isinstance(size, int) else size
   folder, listing = Path(mini.locate(source, "prompts")), None
-  if not folder.exists() and ":" in str(source) and str(source).endswith(".txt"):
-    head, _, tail = str(source).rpartition(":")
+  head, _, tail = str(source).rpartition(":")
+  if not folder.exists() and tail == OUTPAINTING and (Path(head) / MAPPING).is_file():
+    return MappedPrompts(Path(head), split, None, "outpainting_mask", size)
+  if not folder.exists() and head and tail.endswith(".txt"):
     folder, listing = Path(head), tail
+  if (folder / MAPPING).is_file():
+    return MappedPrompts(folder, split, listing, "inpainting_mask", size)
   if (folder / "masks").is_dir():
-    return FolderPrompts(folder, read_ids(folder, split, listing), size)
+    return FolderPrompts(folder, split, listing, size)
   if folder.is_dir() and (records := find_records(folder)):
     return _RecordPrompts(folder, records, split, size)
   if folder.is_dir() or str(source).startswith("tfds:") or any(c in str(source) for c in "*,"):
@@ -158,8 +165,8 @@ def build_prompts(
 ) -> Path:
   """Draws prompts from photographs and writes them as a tfds dataset.
 
-  The prompts are random crops with alternating masks "outpainting" and "holes". The result is
-  deterministic.
+  The prompts are random crops with alternating masks "outpainting" and "holes", and have the texts
+  of their photographs if there are any. The result is deterministic.
 
   Args:
     output_dir: the folder in which the dataset's folder is made.
@@ -179,14 +186,13 @@ def build_prompts(
     kinds = {"outpainting": 1.0, "holes": 1.0}
     return DrawnPrompts(source, split, number, size, seed, "random", crop, test_share, kinds)
 
-  splits = {
-    "train": map(_record, draw(photos, "train", num_train, test_share)),
-    "test": map(_record, draw(photos, "test", num_test, test_share)),
+  drawn = {
+    "train": draw(photos, "train", num_train, test_share),
+    "test": draw(photos, "test", num_test, test_share),
   }
   if unseen is not None:
-    whole = draw(unseen, "test", num_unseen, 1.0)
-    rename = lambda record: record | {"id": record["id"].replace("test", UNSEEN, 1)}
-    splits[UNSEEN] = (rename(_record(prompt)) for prompt in whole)
+    drawn[UNSEEN] = draw(unseen, "test", num_unseen, 1.0)
+  with_text = any(prompts.has_texts for prompts in drawn.values())
   image = lambda C: tfds.features.Image(shape=(None, None, C), encoding_format="png")
   return write_records(
     output_dir,
@@ -197,12 +203,21 @@ def build_prompts(
       "kind": tfds.features.ClassLabel(names=list(masks.KINDS)),
       "image": image(3),
       "mask": image(1),
+      **({"text": tfds.features.Text()} if with_text else {}),
     },
-    splits,
+    {split: _records(prompts, split, with_text) for split, prompts in drawn.items()},
   )
 
 
-def _record(prompt: Prompt) -> dict[str, Any]:
-  """Returns the tfds record of a prompt."""
-  image, mask = encode_png(prompt["image"]), encode_png(prompt["mask"][..., 0])
-  return {"id": prompt["id"], "kind": prompt["kind"], "image": image, "mask": mask}
+def _records(prompts: Sequence[Prompt], split: str, with_text: bool) -> Iterator[dict[str, Any]]:
+  """Yields the tfds records of drawn prompts."""
+  for prompt in prompts:
+    record: dict[str, Any] = {
+      "id": prompt["id"].replace("test", UNSEEN, 1) if split == UNSEEN else prompt["id"],
+      "kind": prompt["kind"],
+      "image": encode_png(prompt["image"]),
+      "mask": encode_png(prompt["mask"][..., 0]),
+    }
+    if with_text:
+      record["text"] = prompt.get("text", "")
+    yield record

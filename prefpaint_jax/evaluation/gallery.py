@@ -34,6 +34,7 @@ class Example(NamedTuple):
   policy: np.ndarray
   scores: Mapping[str, tuple[float, float]]  # by judge: (policy's score, baseline's score)
   original: np.ndarray | None = None  # the true image, if it is known
+  text: str = ""
 
 
 def thumbnail(image: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -79,6 +80,7 @@ def make_examples(
   policy: Sequence[np.ndarray],
   scores: Mapping[str, Scores],
   originals: Sequence[np.ndarray | None],
+  texts: Sequence[str],
 ) -> list[Example]:
   """Makes an example of each prompt, with the scores of its first samples.
 
@@ -89,12 +91,13 @@ def make_examples(
     policy: the policy's first sample of each prompt.
     scores: by judge.
     originals: N true images; None where the true content of the hole is unknown.
+    texts: N texts of the prompts; empty where there is none.
   """
   first = {
     judge: [np.asarray(side)[:, 0].tolist() for side in sides] for judge, sides in scores.items()
   }
   judged = ({judge: (p[i], b[i]) for judge, (p, b) in first.items()} for i in range(len(names)))
-  columns = names, prompts, baseline, policy, judged, originals
+  columns = names, prompts, baseline, policy, judged, originals, texts
   return [Example(*row) for row in zip(*columns, strict=True)]
 
 
@@ -191,9 +194,10 @@ def _example(example: Example) -> str:
       tag = "b" if score > other else "span"
       rows += f"<{tag}>{show_typeset('reward', score)}</{tag}>"
     rows += "<span></span>" * (len(parts) - 3)
+  text = f'<p class="text">{escape(example.text)}</p>' if example.text else ""
   return (
     f'<figure style="--columns:{len(parts)}"><figcaption>{escape(example.name)}</figcaption>'
-    f"{heads}{images}{rows}</figure>"
+    f"{heads}{images}{text}{rows}</figure>"
   )
 
 

@@ -7,7 +7,6 @@ import numpy as np
 
 from prefpaint_jax import mini
 from prefpaint_jax.models import single_file
-from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.models.pipeline import NETWORKS
 from prefpaint_jax.runtime.runs import base_of
 from prefpaint_jax.weights import folder as weights
@@ -57,12 +56,6 @@ def read_architecture(policy: str) -> tuple[dict[str, dict], str]:
   }
   configs["text_encoder"] |= {"hidden_size": 1024, "num_attention_heads": 16}
   return configs, "that of Stable Diffusion 2 inpainting"
-
-
-def read_reward(reward: str) -> RewardConfig:
-  """Reads the config of a reward model's folder; for other names, the released config."""
-  path = weights.local_path(mini.locate(reward, "reward"), "config.reward")
-  return RewardConfig.from_dict(weights.read_config(path) if path.is_dir() else {})
 
 
 SIZE = 8  # pixels along each side of the tiny pipeline's images

@@ -1,6 +1,7 @@
 """Token ids of texts, as stock pipelines compute them."""
 # Shapes: B texts, L tokens.
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,20 +17,16 @@ def tokenize(
   """Computes the token ids [B, L] of texts, and their attention mask [B, L] if the encoder uses it.
 
   L is the smaller of the tokenizer's `model_max_length` and the encoder's number of positions. A
-  longer text is cut, with one warning.
+  longer text is cut, with one warning in the life of the process.
 
   Raises:
     ValueError: a token has no row in the text encoder's embedding.
   """
   length = min(tokenizer.model_max_length, config.max_position_embeddings)
   whole = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-  cut = [tokenizer.decode(ids[length - 1 : -1]) for ids in whole if len(ids) > length]
-  if cut:
-    logging.warning(
-      "text: cut to %d tokens, the most that the text encoder takes; left out: %s",
-      length,
-      "; ".join(map(repr, cut)),
-    )
+  for text, tokens in zip(texts, whole, strict=True):
+    if len(tokens) > length:
+      _warn_of_cut(text, length, tokenizer.decode(tokens[length - 1 : -1]))
   tokens = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
   ids = np.asarray(tokens["input_ids"], np.int32)
   if ids.max() >= config.vocab_size:
@@ -39,6 +36,14 @@ def tokenize(
       "this text encoder, or add the token's embedding to it"
     )
   return ids, np.asarray(tokens["attention_mask"]) if config.use_attention_mask else None
+
+
+@functools.cache  # the policies of a run and its repetitions encode a text many times
+def _warn_of_cut(text: str, length: int, left_out: str) -> None:
+  """Logs that `text` is cut to `length` tokens."""
+  logging.warning(
+    "text: cut to %d tokens, the most that the text encoder takes; left out: %r", length, left_out
+  )
 
 
 def list_texts(text: Any, number: int, name: str = "text") -> list[str]:

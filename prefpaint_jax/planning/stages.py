@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from prefpaint_jax.align.run import Run, context_shapes, image_shapes, outline
+from prefpaint_jax.align.run import Run, context_shapes, image_shapes, outline, reward_shapes
 from prefpaint_jax.align.settings import check_batch, compares_with_base
 from prefpaint_jax.align.state import Experience, behaviour_params
 from prefpaint_jax.planning import cost
@@ -186,7 +186,8 @@ def _measure_stages(
   prompts, trajectory, samples = measure(
     "rollout", stages.rollout, behaviour_params(state), frozen, images, masks, key, context
   )
-  scores, _ = measure("score", stages.score, frozen, prompts, samples)
+  read = reward_shapes(run.objective, config, mesh)
+  scores, _ = measure("score", stages.score, frozen, prompts, samples, *read)
   arguments = (
     state,
     frozen,

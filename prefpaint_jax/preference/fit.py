@@ -233,7 +233,8 @@ def score_all(
     if metadata is not None:
       masks = np.repeat(batch["mask"], rewards.shape[1], axis=0)
       images = batch["candidates"].reshape(-1, *batch["candidates"].shape[2:]) / 255.0
-      true_scores = simulation.true_preference(images, masks)
+      texts = [str(text) for text in np.repeat(batch["text"], rewards.shape[1])]
+      true_scores = simulation.true_preference(images, masks, texts)
       criteria = metadata["weights"]
       total = sum(criteria.values())
       combined = sum(weight / total * true_scores[name] for name, weight in criteria.items())

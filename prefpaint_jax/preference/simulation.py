@@ -10,7 +10,7 @@ detail lowers the score as too little does, so a sample cannot raise its score b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -22,6 +22,9 @@ from prefpaint_jax.data.images import luma
 # logarithms.
 _SEAM, _GRAIN, _SATURATION, _CONTRAST, _HUE = 1.1, 1.4, 0.5, 0.6, 5.0
 
+# Shifts of red minus green, and of yellow minus blue, that a text with the word "warm" asks for.
+_WARM = (0.05, 0.15)
+
 # The smallest visible step between neighbours, saturation, and standard deviation of luma.
 _JUST_SEEN = {"step": 0.015, "saturation": 0.05, "contrast": 0.05}
 
@@ -29,12 +32,16 @@ _JUST_SEEN = {"step": 0.015, "saturation": 0.05, "contrast": 0.05}
 _NEAR = 0.08
 
 
-def true_preference(images: np.ndarray, masks: np.ndarray) -> dict[str, np.ndarray]:
+def true_preference(
+  images: np.ndarray, masks: np.ndarray, texts: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
   """Computes the simulated annotators' scores of samples, without noise.
 
   Args:
     images: samples [B, H, W, 3] in [0, 1].
     masks: [B, H, W, 1], 1 = inpainted.
+    texts: B texts. The annotators know two words: with "warm" the hole should be more red and
+      yellow than its surroundings, with "cold" more blue. None: no texts.
 
   Returns:
     The CRITERIA and their weighted mean "combined", each float32 [B] in [0, MAX_SCORE].
@@ -50,7 +57,7 @@ def true_preference(images: np.ndarray, masks: np.ndarray) -> dict[str, np.ndarr
     "structure": _SEAM * seam_deviation(images, hole, seam),
     "texture": _GRAIN * grain_deviation(images, hole, seam),
     # 1e-4 gives far pixels a weight, for masks without visible pixels near the hole.
-    "overall": colour_deviation(images, hole, visible * (near_hole + 1e-4)),
+    "overall": colour_deviation(images, hole, visible * (near_hole + 1e-4), tints(texts)),
   }
   scores = {
     name: (MAX_SCORE * np.exp(-deviation)).astype(np.float32)
@@ -183,13 +190,24 @@ def grain_deviation(images: np.ndarray, hole: np.ndarray, seam: np.ndarray) -> n
   return deviation / pairs
 
 
-def colour_deviation(images: np.ndarray, hole: np.ndarray, around: np.ndarray) -> np.ndarray:
+def tints(texts: Sequence[str] | None) -> np.ndarray | float:
+  """Returns 1 for each text with the word "warm", -1 with "cold", and 0 for others or None."""
+  if texts is None:
+    return 0.0
+  words = [text.lower().split() for text in texts]
+  return np.array([("warm" in one) - ("cold" in one) for one in words], np.float32)
+
+
+def colour_deviation(
+  images: np.ndarray, hole: np.ndarray, around: np.ndarray, tint: np.ndarray | float = 0.0
+) -> np.ndarray:
   """Compares saturation, luma contrast and mean hue of the hole with its surroundings.
 
   Args:
     images: [B, H, W, 3].
     hole: weights [B, H, W] of the hole.
     around: weights [B, H, W] of the surroundings.
+    tint: how much warmer than its surroundings the hole should be: 1, 0 or -1 for each image.
 
   Returns:
     [B], the weighted sum of the three deviations.
@@ -206,7 +224,8 @@ def colour_deviation(images: np.ndarray, hole: np.ndarray, around: np.ndarray) -
 
   saturation = _log_ratio(mean(colourful, hole), mean(colourful, around), _JUST_SEEN["saturation"])
   contrast = _log_ratio(spread(grey, hole), spread(grey, around), _JUST_SEEN["contrast"])
-  hue = np.hypot(*(mean(c, hole) - mean(c, around) for c in (red_green, yellow_blue)))
+  shifts = (mean(c, hole) - mean(c, around) for c in (red_green, yellow_blue))
+  hue = np.hypot(*(shift - tint * wanted for shift, wanted in zip(shifts, _WARM, strict=True)))
   return _SATURATION * saturation + _CONTRAST * contrast + _HUE * hue
 
 

@@ -47,6 +47,7 @@ ARGUMENTS: dict[str, Range] = {
 }
 
 # Values that the code names too.
+COMBINATIONS = ("sum", "gdpo", "winrate")
 TRUST_NORMS = ("mahalanobis", "released", "constant", "none")
 KEEP_BEST = ("held_out/reward", "held_out/reward_winrate", "reward/mean")
 KINDS = ("outpainting", "warping", "box", "brush")
@@ -59,6 +60,7 @@ RL: dict[str, Range] = {
   "dtype": DTYPE,
   "policy": NAME,
   "reward": NAME,
+  "combine": Choice(COMBINATIONS),
   "bound": NAME,
   "prompts": NAME,
   "size": SIZE,
@@ -159,6 +161,7 @@ COLLECT: dict[str, Range] = {
   "samples_per_prompt": Integer(1, 10**4),
   "num_steps": NUM_STEPS,
   "eta": ETA,
+  "guidance_scale": GUIDANCE_SCALE,
   "batch_size": COUNT,
   "perturbed": Integer(0, 10**4),
 }
@@ -232,6 +235,7 @@ EVAL: dict[str, Range] = {
   "samples_per_prompt": Integer(2, 10**4),  # WinRate compares different seeds
   "num_steps": NUM_STEPS,
   "eta": ETA,
+  "guidance_scale": GUIDANCE_SCALE,
   "batch_size": COUNT,
   "gallery": Integer(0, 10**4),
 }

@@ -162,6 +162,26 @@ def to_global(mesh: Mesh, local_tree: Any) -> Any:
   return jax.block_until_ready(tree) if mesh.devices.flat[0].platform == "cpu" else tree
 
 
+def local_shards(mesh: Mesh, batch: int) -> list[tuple[jax.Device, slice]]:
+  """Returns this process's devices and their rows of a batch [B, ...], in order of the rows."""
+  parts = batch_sharding(mesh).addressable_devices_indices_map((batch,))
+  shards = [(device, part) for device, (part,) in parts.items()]
+  return sorted(shards, key=lambda shard: shard[1].start or 0)
+
+
+def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
+  """Returns the indices of this process's rows of a batch of `batch` rows."""
+  rows = np.arange(batch)
+  return np.concatenate([rows[part] for _, part in local_shards(mesh, batch)])
+
+
+def to_local(mesh: Mesh, array: jax.Array) -> np.ndarray:
+  """Copies this process's rows of a sharded batch [B, ...] to the host; `to_global` inverts it."""
+  parts = {shard.device: shard.data for shard in array.addressable_shards}
+  local = [parts[device] for device, _ in local_shards(mesh, array.shape[0])]
+  return np.concatenate(jax.device_get(local))
+
+
 def check_batch(batch: int, mesh: Mesh, field: str = "batch_size") -> None:
   """Raises ValueError unless `batch` examples divide over the devices of `mesh`."""
   if batch < 1 or batch % mesh.size:

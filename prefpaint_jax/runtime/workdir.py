@@ -21,7 +21,14 @@ LOCK = ".lock"
 COMMAND = "command"  # the key of config.json that names the command; the others are its fields
 
 # Values of fields that config.json of earlier versions lacks: what those versions computed.
-EARLIER = {"mask_latents": "corner", "vae_posterior": "mean", "network.differences": True}
+EARLIER = {
+  "mask_latents": "corner",
+  "vae_posterior": "mean",
+  "network.differences": True,
+  "guidance_scale": 1.0,
+  "text_dropout": 0.0,
+  "combine": "sum",
+}
 
 
 @contextlib.contextmanager

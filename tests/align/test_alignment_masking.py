@@ -89,15 +89,17 @@ def test_invalid_sample_of_nan_changes_neither_loss_nor_gradient():
 @pytest.mark.slow
 def test_invalid_sample_is_left_out_of_every_statistic():
   settings = make_settings(Trust("mahalanobis", k=0.3))
-  _, _, network, frozen = world()
+  _, _, objective, frozen = world()
   prompts, _, samples = one_rollout()
   lost = 5
   samples = samples.at[lost, 0, 0, 0].set(jnp.nan)
-  score = jax.jit(functools.partial(score_lib.score, network, settings))
+  score = jax.jit(functools.partial(score_lib.score, objective, settings))
   scores, metrics = score(frozen, prompts, samples)
 
   kept = np.arange(B) != lost
-  rewards, features = map(np.asarray, apply(network, frozen.reward, samples, prompts.masked_image))
+  reward = testing.tiny_reward()
+  found = apply(reward.network, reward.params, samples, prompts.masked_image)
+  rewards, features = map(np.asarray, found)
   np.testing.assert_array_equal(np.isfinite(rewards), kept)
   np.testing.assert_array_equal(scores.valid, kept)
   np.testing.assert_allclose(scores.reward[kept], rewards[kept], atol=1e-5)
@@ -190,10 +192,10 @@ def test_updates_with_few_samples_per_pass_equal_updates_with_the_whole_batch():
 
 
 def test_scores_and_samples_do_not_depend_on_the_chunk():
-  modules, _, network, frozen = world()
+  modules, _, objective, frozen = world()
   prompts, trajectory, samples = one_rollout()
   score = lambda chunk: jax.jit(
-    functools.partial(score_lib.score, network, make_settings(decode_batch=chunk))
+    functools.partial(score_lib.score, objective, make_settings(decode_batch=chunk))
   )(frozen, prompts, samples)[0]
   for ours, expected in zip(score(4), score(0), strict=True):
     np.testing.assert_allclose(ours, expected, atol=1e-4)
@@ -232,7 +234,7 @@ def test_prompts_have_the_mean_or_a_sample_of_the_posterior_in_any_chunks():
 # ------------------------------------------------------------------------------------- devices
 @pytest.mark.slow
 def test_eight_devices_equal_one():
-  modules, params, network, frozen = world()
+  modules, params, objective, frozen = world()
   settings = make_settings(updates_per_iteration=1, timesteps_per_pass=0, decode_batch=8)
   sampler, optimizer = sampler_of(modules, settings), optax.sgd(1.0)
   host_images, host_masks = testing.tiny_prompts(8)
@@ -244,7 +246,7 @@ def test_eight_devices_equal_one():
     policy, rest = everywhere(params), everywhere(frozen)
     rollout = quick_jit(functools.partial(rollout_lib.rollout, sampler))
     prompts, trajectory, samples = rollout(policy, rest, images, masks, jax.random.key(0))
-    score = quick_jit(functools.partial(score_lib.score, network, settings))
+    score = quick_jit(functools.partial(score_lib.score, objective, settings))
     scores, score_metrics = score(rest, prompts, samples)
     assert len(scores.reward.sharding.device_set) == len(devices)
     state = init_state(sampler, optimizer, policy)

@@ -30,7 +30,7 @@ def first_ratio(
   monkeypatch.setattr(sharding, "SMALL", 64)  # the tiny models then have split arrays
   options = {"train_timesteps": 1, "updates_per_iteration": 1, "clip_range": 1e-5}
   settings = make_settings(lora=rank > 0, **options | {"behaviour_refresh": 2} | changes)
-  modules, base, network, frozen = world(dtype)
+  modules, base, objective, frozen = world(dtype)
   modules = dataclasses.replace(modules, unet=modules.unet.clone(remat=remat))
   mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
   if texts:
@@ -39,7 +39,9 @@ def first_ratio(
   trained = lora.init(jax.random.key(1), base, rank, "attn") if rank else base
   rng = np.random.default_rng(0)
   trained = jax.tree.map(lambda x: x + 0.01 * rng.normal(size=x.shape).astype(x.dtype), trained)
-  stages = make_stages(sampler_of(modules, settings), network, optax.sgd(1.0), mesh, trained, texts)
+  stages = make_stages(
+    sampler_of(modules, settings), objective, optax.sgd(1.0), mesh, trained, texts
+  )
   place = lambda tree: sharding.place(sharding.specs(tree, sharding.DEFAULT_RULES, mesh), tree)
   state = stages.end_iteration(stages.init(place(trained)))
   images, masks = sharding.to_global(mesh, testing.tiny_prompts(max(4, data * fsdp)))

@@ -60,14 +60,14 @@ class Iteration:
     settings = make_settings(
       train_timesteps=4, updates_per_iteration=1, timesteps_per_pass=1, lora=rank > 0, **changes
     )
-    modules, base, network, frozen = world(dtype)
+    modules, base, objective, frozen = world(dtype)
     self.mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
     trained = lora.init(jax.random.key(1), base, rank, "attn") if rank else base
     rng = np.random.default_rng(0)
     move = lambda x: x + moved * rng.normal(size=x.shape).astype(x.dtype)
     trained = jax.tree.map(move, trained) if moved else trained
     self.stages = stages = make_stages(
-      sampler_of(modules, settings), network, optax.sgd(1.0), self.mesh, trained, texts
+      sampler_of(modules, settings), objective, optax.sgd(1.0), self.mesh, trained, texts
     )
     if texts:
       frozen = frozen._replace(negative=frozen.context)

@@ -16,7 +16,10 @@ from prefpaint_jax.align.stages import compile_iteration, make_stages
 from prefpaint_jax.align.state import Experience, Frozen, Sampler
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.models.conditioning import Context
 from prefpaint_jax.reward import RewardModel
+from prefpaint_jax.rewards.objective import Objective
+from prefpaint_jax.rewards.prefpaint import as_reward
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.runtime.compilation import fast_jit
 from prefpaint_jax.weights import names
@@ -38,6 +41,7 @@ class Ours:
     self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
     policy = Inpainter.from_pretrained(config.policy, config.dtype, config.remat)
     reward_model = RewardModel.from_pretrained(config.reward, dtype=config.dtype)
+    objective = Objective((as_reward("", reward_model.network, reward_model.params),))
     modules = policy.modules
     optimizer = optimizer_from(config)
     place = functools.partial(sharding.place, sharding.replicated(self.mesh))
@@ -45,15 +49,15 @@ class Ours:
     self.frozen = place(
       Frozen(
         vae=policy.params["vae"],
-        reward=reward_model.params,
+        reward=objective.params,
         whitening=reward_model.bound.whitening.astype(np.float32),
-        context=world.context,
+        context=Context(world.context),
         base=None,
       )
     )
     steps = ddim.ddim_steps(modules.schedule, config.num_steps, config.eta)
     sampler = Sampler(modules, self.settings, steps)
-    self.stages = make_stages(sampler, reward_model.network, optimizer, self.mesh, begin)
+    self.stages = make_stages(sampler, objective, optimizer, self.mesh, begin)
     self.before = small_params(policy.params["unet"])
     self.state = self.stages.init(begin)
     self.latents, self.cotangent = place((world.latents, world.cotangent))

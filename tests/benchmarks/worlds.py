@@ -151,7 +151,7 @@ def write(size: str, dtype: str, folder: Path) -> None:
     "images": images,
     "masks": masks,
     "samples": rng.uniform(size=(batch, config.size, config.size, 3)),
-    "context": policy.empty_context,
+    "context": policy.empty_context.tokens,
     "chol": reward_model.bound.chol,
     "noise": noise,
     "latents": rng.normal(size=shape),

@@ -52,6 +52,7 @@ def write_candidates_folder(folder, names, ratings):
     folder / "prompts.jsonl",
     [
       {"image_id": image_id, "source": "photos", "kind": masks.KINDS[index % 2]}
+      | ({"text": f"text of {image_id} — <b>"} if index % 2 else {})
       for index, image_id in enumerate(names)
     ],
   )
@@ -153,6 +154,17 @@ def test_released_layout_is_read_from_flat_and_grouped_files(tmp_path):
   assert read.left_out == {"candidates": 10, "prompts": 1} and read.annotators == 0
 
 
+def test_texts_come_from_prompts_jsonl_or_from_captions(tmp_path):
+  folder = write_candidates_folder(tmp_path, {"a": 1, "b": 1}, [rating("b", 0, "mia", 1, 2, 3)])
+  texts = lambda: [prompt.text for prompt in annotations.read_annotations(folder).prompts]
+  assert texts() == ["text of b — <b>"]
+  write_lines(folder / "captions.jsonl", [{"id": "b", "text": "another"}])
+  assert errors_of(folder) == ["captions and prompts.jsonl both have texts; keep only one"]
+  for name in ("prompts.jsonl", "candidates.jsonl"):
+    (folder / name).unlink()
+  assert texts() == ["another"]
+
+
 def test_unscored_candidates_and_prompts_are_left_out_and_counted(tmp_path):
   ratings = [rating("b", 1, "mia", 1, 2, 3)]
   folder = write_candidates_folder(tmp_path, {"a": 2, "b": 3}, ratings)
@@ -189,7 +201,8 @@ def test_one_report_lists_every_error_of_a_candidates_folder(tmp_path):
     file.write(b'{"image_id": "\xff"}\n')
   with (folder / "prompts.jsonl").open("a") as file:
     file.write('{"image_id": "g", "source": "photos", "kind": "odd"}\n')
-    file.write('{"image_id": "a", "source": "photos", "kind": 0}\n')
+    file.write('{"image_id": "a", "source": "photos", "kind": 0, "text": 5}\n')
+  (folder / "captions.jsonl").write_text('{"id": "h", "text": "x"}')
   with (folder / "candidates.jsonl").open("a") as file:
     file.write('{"image_id": "a", "candidate": "a_1", "policy": "base"}\n')
   (folder / "inpaint" / "a_1.png").unlink()
@@ -203,6 +216,8 @@ def test_one_report_lists_every_error_of_a_candidates_folder(tmp_path):
   expected = [
     "prompts.jsonl:7: kind is 'odd'",
     "prompts.jsonl:8: image id 'a' is also in prompts.jsonl:1",
+    "prompts.jsonl:8: text is 5; expected a string",
+    "captions.jsonl, line 1: unknown id 'h'",
     "candidates.jsonl:13: candidate 'a_1' is also in candidates.jsonl:2",
     f"{at}:13: not JSON",
     f"{at}:14: not a JSON object",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prefpaint_jax.data import examples, masks, prompts
+from prefpaint_jax.data import examples, masks, pictures, prompts
 from prefpaint_jax.data.records import encode_png, write_records
 
 # JSON lines may hold non-ASCII text and line separators that Python's str.splitlines splits at.
@@ -107,11 +107,15 @@ def test_texts_of_a_dataset_are_those_that_were_written(tmp_path):
     ({"captions/c.txt": "x"}, r"captions/c\.txt: unknown id 'c'"),
     (
       {"captions.jsonl": row(id="a", text="x"), "captions/a.txt": "x"},
-      r"has both captions\.jsonl and captions/ID\.txt; remove one",
+      r"captions\.jsonl and .*/captions both have texts; remove one",
     ),
     (
       {"captions/a.txt": "x", "prompts.jsonl": row(image_id="a", kind="box", text="x")},
       r"captions and prompts\.jsonl both have texts; keep only one",
+    ),
+    (
+      {"prompts.jsonl": 2 * row(image_id=1, kind="box", text="x")},
+      r"prompts\.jsonl, line 2: 1 has a text in an earlier line; keep one",
     ),
     (
       {"prompts.jsonl": row(image_id="a", kind="box", text=["x"])},
@@ -124,3 +128,32 @@ def test_bad_captions_are_refused_in_one_line(folder, files, error):
   with pytest.raises(ValueError, match=error) as refusal:
     prompts.open_prompts(folder, "train")
   assert "\n" not in str(refusal.value)
+
+
+def test_drawn_prompts_have_the_texts_of_their_images(folder, tmp_path_factory):
+  photos = folder / "images"
+  write(photos, {"captions.jsonl": row(id="b", text=TEXT)})
+  drawn = prompts.open_prompts(f"{folder / 'masks'},{photos}", "train", 16)
+  assert drawn.has_texts
+  texts = {prompt["picture"]: prompt["text"] for prompt in drawn}
+  assert texts == {"a_mask": "", "b_mask": "", "a": "", "b": TEXT}
+
+  built = tmp_path_factory.mktemp("built")
+  options = {"size": 16, "crop": (8, 16), "test_share": 0.5}
+  prompts.build_prompts(built, photos, num_train=4, num_test=2, **options)
+  for split in examples.SPLITS:
+    opened = prompts.open_prompts(built, split)
+    assert opened.has_texts
+    assert all(p["text"] == (TEXT if p["id"].endswith("_b") else "") for p in opened)
+  again = prompts.open_prompts(f"tfds:{built}", "train", 16)
+  assert again.has_texts and {prompt["text"] for prompt in again} == {"", TEXT}
+
+
+def test_captions_of_images_name_their_paths(folder):
+  write(folder, {"captions.jsonl": row(id="b", text=TEXT)})
+  error = r"captions\.jsonl, line 1: unknown id 'b'; expected an ID such as 'images/a'"
+  with pytest.raises(ValueError, match=error):
+    pictures.open_pictures(folder)
+  write(folder, {"captions.jsonl": row(id="images/b", text=TEXT)})
+  texts = {picture.id: picture.text for picture in pictures.open_pictures(folder)}
+  assert texts == {"images/a": "", "images/b": TEXT, "masks/a_mask": "", "masks/b_mask": ""}

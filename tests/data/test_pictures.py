@@ -164,7 +164,7 @@ def test_two_processes_read_the_two_halves_of_each_batch(folder):
   halves = [prompt_loader(prompts, 8, 2, process_index=i, process_count=2) for i in range(2)]
   for _ in range(4):
     batch, parts = next(whole), [next(half) for half in halves]
-    assert set(batch) == {"id", "kind", "complete", "image", "mask"}
+    assert set(batch) == {"id", "kind", "complete", "text", "image", "mask"}
     assert batch["image"].shape == (8, 16, 16, 3)
     for i, part in enumerate(parts):
       assert same(part, {name: values[4 * i : 4 * i + 4] for name, values in batch.items()})

@@ -55,6 +55,10 @@ def built(source, tmp_path_factory):
   return folder
 
 
+def text_of(id_):
+  return f"text of {id_} — <b>" if list(NAMES).index(id_) % 2 else ""
+
+
 def scores_of(source):
   """Returns {candidate: scores [annotators, criteria]} of annotations.jsonl."""
   given = {}
@@ -88,6 +92,7 @@ def test_reading_returns_the_images_and_scores_of_the_source(source, built):
       seen.append(id_)
       names = [f"{id_}_{k}" for k in range(NAMES[id_])]
       assert preference["kind"] == list(NAMES).index(id_) % 2
+      assert preference["text"] == text_of(id_)
       hole = pixels(source / f"masks/{id_}_mask.png")[..., None] // 255
       image = pixels(source / f"images/{id_}.png")
       np.testing.assert_array_equal(preference["mask"], hole)
@@ -106,6 +111,16 @@ def test_reading_returns_the_images_and_scores_of_the_source(source, built):
     opened[2]
 
 
+def test_a_dataset_of_an_earlier_version_has_no_texts(source, tmp_path, monkeypatch):
+  for name in ("_features", "_record"):
+    original = getattr(preference_records, name)
+    without = lambda *args, call=original: {k: v for k, v in call(*args).items() if k != "text"}
+    monkeypatch.setattr(preference_records, name, without)
+  preference_records.build_preferences(source, tmp_path)
+  opened = preferences.open_preferences(tmp_path, "train")
+  assert preferences.stack(list(opened), 4)["text"].tolist() == [""] * len(opened)
+
+
 def test_tfds_reads_every_feature(source, built):
   given = scores_of(source)
   builder = tfds.builder_from_directory(built / "preferences" / "1.0.0")
@@ -116,7 +131,7 @@ def test_tfds_reads_every_feature(source, built):
     assert [policy.decode() for policy in candidates["policy"]] == ["base", "ours", "base", "ours"][
       : len(names)
     ]
-    assert record["source"] == b"photos"
+    assert record["source"] == b"photos" and record["text"].decode() == text_of(id_)
     np.testing.assert_array_equal(record["image"], pixels(source / f"images/{id_}.png"))
     for index, name in enumerate(CRITERIA):
       np.testing.assert_allclose(candidates[name], [given[n].mean(0)[index] for n in names])

@@ -84,7 +84,7 @@ def evaluation():
     "drift": drift.drift(measures["policy"], measures["baseline"], {"seam": np.full(30, 0.125)}),
     "gallery": {
       "Largest <gains>": [example()],
-      "Near the median": [example(seed=1, known=False)] * 2,
+      "Near the median": [example(seed=1, known=False)._replace(text="a <u>text</u> & more")] * 2,
     },
   }
 
@@ -145,9 +145,10 @@ def test_texts_are_escaped(page):
     'run --a="<b>"',
     "Largest <gains>",
     "true <b>preference</b>",
+    "a <u>text</u> & more",
   ):
     assert given in text
-  assert not page.having("script")
+  assert not page.having("script") and not page.having("u")
 
 
 def test_title_and_headings_name_the_policies_and_the_judges_apart(page, evaluation):
@@ -174,10 +175,12 @@ def test_gallery_shows_the_true_image_beside_the_samples_where_it_is_known(page,
   assert len(images) == 4 + 3 + 3 and all(image["class"] == "small" for image in images)
   parts = [image["alt"].split(": ")[1] for image in images]
   assert parts == ["prompt", "baseline", "policy", "true image"] + 2 * parts[:3]
-  name, prompt, baseline, policy, _, original = evaluation["gallery"]["Largest <gains>"][0]
+  name, prompt, baseline, policy, _, original, _ = evaluation["gallery"]["Largest <gains>"][0]
   for image, given in zip(images[:4], (prompt, baseline, policy, original), strict=True):
     np.testing.assert_allclose(pixels(image) / 255, given, atol=0.51 / 255)
   assert page.texts.count("−0.500") == page.texts.count("1.250") == 3
+  assert page.texts.count("a <u>text</u> & more") == 2
+  assert [a.get("class") for a in page.having("p")].count("text") == 2  # none without a text
 
 
 def pixels(attributes):
@@ -265,7 +268,8 @@ def examples():
   scores = {name: Scores(*rng.standard_normal((2, 40, 3))) for name in ("learned", "true")}
   prompts, baseline, policy, originals = images = rng.integers(0, 256, (4, 40, 4, 4, 3), np.uint8)
   names = [f"prompt {i}" for i in range(40)]
-  made = gallery.make_examples(names, prompts, baseline, policy, scores, [*originals])
+  texts = [f"text {i}" for i in range(40)]
+  made = gallery.make_examples(names, prompts, baseline, policy, scores, [*originals], texts)
   return made, scores, images
 
 
@@ -276,7 +280,7 @@ def test_gallery_is_sorted_by_the_first_judge_and_matches_images_with_scores(exa
   sections = gallery.make_gallery(made, each=2)
   shown = [example for examples in sections.values() for example in examples]
   for one, index in zip(shown, order[[0, 1, 19, 20, 38, 39]], strict=True):
-    assert one.name == f"prompt {index}"
+    assert (one.name, one.text) == (f"prompt {index}", f"text {index}")
     parts = one.prompt, one.baseline, one.policy, one.original
     for given, image in zip(images, parts, strict=True):
       np.testing.assert_array_equal(image, given[index])

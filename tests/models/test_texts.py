@@ -21,6 +21,14 @@ def test_text_beyond_the_limit_is_cut_with_one_warning_that_says_what(inpainter,
   assert not caplog.records
 
 
+def test_a_text_is_reported_as_cut_once_in_a_run(inpainter, caplog):
+  config = inpainter.modules.text_encoder.config
+  with caplog.at_level(logging.WARNING, logger="absl"):
+    for _ in range(3):
+      tokenize(inpainter.tokenizer, config, ["u" * 75 + "one", "short", "v" * 75 + "two"])
+  assert [record.getMessage()[-5:] for record in caplog.records] == ["'one'", "'two'"]
+
+
 def test_token_without_a_row_in_the_text_encoder_is_refused_by_name():
   painter = testing.tiny_inpainter()
   painter.tokenizer.add_tokens(["<cat-toy>"])

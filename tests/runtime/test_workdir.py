@@ -40,6 +40,18 @@ def test_workdir_of_another_command_is_refused_and_unchanged(tmp_path, progress)
   assert contents(tmp_path / "run") == before
 
 
+def test_run_of_an_earlier_version_had_no_guidance(tmp_path):
+  with open_as("collect", tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "1").write_text("saved")
+  with open_as("collect", tmp_path, guidance_scale=1.0):
+    pass
+  (tmp_path / "config.json").write_text('{"command": "collect", "seed": 0, "size": 8}')
+  message = r"guidance_scale was 1\.0, now 3\.0"
+  with pytest.raises(ValueError, match=message), open_as("collect", tmp_path, guidance_scale=3.0):
+    pass
+
+
 def test_config_of_a_model_is_not_replaced(tmp_path):
   (tmp_path / "config.json").write_text('{"hidden_size": 8, "architectures": ["CLIPModel"]}')
   before = contents(tmp_path)

@@ -1,0 +1,99 @@
+"""Rewards that are functions in a user's Python file: `FILE.py:FUNCTION`.
+
+The function names what it wants of `images`, `masked_images`, `masks` and `texts`, with one row per
+sample, and returns scores [B]:
+
+  def brightness(images, masks):
+    return (images * masks).sum((1, 2, 3)) / masks.sum((1, 2, 3))
+
+It is a JAX function, compiled into the program and sharded with it. A function that reads texts has
+an attribute `tokenize`, which makes arrays of them on the host. A function with an attribute `host`
+that is true is any Python function: it gets NumPy arrays and a list of texts, once per iteration
+with the whole batch.
+"""
+# Shapes: B samples.
+
+import functools
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prefpaint_jax.rewards.reward import Reward
+from prefpaint_jax.runtime.text import first_line
+
+INPUTS = ("images", "masked_images", "masks", "texts")
+
+
+def load_function(name: str) -> Reward:
+  """Loads the reward `FILE.py:FUNCTION`.
+
+  Raises:
+    ValueError: the file cannot be run, or has no such function with inputs of a reward.
+  """
+  file, _, function_name = name.rpartition(":")
+  function = getattr(_run(file), function_name, None)
+  if not callable(function):
+    raise ValueError(f"{file}: has no function {function_name!r}; name one as FILE.py:FUNCTION")
+  wanted = list(inspect.signature(function).parameters)
+  if not wanted or not set(wanted) <= set(INPUTS):
+    raise ValueError(
+      f"{name}: the parameters are {', '.join(wanted) or 'none'}; expected some of "
+      f"{', '.join(INPUTS)}"
+    )
+  tokenize, on_host = getattr(function, "tokenize", None), bool(getattr(function, "host", False))
+  if "texts" in wanted and not (tokenize or on_host):
+    raise ValueError(
+      f"{name}: reads texts without an attribute `tokenize`; set {function_name}.tokenize to a "
+      f"function of a list of texts that returns arrays, or {function_name}.host = True"
+    )
+  call = functools.partial(_call, function, wanted, np if on_host else jnp)
+  return Reward(function_name, call, tokenize=tokenize, on_host=on_host, source=file)
+
+
+def _call(
+  function: Callable[..., Any],
+  wanted: list[str],
+  numpy: Any,
+  params: dict,
+  images: Any,
+  masked_images: Any,
+  masks: Any,
+  texts: Any,
+) -> tuple[Any, None]:
+  """Calls a user's function with one row per sample of what it wants."""
+  S = images.shape[0] // masked_images.shape[0]
+  rows = lambda x: numpy.repeat(x, S, axis=0)
+  repeated = [one for text in texts for one in [text] * S] if numpy is np else None
+  inputs = {
+    "images": images,
+    "masked_images": rows(masked_images),
+    "masks": rows(masks),
+    "texts": jax.tree.map(rows, texts) if repeated is None else repeated,
+  }
+  return function(**{name: inputs[name] for name in wanted}), None
+
+
+def _run(file: str) -> Any:
+  """Runs a Python file and returns it as a module."""
+  path = Path(file)
+  if not path.is_file():
+    raise ValueError(f"reward {file}: no such file; give FILE.py:FUNCTION")
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  sys.path.insert(0, str(path.parent.resolve()))  # so that it can import its neighbours
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:
+    raise ValueError(
+      f"reward {file}: cannot be run ({type(error).__name__}: {first_line(error)}); correct it"
+    ) from error
+  finally:
+    sys.path.pop(0)
+  return module

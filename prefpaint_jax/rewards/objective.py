@@ -1,0 +1,191 @@
+"""The objective of an alignment: rewards by name, their weights, and their combination.
+
+"prefpaint*1,seam*0.5" names two rewards and their weights; without a weight it is 1. `combine` is
+  sum      the weighted sum of the scores: for rewards of fixed scale;
+  gdpo     each reward is standardised within its prompt, weighted and summed (GDPO, arXiv
+           2601.05242), so that the widest reward does not outweigh the others;
+  winrate  the weighted share of the prompt's other samples that a sample beats: free of scale.
+"""
+# Shapes: P prompts, S samples of each, B = P S samples.
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from prefpaint_jax.rewards import prefpaint
+from prefpaint_jax.rewards.functions import load_function
+from prefpaint_jax.rewards.reward import Reward
+from prefpaint_jax.runtime.ranges import Number, check
+
+RELEASED = "kd5678/prefpaintReward"
+WEIGHT = Number(-1e6, 1e6, excluded=(0,))
+
+
+class Objective(NamedTuple):
+  """Rewards, their weights and their combination. Programs get the parameters as arguments."""
+
+  rewards: tuple[Reward, ...]
+  weights: tuple[float, ...] = (1.0,)
+  combine: str = "sum"
+
+  @property
+  def params(self) -> tuple[Any, ...]:
+    """The parameters of the rewards."""
+    return tuple(reward.params for reward in self.rewards)
+
+  @property
+  def trusted(self) -> Reward | None:
+    """The first reward with features, of which the trust weight is computed; or None."""
+    return next((reward for reward in self.rewards if reward.feature_dim), None)
+
+  @property
+  def has_host_rewards(self) -> bool:
+    """Whether a reward runs on the host."""
+    return any(reward.on_host for reward in self.rewards)
+
+  def tokenize(self, texts: Sequence[str]) -> tuple[Any, ...] | None:
+    """Computes what the rewards read of P texts; None if no reward reads texts."""
+    if not any(reward.tokenize for reward in self.rewards):
+      return None
+    return tuple(reward.tokenize and reward.tokenize(texts) for reward in self.rewards)
+
+  def host_scores(
+    self, images: np.ndarray, masked_images: np.ndarray, masks: np.ndarray, texts: Sequence[str]
+  ) -> tuple[np.ndarray | None, ...]:
+    """Computes the scores [B] of the rewards on the host, and None for others."""
+    arrays = images, masked_images, masks, texts
+    return tuple(one.on_arrays(*arrays) if one.on_host else None for one in self.rewards)
+
+  def weighted(
+    self, params: Any, images: Any, masked_images: Any, masks: Any, tokens: Any, on_host: Any
+  ) -> Float[Array, " B"]:
+    """Computes the weighted sum of the scores, whatever the combination.
+
+    Args:
+      params: of the rewards.
+      tokens, on_host: results of `tokenize` and `host_scores`.
+    """
+    total = 0.0
+    for i, (reward, weight) in enumerate(zip(self.rewards, self.weights, strict=True)):
+      if reward.on_host:
+        scores = on_host[i]
+      else:
+        read = tokens and tokens[i]
+        scores, _ = reward.function(params[i], images, masked_images, masks, read)
+      total += weight * scores
+    return total
+
+
+def split_names(names: str) -> list[tuple[str, float]]:
+  """Splits "NAME*WEIGHT,NAME" into names and weights.
+
+  Raises:
+    ValueError: a name is empty or occurs twice, or a weight is no number.
+  """
+  found = []
+  for part in names.split(","):
+    name, star, weight = part.strip().rpartition("*")
+    if not star:
+      name, weight = weight, "1"
+    try:
+      value = float(weight)
+    except ValueError:
+      raise ValueError(
+        f"reward {part.strip()!r}: the weight {weight!r} is no number; give NAME*WEIGHT"
+      ) from None
+    check(f"reward {name}: weight", value, WEIGHT)
+    if not name or name in dict(found):
+      error = f"{name!r} twice" if name else "an empty name"
+      raise ValueError(f"reward {names!r} has {error}; give NAME*WEIGHT, separated by commas")
+    found.append((name, value))
+  return found
+
+
+def is_function(name: str) -> bool:
+  """Returns whether a name is `FILE.py:FUNCTION`."""
+  return re.search(r"\.py:\w*$", name) is not None
+
+
+def load_reward(name: str | Path, dtype: str = "float32") -> Reward:
+  """Loads a reward: call the result with images.
+
+  Args:
+    name: "prefpaint" (the released reward), "mini", a folder, a hub name, or FILE.py:FUNCTION.
+    dtype: compute dtype of its network.
+
+  Raises:
+    ValueError: there is no such reward, or it cannot be read.
+  """
+  return _open(str(name), dtype)
+
+
+def _open(name: str, dtype: str, bound: str | None = None, *, abstract: bool = False) -> Reward:
+  if is_function(name):
+    return load_function(name)
+  name = RELEASED if name == "prefpaint" else name
+  return prefpaint.outline(name, dtype) if abstract else prefpaint.load(name, dtype, bound)
+
+
+def open_objective(
+  names: str, combine: str = "sum", dtype: str = "float32", bound: str | None = None
+) -> Objective:
+  """Loads the rewards of an objective.
+
+  Args:
+    names: as "NAME*WEIGHT,NAME".
+    combine: one of COMBINATIONS.
+    dtype: compute dtype of the networks.
+    bound: file of the bound of the first learned reward; None: that of its folder.
+  """
+  return _objective(names, combine, lambda name, own: _open(name, dtype, own and bound))
+
+
+def outline_objective(names: str, combine: str = "sum", dtype: str = "float32") -> Objective:
+  """Makes the objective with shapes in the place of parameters; reads no weights."""
+  return _objective(names, combine, lambda name, _: _open(name, dtype, abstract=True))
+
+
+def _objective(names: str, combine: str, load: Callable[[str, bool], Reward]) -> Objective:
+  found = split_names(names)
+  learned = [name for name, _ in found if not is_function(name)]
+  rewards = tuple(load(name, name in learned[:1]) for name, _ in found)
+  return Objective(rewards, tuple(weight for _, weight in found), combine)
+
+
+def combined(
+  objective: Objective, scores: Sequence[Float[Array, " B"]], valid: Bool[Array, " B"], samples: int
+) -> Float[Array, " B"]:
+  """Combines the scores of the rewards to one reward for each sample.
+
+  Args:
+    valid: samples whose scores count.
+    samples: S, consecutive samples of one prompt; 1: compares all samples.
+  """
+  if objective.combine != "sum":
+    S = samples if samples > 1 else len(valid)
+    within = _standardised if objective.combine == "gdpo" else _win_rates
+    known = valid.reshape(-1, S)
+    scores = [within(one.reshape(-1, S), known).reshape(-1) for one in scores]
+  return sum(weight * one for weight, one in zip(objective.weights, scores, strict=True))
+
+
+def _standardised(scores: Float[Array, "P S"], known: Bool[Array, "P S"]) -> Float[Array, "P S"]:
+  """Subtracts each prompt's mean and divides by its standard deviation."""
+  count = jnp.maximum(known.sum(-1, keepdims=True), 1)
+  mean = jnp.sum(scores, -1, keepdims=True, where=known) / count
+  centred = jnp.where(known, scores - mean, 0.0)
+  variance = jnp.sum(centred**2, -1, keepdims=True) / jnp.maximum(count - 1, 1)
+  return centred / (jnp.sqrt(variance) + 1e-4)
+
+
+def _win_rates(scores: Float[Array, "P S"], known: Bool[Array, "P S"]) -> Float[Array, "P S"]:
+  """Computes the share of a prompt's other samples that each sample beats; a tie counts half."""
+  others = known[:, None, :] & ~jnp.eye(known.shape[-1], dtype=bool)
+  wins = jnp.sign(scores[..., :, None] - scores[..., None, :])
+  wins = jnp.where(others, 0.5 * (1.0 + wins), 0.0)
+  return jnp.sum(wins, -1) / jnp.maximum(others.sum(-1), 1)

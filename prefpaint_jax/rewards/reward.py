@@ -1,0 +1,116 @@
+"""A reward: a pure function of samples, its parameters, and what it needs."""
+# Shapes: P prompts, S samples of each, B = P S samples, H W pixels, D features.
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from prefpaint_jax.data.images import load_images
+from prefpaint_jax.preference.bound import Bound
+from prefpaint_jax.weights.names import Params
+
+LIKE = "the same number of samples for each masked image"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reward:
+  """A reward. Call it with images to get scores; programs call `function` with arrays.
+
+  Attributes:
+    name: the name under which metrics and errors speak of it.
+    function: `(params, images, masked_images, masks, texts)` -> scores [B] and features [B, D], or
+      None instead of features. images [B, H, W, 3] are samples in [0, 1]; masked_images
+      [P, H, W, 3], black in the hole, and masks [P, H, W, 1], 1 = missing, are shared by S
+      consecutive samples; texts is the result of `tokenize` for P texts, or None.
+    params: a tree of arrays or of shapes.
+    tokenize: texts -> arrays [P, ...]; None: the reward reads no texts.
+    feature_dim: D, or 0.
+    bound: on the error of the reward, from its training features; or None.
+    on_host: `function` is Python that JAX cannot compile; it gets NumPy arrays and texts.
+    source, licence: of the weights.
+  """
+
+  name: str
+  function: Callable[..., tuple[Any, Any]]
+  params: Params = dataclasses.field(default_factory=dict)
+  tokenize: Callable[[Sequence[str]], Any] | None = None
+  feature_dim: int = 0
+  bound: Bound | None = None
+  on_host: bool = False
+  source: str = ""
+  licence: str = ""
+
+  @property
+  def label(self) -> str:
+    """The last part of the name, for metrics."""
+    return Path(self.name).name
+
+  def __call__(
+    self,
+    images: Any,
+    masked_images: Any,
+    masks: Any = None,
+    texts: str | Sequence[str] | None = None,
+  ) -> np.ndarray:
+    """Computes scores [B] of samples.
+
+    Args:
+      images: B samples of one size: PIL images, paths or arrays (uint8, or float in [0, 1]); a list
+        or an array [B, H, W, 3] of them, or one.
+      masked_images: P of the same, black in the hole; B/P consecutive samples share one.
+      masks: P arrays [H, W, 1], 1 = missing; default: the pixels that are black in the masked
+        image.
+      texts: one for all samples, or P texts; default: the empty text.
+
+    Raises:
+      ValueError: inputs cannot be read, or do not have matching sizes or numbers.
+    """
+    images, masked_images = load_images(images), load_images(masked_images, "masked_images")
+    B, P = len(images), len(masked_images)
+    if B % P:
+      raise ValueError(f"{B} samples of {P} masked images; give {LIKE}")
+    if masks is None:
+      masks = np.all(masked_images == 0, axis=-1, keepdims=True)
+    masks = np.broadcast_to(np.asarray(masks, np.float32), (*masked_images.shape[:3], 1))
+    texts = [texts or ""] if texts is None or isinstance(texts, str) else list(texts)
+    if len(texts) not in (1, P):
+      raise ValueError(
+        f"texts: {len(texts)} texts for {P} masked images; give one, or one for each"
+      )
+    texts = texts * (P // len(texts))
+    if self.on_host:
+      return self.on_arrays(images, masked_images, masks, texts)
+    tokens = self.tokenize(texts) if self.tokenize else None
+    return np.asarray(self._program(self.params, images, masked_images, masks, tokens))
+
+  @functools.cached_property
+  def _program(self) -> Callable[..., jax.Array]:
+    return jax.jit(lambda *arguments: self.function(*arguments)[0])
+
+  def on_arrays(
+    self, images: np.ndarray, masked_images: np.ndarray, masks: np.ndarray, texts: Sequence[str]
+  ) -> np.ndarray:
+    """Calls a reward on the host; returns float32 scores [B].
+
+    Raises:
+      ValueError: the function fails, or returns no B numbers. The message is one line.
+    """
+    try:
+      scores, _ = self.function(self.params, images, masked_images, masks, texts)
+      scores = np.asarray(scores, np.float32)
+    except Exception as error:  # whatever the user's code raises
+      found = str(error).strip().splitlines()
+      raise ValueError(
+        f"reward {self.name}: failed with {type(error).__name__}: {found[0] if found else ''}"
+      ) from error
+    if scores.shape != images.shape[:1]:
+      raise ValueError(
+        f"reward {self.name}: returned an array of {list(scores.shape)}; expected "
+        f"{[len(images)]}, a score for each sample"
+      )
+    return scores
