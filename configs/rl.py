@@ -87,6 +87,7 @@ def get_config(preset: str = "") -> ConfigDict:
 
   config.lora = ConfigDict()  # LoRA adapters on a frozen base policy
   config.lora.rank = 0  # 0: train all parameters
+  config.lora.init = ""  # file of adapters to begin with, as export --lora writes them
   config.lora.targets = r"attn[12]/to_(q|k|v|out_0)/"  # regular expression: kernels with adapters
 
   config.mesh = ConfigDict()  # how the devices share arrays

@@ -1,10 +1,15 @@
-"""Exports the aligned policy of a run as a diffusers folder.
+"""Exports the aligned policy of a run as a diffusers folder, or its LoRA adapters as a file.
 
   python -m prefpaint_jax.export --workdir=runs/mini --output=aligned
+  python -m prefpaint_jax.export --workdir=runs/lora --lora=kohya --output=aligned.safetensors
 
 The UNet is that of the latest checkpoint, of iteration 40 with --step=40, or of the checkpoint that
 `keep_best` keeps with --step=best; from each, the moving average of the parameters if the run has
 one. VAE, text encoder, tokenizer and scheduler are those of the base policy.
+
+--lora writes the adapters of a run with lora.rank above 0: for diffusers, or in the layout of
+kohya's scripts, which ComfyUI, A1111 and diffusers read. An --output that does not end in
+.safetensors is a folder, in which the file is pytorch_lora_weights.safetensors.
 """
 
 from pathlib import Path
@@ -15,23 +20,54 @@ from prefpaint_jax import inpainter
 from prefpaint_jax.runtime import cli, files, workdir
 from prefpaint_jax.runtime.cli import within
 from prefpaint_jax.runtime.ranges import Step, Text
+from prefpaint_jax.runtime.runs import open_run
+from prefpaint_jax.weights import adapters
+from prefpaint_jax.weights.adapter_names import LAYOUTS
 
 _WORKDIR = flags.DEFINE(
   within(Text(empty=False)), "workdir", None, "Folder of the run.", required=True
 )
-_OUTPUT = flags.DEFINE(within(Text(empty=False)), "output", None, "Folder to write.", required=True)
+_OUTPUT = flags.DEFINE(
+  within(Text(empty=False)),
+  "output",
+  None,
+  "Folder to write; with --lora also a .safetensors file.",
+  required=True,
+)
 _STEP = flags.DEFINE(
   within(Step()), "step", None, "Iteration of the checkpoint, or best; default: latest."
 )
+_LORA = flags.DEFINE_enum("lora", None, LAYOUTS, "Write the LoRA adapters alone, in this layout.")
 
 
 def main() -> None:
-  """Exports the policy that the flags name."""
+  """Exports the policy that the flags name, or its adapters."""
   output = Path(_OUTPUT.value)
+  if _LORA.value:
+    _export_adapters(output if output.suffix == ".safetensors" else output / adapters.FILE_NAME)
+    return
   files.check_output_folder(output)
   workdir.read_workdir(Path(_WORKDIR.value))  # raises ValueError for a folder that is not a run
   inpainter.open_policy(_WORKDIR.value, step=_STEP.value).save_pretrained(output)
   print(f"{output}: open with diffusers' AutoPipelineForInpainting or Inpainter.from_pretrained")
+
+
+def _export_adapters(file: Path) -> None:
+  """Writes the adapters of a run."""
+  if file.exists():
+    raise ValueError(f"{file} exists; exports replace no file; name a new one")
+  files.check_output(file)
+  workdir.read_workdir(Path(_WORKDIR.value))
+  config, checkpoints = open_run(_WORKDIR.value)
+  if not config.get("lora", {}).get("rank", 0):
+    raise ValueError(
+      f"{_WORKDIR.value}: a run without LoRA adapters (lora.rank is 0); expected one with them; "
+      "leave out --lora to export the whole policy"
+    )
+  trained = checkpoints.load("ema" if config.ema_decay else "params", _STEP.value)
+  base = inpainter.open_policy(config.policy).params["unet"]
+  adapters.save(file, trained, base, _LORA.value)
+  print(f"{file}: adapters of {config.policy}; open with diffusers' load_lora_weights or --lora")
 
 
 if __name__ == "__main__":

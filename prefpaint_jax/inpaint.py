@@ -43,10 +43,12 @@ from prefpaint_jax.runtime.files import atomic_path, check_output
 from prefpaint_jax.runtime.metrics import progress
 from prefpaint_jax.runtime.ranges import Number, Several
 from prefpaint_jax.runtime.waiting import waiting
+from prefpaint_jax.weights import adapters
 
 _MODEL = flags.DEFINE_string(
   "model", "mini", "Folder, single file, hub name, workdir of a run, or mini."
 )
+_LORA = flags.DEFINE_string("lora", None, "LoRA adapters of the model: FILE or FILE:SCALE.")
 _IMAGE = flags.DEFINE_string("image", None, "Image, or a folder of images.", required=True)
 _OUTPUT = flags.DEFINE_string(
   "output", None, "PNG, JPEG or WebP to write, GIF for views, or a folder.", required=True
@@ -193,8 +195,13 @@ def _open_policy() -> Inpainter:
   if _MODEL.value == "mini":
     advice = "mini inpaints at 32 pixels, as an example; for photographs give --model=FOLDER"
     print(advice, file=sys.stderr)
+  if _LORA.value is not None:
+    adapters.parse(_LORA.value)  # raises ValueError before the model is loaded
   with waiting(f"loading {_MODEL.value}"):
-    return open_policy(_MODEL.value, _DTYPE.value)
+    inpainter = open_policy(_MODEL.value, _DTYPE.value)
+    if _LORA.value is not None:
+      inpainter.add_lora(_LORA.value)
+  return inpainter
 
 
 @contextmanager
@@ -247,8 +254,9 @@ def _files(output: Path) -> list[Path]:
 
 
 def _fields(**others: str) -> dict[str, str]:
-  """Returns the text fields of an image file: model, seed and `others`."""
-  return {"model": _MODEL.value, "seed": str(_SEED.value)} | others
+  """Returns the text fields of an image file: model, adapters, seed and `others`."""
+  lora = {"lora": _LORA.value} if _LORA.value else {}
+  return {"model": _MODEL.value, **lora, "seed": str(_SEED.value)} | others
 
 
 def _save_gif(path: Path, images: list[np.ndarray]) -> None:

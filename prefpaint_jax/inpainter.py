@@ -6,9 +6,6 @@
 
 import dataclasses
 import functools
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,16 +20,15 @@ from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.models import lora, sampling, single_file
 from prefpaint_jax.models.conditioning import Context, Guidance
 from prefpaint_jax.models.exported import exported_configs
-from prefpaint_jax.models.pipeline import NETWORKS, Modules, Tokens, make_modules
+from prefpaint_jax.models.pipeline import Modules, Tokens, make_modules
 from prefpaint_jax.models.sampling import sampling_key
-from prefpaint_jax.models.text import list_texts, tokenize
+from prefpaint_jax.models.text import list_texts, load_tokenizer, tokenize
 from prefpaint_jax.runtime import files, sharding
 from prefpaint_jax.runtime.compilation import enable_cache
 from prefpaint_jax.runtime.config_check import check_values
 from prefpaint_jax.runtime.config_fields import ARGUMENTS
 from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.runs import open_run, pinned_step
-from prefpaint_jax.runtime.text import first_line
 from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights.names import Params
 
@@ -42,9 +38,9 @@ class Inpainter:
 
   Attributes:
     modules: the networks and the noise schedule, as pure functions.
-    params: {"unet", "vae", "text_encoder"}, trees of float32 arrays.
-    configs: JSON of "unet", "vae", "text_encoder" and "scheduler"; `save_pretrained` writes it.
-    tokenizer_files: file name -> content, of the folder's `tokenizer/`.
+    params: {"unet", "vae", "text_encoder"}, trees of float32 arrays; SDXL has "text_encoder_2" too.
+    configs: JSON of the networks, of "scheduler" and, of SDXL, "model_index".
+    tokenizer_files: {"tokenizer": {file name: content}}; SDXL has "tokenizer_2" too.
   """
 
   def __init__(
@@ -52,7 +48,7 @@ class Inpainter:
     modules: Modules,
     params: dict[str, Params],
     configs: dict[str, dict],
-    tokenizer_files: dict[str, bytes],
+    tokenizer_files: dict[str, dict[str, bytes]],
   ):
     self.modules, self.params = modules, params
     self.configs, self.tokenizer_files = configs, tokenizer_files
@@ -88,22 +84,18 @@ class Inpainter:
     enable_cache()
     path = weights.resolve_pipeline(mini.locate(name, "policy"))
     file = single_file.read(path, variant) if path.is_file() else None
-    if file:
-      configs = file.configs
-    else:
-      configs = {part: weights.read_config(path / part) for part in NETWORKS}
-      configs["scheduler"] = weights.read_config(path / "scheduler", "scheduler_config.json")
+    folder = file.tokenizers if file else path
+    configs = file.configs if file else weights.read_pipeline_configs(path)
     modules = make_modules(configs, dtype, remat, str(name), mask_latents)
+    tokenizer_files = weights.read_tokenizers(folder, modules.text_encoder_2 is not None)
     shapes = modules.shapes()
     load = lambda part: weights.load_params(path / part, shapes[part], variant)
-    params = file.params(shapes) if file else {part: load(part) for part in NETWORKS}
-    found = sorted((file.tokenizer if file else path / "tokenizer").glob("*"))
-    tokenizer_files = {file.name: file.read_bytes() for file in found if file.is_file()}
-    if not tokenizer_files:
-      raise ValueError(
-        f"{path / 'tokenizer'}: no files; copy the tokenizer of the base model into it"
-      )
+    params = file.params(shapes) if file else {part: load(part) for part in shapes}
     return cls(modules, params, configs, tokenizer_files)
+
+  def add_lora(self, name: str | Path) -> None:
+    """Adds the LoRA adapters of a file to the UNet's kernels; "FILE:0.8" scales them."""
+    self.params["unet"] = lora.add(self.params["unet"], name)
 
   def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
     """Writes a diffusers folder, with parameters stored as `dtype`, whole or not at all.
@@ -112,37 +104,23 @@ class Inpainter:
       ValueError: a parameter is not finite, or the folder has files of something else.
     """
     configs = exported_configs(self.configs, self.modules.schedule, dtype)
-    with files.atomic_folder(folder, replaces=("tokenizer", "model_index.json", *configs)) as new:
+    replaced = "model_index.json", *configs, *self.tokenizer_files
+    with files.atomic_folder(folder, replaces=replaced) as new:
       files.write_json(new / "model_index.json", configs["model_index"], sort_keys=True)
       scheduler = new / "scheduler" / "scheduler_config.json"
       files.write_json(scheduler, configs["scheduler"], sort_keys=True)
-      for part in NETWORKS:
+      for part in self.modules.networks:
         files.write_json(new / part / "config.json", configs[part], sort_keys=True)
         weights.save_params(new / part, self.params[part], dtype)
-      self._write_tokenizer(new / "tokenizer")
-
-  def _write_tokenizer(self, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in self.tokenizer_files.items():
-      (folder / name).write_bytes(content)
+      for name, content in self.tokenizer_files.items():
+        (new / name).mkdir(parents=True)
+        for file, data in content.items():
+          (new / name / file).write_bytes(data)
 
   @functools.cached_property
-  def tokenizer(self):
-    """The tokenizer of transformers, loaded on first use."""
-    # Without it transformers warns that torch is not installed; the tokenizer does not need torch.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import CLIPTokenizer  # slow to import
-
-    folder = Path(tempfile.mkdtemp(prefix="tokenizer"))
-    try:
-      self._write_tokenizer(folder)
-      return CLIPTokenizer.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises many types
-      raise ValueError(
-        f"tokenizer: cannot be read ({first_line(error)}); copy that of the base model"
-      ) from error
-    finally:
-      shutil.rmtree(folder)
+  def tokenizers(self) -> list[Any]:
+    """The tokenizers of transformers, loaded on first use."""
+    return [load_tokenizer(content, name) for name, content in self.tokenizer_files.items()]
 
   def place(self, mesh: Mesh) -> "Inpainter":
     """Replicates the parameters on `mesh`; later calls shard batches whose size divides over it."""
@@ -152,7 +130,9 @@ class Inpainter:
 
   def tokenize(self, texts: Sequence[str]) -> Tokens:
     """Computes the tokens of B texts; texts of more than L tokens are cut."""
-    return tokenize(self.tokenizer, self.modules.text_encoder.config, texts)
+    encoders = self.modules.text_encoders.values()
+    pairs = zip(self.tokenizers, encoders, strict=True)
+    return tuple(tokenize(tokenizer, encoder.config, texts) for tokenizer, encoder in pairs)
 
   def encode_text(self, texts: Sequence[str]) -> Context:
     """Computes the context of B texts."""
@@ -161,7 +141,7 @@ class Inpainter:
   @property
   def text_params(self) -> dict[str, Params]:
     """The parameters of the text encoders by name."""
-    return {"text_encoder": self.params["text_encoder"]}
+    return {name: self.params[name] for name in self.modules.text_encoders}
 
   @functools.cached_property
   def empty_context(self) -> Context:
@@ -175,15 +155,19 @@ class Inpainter:
 
     Args:
       texts: None: any.
-      negative_texts: None: no text, as stock pipelines.
+      negative_texts: None: the empty text, or for SDXL a context of zeros, as stock pipelines.
     """
-    negative_texts = [""] if negative_texts is None else negative_texts
-    equal = texts is not None and np.all(np.array(texts) == np.array(negative_texts))
-    if scale == 1 or equal:
+    if scale == 1:
+      return None
+    scale = np.float32(scale)
+    if negative_texts is None and self.modules.zero_negative:
+      return Guidance(scale, jax.tree.map(np.zeros_like, self.empty_context))
+    negative_texts = negative_texts or [""]
+    if texts is not None and np.all(np.array(texts) == np.array(negative_texts)):
       return None
     is_empty = not any(negative_texts)
     negative = self.empty_context if is_empty else self.encode_text(negative_texts)
-    return Guidance(np.float32(scale), negative)
+    return Guidance(scale, negative)
 
   def working_size(self, height: int, width: int) -> tuple[int, int]:
     """Returns the (height, width) at which the networks process an image.

@@ -172,7 +172,7 @@ def new_inpainter(config: ConfigDict) -> Inpainter:
   modules = make_modules(configs, config.dtype, config.remat, where="config.architecture")
   length = modules.text_encoder.config.max_position_embeddings
   params = jax.jit(modules.init)(jax.random.key(config.seed))
-  return Inpainter(modules, params, configs, byte_tokenizer(length))
+  return Inpainter(modules, params, configs, {"tokenizer": byte_tokenizer(length)})
 
 
 def pretrain(config: ConfigDict, workdir: Path) -> None:

@@ -18,7 +18,13 @@ from prefpaint_jax.data import masks as mask_io
 from prefpaint_jax.data.examples import SPLITS
 from prefpaint_jax.data.images import save_png, to_bytes
 from prefpaint_jax.inpainter import Inpainter
-from prefpaint_jax.models.architectures import SIZE, full_size_configs, random_params, tiny_configs
+from prefpaint_jax.models.architectures import (
+  SIZE,
+  Generation,
+  full_size_configs,
+  random_params,
+  tiny_configs,
+)
 from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.models.pipeline import make_modules
 from prefpaint_jax.models.reward import RewardNetwork, network_shapes
@@ -38,20 +44,23 @@ TINY_VISION = {
 
 
 def tiny_inpainter(
-  seed: int = 0, generation: int = 1, dtype: str = "float32", remat: bool = False
+  seed: int = 0, generation: Generation = 1, dtype: str = "float32", remat: bool = False
 ) -> Inpainter:
   """Makes a random pipeline of about ten thousand parameters for images of SIZE x SIZE.
 
   Args:
     seed: seed of the parameters.
-    generation: version of Stable Diffusion, 1 or 2.
+    generation: version of Stable Diffusion: 1, 2 or "xl".
     dtype: compute dtype of the networks; parameters stay float32.
     remat: rematerialise the UNet's blocks in the backward pass.
   """
   configs = tiny_configs(generation)
   modules = make_modules(configs, dtype, remat)
   shapes = modules.shapes()
-  return Inpainter(modules, random_params(shapes, seed), configs, byte_tokenizer())
+  tokenizers = {"tokenizer": byte_tokenizer()}
+  if generation == "xl":
+    tokenizers["tokenizer_2"] = byte_tokenizer(pad_token="!")
+  return Inpainter(modules, random_params(shapes, seed), configs, tokenizers)
 
 
 def tiny_reward(seed: int = 1, dtype: str = "float32") -> RewardModel:
@@ -80,18 +89,23 @@ def tiny_prompts(number: int, seed: int = 0, size: int = SIZE) -> tuple[np.ndarr
   return images, np.stack([draw[i % 2](rng, size, size) for i in range(number)])
 
 
-def write_tiny_world(folder: str | Path, train: int = 16, test: int = 8) -> dict[str, str]:
+def write_tiny_world(
+  folder: str | Path, train: int = 16, test: int = 8, generation: Generation = 1
+) -> dict[str, str]:
   """Writes a tiny policy, a reward model with its bound, and prompts.
 
   Args:
     folder: where to write.
     train: number of training prompts.
     test: number of test prompts.
+    generation: version of Stable Diffusion: 1, 2 or "xl".
 
   Returns:
     The paths of "policy", "reward" and "prompts".
   """
-  return _write_world(Path(folder), tiny_inpainter(), tiny_reward(), (train, test), SIZE)
+  return _write_world(
+    Path(folder), tiny_inpainter(generation=generation), tiny_reward(), (train, test), SIZE
+  )
 
 
 def write_full_size_world(folder: str | Path) -> dict[str, str]:
@@ -99,7 +113,7 @@ def write_full_size_world(folder: str | Path) -> dict[str, str]:
   configs = full_size_configs()
   modules = make_modules(configs)
   shapes = modules.shapes()
-  policy = Inpainter(modules, random_params(shapes), configs, byte_tokenizer())
+  policy = Inpainter(modules, random_params(shapes), configs, {"tokenizer": byte_tokenizer()})
   config = RewardConfig()
   features = np.random.default_rng(0).normal(size=(1000, config.feature_dim))
   params = random_params(network_shapes(config))

@@ -144,7 +144,7 @@ def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session
 
   ### State: fresh, or exactly where an earlier run stopped.
   if is_new:
-    state = run.stages.init(run.begin)
+    state = run.stages.init(run.first_params(config))
   else:
     state, position, _ = checkpoints.restore(run.state_shapes)
     loader.set_state(position)

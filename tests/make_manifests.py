@@ -43,6 +43,20 @@ CONFIGS = {
     "only_cross_attention": False,
     "use_linear_projection": True,
   },
+  "sdxl_inpainting_unet": _UNET
+  | {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+    "use_linear_projection": True,
+  },
   "sd_vae": {
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
@@ -78,6 +92,19 @@ CONFIGS = {
     "num_hidden_layers": 23,
     "vocab_size": 49408,
   },
+  "openclip_bigg_text": {
+    "model_type": "clip_text_model",
+    "eos_token_id": 2,
+    "hidden_act": "gelu",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 77,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+    "vocab_size": 49408,
+  },
   "clip_b32_vision": {
     "model_type": "clip_vision_model",
     "hidden_act": "quick_gelu",
@@ -100,6 +127,9 @@ def build(config: dict):
 
   if "_class_name" in config:
     return getattr(diffusers, config["_class_name"]).from_config(config)
+  if "eos_token_id" in config:  # SDXL's second encoder
+    text = transformers.CLIPTextConfig(**config)
+    return transformers.CLIPTextModelWithProjection(text)
   if config["model_type"] == "clip_text_model":
     return transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
   return transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**config))

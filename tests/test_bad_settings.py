@@ -259,6 +259,8 @@ LINES = [  # TMP is the folder of `answers`
   (("export", "--workdir=", "--output=x"), "--workdir=: expected a name or path"),
   (("export", "--workdir=x", "--output="), "--output=: expected a name or path"),
   (("export", "--workdir=x", "--output=y", "--step=last"), "--step=last: expected an iteration"),
+  (("export", "--workdir=x", "--output=y", "--lora=webui"), "--lora=webui: .*diffusers.*kohya"),
+  (("export", "--workdir=x", "--output=TMP/mask.png", "--lora=kohya"), "mask.png is not a folder"),
   (("plot", "--workdir=", "--output=x.png"), "--workdir=: expected a name or path"),
   (("plot", "--workdir=x", "--output=x.png", "--smooth=0"), "--smooth=0: expected"),
   (("plot", "--workdir=x", "--output=x.png", "--only=("), r"--only=\(: expected a regular"),

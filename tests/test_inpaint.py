@@ -60,6 +60,12 @@ WRONG = {
   "other depth": (["--move=1,0,0", "--depth=small.npy"], "the depth is 4x5, its image 10x12"),
   "camera": (["--move=1,0,0", "--intrinsics=3"], "give fx,fy,cx,cy"),
   "GIF": (["--extend=left=4", "--output=O.gif"], "ends in .png or .jpg or .jpeg or .webp$"),
+  "no adapters": (["--mask=mask.png", "--lora=nowhere"], "nowhere: not found; give a file of LoRA"),
+  "nameless adapters": (["--mask=mask.png", "--lora="], "lora is ''; expected"),
+  "worded scale": (
+    ["--mask=mask.png", "--lora=policy:much"],
+    "its scale is 'much'; expected a num",
+  ),
   "BMP": (["--move=1,0,0", "--output=O.bmp"], "ends in .png or .jpg or .jpeg or .webp or .gif$"),
   "photograph": (["--mask=photo.png"], "photo.png: a colour photograph; expected a mask"),
   "folder of masks": (["--mask=masks"], "--mask=masks is a folder; expected the mask of image.png"),

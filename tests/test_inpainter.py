@@ -154,7 +154,7 @@ def test_byte_tokenizer_gives_the_ids_of_transformers_and_of_the_definition(
   transformers = pytest.importorskip("transformers")
   stock = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
   settings = {"padding": "max_length", "max_length": 77, "truncation": True}
-  ids = inpainter.tokenizer([text], **settings)["input_ids"][0]
+  ids = inpainter.tokenizers[0]([text], **settings)["input_ids"][0]
   assert ids == stock(text, **settings)["input_ids"]
   # The definition: a token for each byte of a word; the last byte of a word has the suffix </w>.
   words = re.findall(r"[^\W\d_]+|\d|[^\s\w]+", text.lower())
@@ -162,7 +162,7 @@ def test_byte_tokenizer_gives_the_ids_of_transformers_and_of_the_definition(
   for word in words:
     *bytes_before, last = word.encode()
     tokens += [_symbol(byte) for byte in bytes_before] + [_symbol(last) + "</w>"]
-  vocabulary = json.loads(inpainter.tokenizer_files["vocab.json"])
+  vocabulary = json.loads(inpainter.tokenizer_files["tokenizer"]["vocab.json"])
   start, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
   expected = [start, *(vocabulary[token] for token in tokens)][:76]
   assert ids == expected + [end] * (77 - len(expected))
@@ -333,7 +333,7 @@ def test_unet_without_inpainting_channels_raises_an_error(folder, tmp_path):
 def test_text_encoder_of_another_model_raises_an_error(folder, tmp_path):
   other = edited(folder, tmp_path, "unet/config.json", cross_attention_dim=16)
   with refused(
-    "cross_attention_dim of the UNet is 16; expected the text encoder's hidden_size, 12"
+    "cross_attention_dim of the UNet is 16; expected 12, the hidden_size of text_encoder; use"
   ):
     Inpainter.from_pretrained(other)
 

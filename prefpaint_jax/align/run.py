@@ -36,7 +36,7 @@ class Run(NamedTuple):
   settings: Settings
   objective: Objective
   stages: Stages
-  begin: Params  # the trained parameters before the first iteration
+  begin: Params  # the trained parameters of the base policy
   frozen: Frozen
   has_texts: bool = False  # the rollout takes the contexts of the prompts' texts
   texts: Texts | None = None  # which `train` sets
@@ -53,6 +53,16 @@ class Run(NamedTuple):
   def state_shapes(self) -> TrainState:
     """The train state as shapes with their shardings."""
     return sharding.with_shardings(self.stages.shapes, self.stages.layout)
+
+  def first_params(self, config: ConfigDict) -> Params:
+    """Returns the parameters that a new run trains first: those of `lora.init`, or `begin`.
+
+    The adapters of `begin` change nothing, so that a run is compared with its base policy.
+    """
+    if not config.lora.init:
+      return self.begin
+    adapters = lora.read(config.lora.init, self.frozen.base, config.lora.rank, self.begin)
+    return sharding.place(jax.tree.map(lambda x: x.sharding, self.begin), adapters)
 
 
 def make_run(
@@ -153,7 +163,10 @@ def outline(config: ConfigDict, mesh: Mesh) -> tuple[Run, Modules, str]:
   shapes = modules.shapes()
   array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   D = objective.trusted.feature_dim if objective.trusted else 0
-  tokens = jax.ShapeDtypeStruct((1, modules.text_length), jnp.int32), None
+  tokens = tuple(
+    (jax.ShapeDtypeStruct((1, encoder.config.max_position_embeddings), jnp.int32), None)
+    for encoder in modules.text_encoders.values()
+  )
   context = jax.eval_shape(modules.encode_text, shapes, tokens)
   has_texts = config.guidance_scale != 1 or config.text_dropout > 0
   needs_bound = settings_from(config).trust.needs_bound

@@ -117,6 +117,11 @@ def settings_from(config: ConfigDict) -> Settings:
       f"lora.rank={config.lora.rank}; expected dtype 'bfloat16' and rank 0; "
       "set behaviour_dtype to 'float32'"
     )
+  if config.lora.init and not config.lora.rank:
+    raise ValueError(
+      f"lora.init is {config.lora.init} with lora.rank=0; expected the rank of its adapters; set "
+      "--config.lora.rank"
+    )
   return Settings(**values, lora=config.lora.rank > 0, trust=Trust(**config.trust))
 
 

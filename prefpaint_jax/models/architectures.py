@@ -1,22 +1,24 @@
 """Configs of known and tiny models, and random parameters for them, without downloads."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from prefpaint_jax import mini
 from prefpaint_jax.models import single_file
-from prefpaint_jax.models.pipeline import NETWORKS
 from prefpaint_jax.runtime.runs import base_of
 from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights.names import Params
 
+Generation = Literal[1, 2, "xl"]  # of Stable Diffusion
+
 # Hub name -> version of Stable Diffusion whose architecture the pipeline has.
-KNOWN = {
+KNOWN: dict[str, Generation] = {
   "stable-diffusion-v1-5/stable-diffusion-inpainting": 1,
   "kd5678/prefpaint-v1.0": 1,
   "stabilityai/stable-diffusion-2-inpainting": 2,
+  "diffusers/stable-diffusion-xl-1.0-inpainting-0.1": "xl",
 }
 
 
@@ -37,39 +39,31 @@ def read_architecture(policy: str) -> tuple[dict[str, dict], str]:
   if path.is_file():
     return single_file.read_configs(path), "read from the shapes of its tensors"
   if path.exists():
-    weights.check_pipeline(path)
-    configs = {part: weights.read_config(path / part) for part in NETWORKS}
-    configs["scheduler"] = weights.read_config(path / "scheduler", "scheduler_config.json")
-    return configs, "read from its folder"
+    return weights.read_pipeline_configs(path), "read from its folder"
   if policy not in KNOWN:
     raise ValueError(
       f"config.policy {policy}: not a pipeline folder, nor a hub name with a known architecture; "
       f"give a folder, or one of {', '.join(KNOWN)}"
     )
-  configs = full_size_configs()
-  if KNOWN[policy] == 1:
-    return configs, "that of Stable Diffusion 1.5 inpainting"
-  configs["unet"] |= {
-    "cross_attention_dim": 1024,
-    "attention_head_dim": [5, 10, 20, 20],
-    "use_linear_projection": True,
-  }
-  configs["text_encoder"] |= {"hidden_size": 1024, "num_attention_heads": 16}
-  return configs, "that of Stable Diffusion 2 inpainting"
+  names = {1: "1.5", 2: "2", "xl": "XL"}
+  generation = KNOWN[policy]
+  configs = full_size_configs(generation)
+  return configs, f"that of Stable Diffusion {names[generation]} inpainting"
 
 
 SIZE = 8  # pixels along each side of the tiny pipeline's images
 
 
-def tiny_configs(generation: int = 1) -> dict[str, dict[str, Any]]:
+def tiny_configs(generation: Generation = 1) -> dict[str, dict[str, Any]]:
   """Makes the configs of a tiny pipeline: "unet", "vae", "text_encoder" and "scheduler".
 
   Args:
-    generation: version of Stable Diffusion, 1 or 2. Version 2 has linear projections, a number of
-      heads per level, GELU in the text encoder, and predicts v; its tiny UNet has a second level.
+    generation: version of Stable Diffusion. Version 2 has linear projections, a number of heads per
+      level, GELU in the text encoder, and predicts v; its tiny UNet has a second level. XL has a
+      second text encoder, and "model_index" in the configs.
   """
   second = generation == 2
-  levels = 2 if second else 1
+  levels = 1 if generation == 1 else 2
   unet = {
     "_class_name": "UNet2DConditionModel",
     "sample_size": SIZE // 2,
@@ -121,7 +115,35 @@ def tiny_configs(generation: int = 1) -> dict[str, dict[str, Any]]:
     "steps_offset": 1,
     "prediction_type": "v_prediction" if second else "epsilon",
   }
-  return {"unet": unet, "vae": vae, "text_encoder": text_encoder, "scheduler": scheduler}
+  configs = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "scheduler": scheduler}
+  return configs | (_xl_changes(configs, _TINY_XL) if generation == "xl" else {})
+
+
+# Of the second text encoder and of the UNet.
+_TINY_XL = {
+  "text": {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 3},
+  "projection_dim": 10,
+  "unet": {
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [2, 4],
+    "transformer_layers_per_block": [1, 2],
+    "addition_time_embed_dim": 4,
+    "use_linear_projection": True,
+  },
+}
+
+
+def _xl_changes(configs: dict[str, dict], sizes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+  """Returns the configs in which SDXL differs from a pipeline with one text encoder."""
+  first, width = configs["text_encoder"], sizes["projection_dim"]
+  second = first | sizes["text"] | {"projection_dim": width, "hidden_act": "gelu"}
+  second |= {"architectures": ["CLIPTextModelWithProjection"], "eos_token_id": 2}
+  unet = configs["unet"] | sizes["unet"] | {"addition_embed_type": "text_time"}
+  unet["cross_attention_dim"] = first["hidden_size"] + second["hidden_size"]
+  unet["projection_class_embeddings_input_dim"] = width + 6 * unet["addition_time_embed_dim"]
+  index = {"_class_name": "StableDiffusionXLInpaintPipeline", "force_zeros_for_empty_prompt": True}
+  return {"unet": unet, "text_encoder_2": second, "model_index": index}
 
 
 def random_params(shapes: Params, seed: int = 0) -> Params:
@@ -139,8 +161,11 @@ def random_params(shapes: Params, seed: int = 0) -> Params:
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def full_size_configs() -> dict[str, dict[str, Any]]:
-  """Makes the configs of Stable Diffusion 1.5 inpainting, with a vocabulary of single bytes."""
+def full_size_configs(generation: Generation = 1) -> dict[str, dict[str, Any]]:
+  """Makes the configs of Stable Diffusion inpainting, with a vocabulary of single bytes.
+
+  Version 1 is 1.5.
+  """
   configs = tiny_configs()
   configs["unet"] |= {
     "sample_size": 64,
@@ -168,4 +193,35 @@ def full_size_configs() -> dict[str, dict[str, Any]]:
     "num_attention_heads": 12,
     "projection_dim": 768,
   }
+  if generation == 2:
+    configs["unet"] |= {
+      "cross_attention_dim": 1024,
+      "attention_head_dim": [5, 10, 20, 20],
+      "use_linear_projection": True,
+    }
+    configs["text_encoder"] |= {"hidden_size": 1024, "num_attention_heads": 16}
+  elif generation == "xl":
+    configs["vae"] |= {"sample_size": 1024, "scaling_factor": 0.13025}
+    configs |= _xl_changes(configs, _FULL_XL)
   return configs
+
+
+_FULL_XL = {
+  "text": {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+  },
+  "projection_dim": 1280,
+  "unet": {
+    "sample_size": 128,
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+    "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10],
+    "addition_time_embed_dim": 256,
+    "use_linear_projection": True,
+  },
+}

@@ -87,7 +87,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-  """A stack of transformer layers: [B, L, D] -> [B, L, D].
+  """A stack of transformer layers: [B, L, D] -> its output, and the input of the last layer.
 
   With `num_outputs` the last layer computes only the first `num_outputs` tokens.
   """
@@ -99,12 +99,12 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(
     self, x: jax.Array, num_outputs: int | None = None, mask: jax.Array | None = None
-  ) -> jax.Array:
+  ) -> tuple[jax.Array, jax.Array]:
     last = self.config.num_hidden_layers - 1
     for i in range(last + 1):
       layer = EncoderLayer(self.config, self.is_causal, self.dtype, name=f"layers_{i}")
-      x = layer(x, num_outputs if i == last else None, mask)
-    return x
+      before, x = x, layer(x, num_outputs if i == last else None, mask)
+    return x, before
 
 
 class TextEmbeddings(nn.Module):
@@ -123,18 +123,20 @@ class TextEmbeddings(nn.Module):
 
 
 class TextTransformer(nn.Module):
-  """Embeddings, causal encoder and final layer norm: ids [B, L] -> [B, L, D]."""
+  """Embeddings, causal encoder and final norm: ids [B, L] -> last and penultimate [B, L, D]."""
 
   config: CLIPTextConfig
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, input_ids: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self, input_ids: jax.Array, mask: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array]:
     config = self.config
     x = TextEmbeddings(config, self.dtype, name="embeddings")(input_ids)
-    x = Encoder(config, True, self.dtype, name="encoder")(x, mask=mask)
+    x, penultimate = Encoder(config, True, self.dtype, name="encoder")(x, mask=mask)
     norm = nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")
-    return norm(x)
+    return norm(x), penultimate
 
 
 class CLIPTextModel(nn.Module):
@@ -148,7 +150,34 @@ class CLIPTextModel(nn.Module):
 
   @nn.compact
   def __call__(self, input_ids: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    return TextTransformer(self.config, self.dtype, name="text_model")(input_ids, mask)
+    return TextTransformer(self.config, self.dtype, name="text_model")(input_ids, mask)[0]
+
+
+class SDXLTextModel(nn.Module):
+  """A text encoder of SDXL: ids [B, L] -> penultimate hidden state [B, L, D], and pooled [B, P].
+
+  Only the second encoder (transformers' CLIPTextModelWithProjection) has a `projection`, of the
+  last hidden state of the token that ends the text; pooled is None for the first one. XLA removes
+  the first encoder's last layer, whose output nothing uses.
+  """
+
+  config: CLIPTextConfig
+  projection: bool
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, input_ids: jax.Array, mask: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array | None]:
+    config = self.config
+    last, penultimate = TextTransformer(config, self.dtype, name="text_model")(input_ids, mask)
+    if not self.projection:
+      return penultimate, None
+    is_end = input_ids if config.eos_token_id == 2 else input_ids == config.eos_token_id
+    end = jnp.argmax(is_end, axis=-1)
+    pooled = jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0]
+    project = Dense(config.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")
+    return penultimate, project(pooled)
 
 
 class VisionEmbeddings(nn.Module):
@@ -191,7 +220,7 @@ class VisionTransformer(nn.Module):
     norm = functools.partial(nn.LayerNorm, epsilon=config.layer_norm_eps, dtype=self.dtype)
     x = VisionEmbeddings(config, self.dtype, name="embeddings")(pixels)
     x = norm(name="pre_layrnorm")(x)  # transformers spells it so
-    x = Encoder(config, False, self.dtype, name="encoder")(x, num_outputs=1)
+    x, _ = Encoder(config, False, self.dtype, name="encoder")(x, num_outputs=1)
     return norm(name="post_layernorm")(x[:, 0])
 
 

@@ -38,7 +38,7 @@ def _per_level(value: int | tuple[int, ...], levels: int, name: str, what: str) 
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-  """`unet/config.json` of Stable Diffusion 1.x and 2.x (diffusers' UNet2DConditionModel)."""
+  """`unet/config.json` of Stable Diffusion 1.x, 2.x and XL (diffusers' UNet2DConditionModel)."""
 
   sample_size: int | tuple[int, ...] | None = None
   in_channels: int = 4
@@ -51,13 +51,17 @@ class UNetConfig:
   # The number of heads in spite of the name, which diffusers keeps for old files.
   attention_head_dim: int | tuple[int, ...] = 8
   num_attention_heads: int | tuple[int, ...] | None = None
-  transformer_layers_per_block: int = 1
+  transformer_layers_per_block: int | tuple[int, ...] = 1
   use_linear_projection: bool = False
   norm_num_groups: int = 32
   norm_eps: float = 1e-5
   flip_sin_to_cos: bool = True
   freq_shift: float = 0
   downsample_padding: int = 1
+  # "text_time" (SDXL): the pooled text and the sizes of the image are added to the time embedding.
+  addition_embed_type: str | None = None
+  addition_time_embed_dim: int | None = None
+  projection_class_embeddings_input_dim: int | None = None
 
   @classmethod
   def from_dict(cls, config: dict[str, Any]) -> "UNetConfig":
@@ -83,7 +87,13 @@ class UNetConfig:
             f"UNet config: {side}_block_types has {name!r}, which is not supported; expected "
             f"{' and '.join(known[side])}"
           )
-    for width, heads, layers in zip(self.block_out_channels, self.heads, self.layers, strict=True):
+    if self.addition_embed_type is not None:
+      for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+        if getattr(self, name) is None:
+          raise ValueError(f"UNet config: {name} is missing; expected it with addition_embed_type")
+      _check_positive(self, "UNet", "addition_time_embed_dim")
+    levels = zip(self.block_out_channels, self.heads, self.layers, self.depths, strict=True)
+    for width, heads, layers, _ in levels:
       for count, name in ((heads, "attention_head_dim"), (layers, "layers_per_block")):
         if count < 1:
           raise ValueError(f"UNet config: {name} has {count}; expected 1 or more")
@@ -96,6 +106,12 @@ class UNetConfig:
     """Number of attention heads at each level."""
     heads = self.num_attention_heads or self.attention_head_dim
     return _per_level(heads, len(self.block_out_channels), "attention_head_dim", "UNet")
+
+  @property
+  def depths(self) -> tuple[int, ...]:
+    """Number of transformer blocks of each attention layer, by level."""
+    levels, name = len(self.block_out_channels), "transformer_layers_per_block"
+    return _per_level(self.transformer_layers_per_block, levels, name, "UNet")
 
   @property
   def layers(self) -> tuple[int, ...]:
@@ -158,6 +174,9 @@ class CLIPTextConfig:
   max_position_embeddings: int = 77
   hidden_act: str = "quick_gelu"
   layer_norm_eps: float = 1e-5
+  projection_dim: int = 512  # of the pooled text, which SDXL uses
+  # The pooled text is that of the first such token; 2, of old files, means that of the largest id.
+  eos_token_id: int = 49407
   # Tokens of the padding are not attended to, as stock pipelines of such an encoder do.
   use_attention_mask: bool | None = None
 

@@ -12,6 +12,10 @@ _LIBRARY = {
   "tokenizer": ["transformers", "CLIPTokenizer"],
   "scheduler": ["diffusers", "DDIMScheduler"],
 }
+_SECOND = {
+  "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+  "tokenizer_2": ["transformers", "CLIPTokenizer"],
+}
 
 
 def exported_configs(
@@ -28,7 +32,7 @@ def exported_configs(
   stock diffusers samples as `Inpainter` does.
 
   Args:
-    configs: those of the base: "unet", "vae", "text_encoder" and "scheduler".
+    configs: those of the base, as `weights.folder.read_pipeline_configs` reads them.
     schedule: the schedule that the policy samples with.
     dtype: type of the stored weights.
 
@@ -38,16 +42,26 @@ def exported_configs(
   scheduler = schedule.to_config()
   if configs["scheduler"].get("_class_name") == "DDIMScheduler":
     scheduler = configs["scheduler"] | {"steps_offset": schedule.steps_offset}
-  text = dict(nested(configs["text_encoder"], "text_config"))
-  named = {"dtype", "torch_dtype"} & text.keys()  # of current and of earlier transformers
-  text |= dict.fromkeys(named or ({"dtype"} if dtype != "float32" else ()), "float32")
-  text |= {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
-  index = {"_class_name": "StableDiffusionInpaintPipeline", "_diffusers_version": "0.30.0"}
-  index |= _LIBRARY | {"safety_checker": [None, None], "feature_extractor": [None, None]}
-  return {
+  index = {"_diffusers_version": "0.30.0", "feature_extractor": [None, None]} | _LIBRARY
+  if "text_encoder_2" not in configs:
+    index |= {"_class_name": "StableDiffusionInpaintPipeline", "safety_checker": [None, None]}
+    index["requires_safety_checker"] = False
+  else:
+    index |= _SECOND | {"_class_name": "StableDiffusionXLInpaintPipeline"}
+    force_zeros = configs["model_index"].get("force_zeros_for_empty_prompt", True)
+    index |= {"image_encoder": [None, None], "force_zeros_for_empty_prompt": force_zeros}
+    index["requires_aesthetics_score"] = False
+  exported = {
     "unet": configs["unet"] | {"_class_name": "UNet2DConditionModel"},
     "vae": configs["vae"] | {"_class_name": "AutoencoderKL"},
-    "text_encoder": text,
     "scheduler": scheduler,
-    "model_index": index | {"requires_safety_checker": False},
+    "model_index": index,
   }
+  for part in ("text_encoder", "text_encoder_2"):
+    if part in configs:
+      text = dict(nested(configs[part], "text_config"))
+      named = {"dtype", "torch_dtype"} & text.keys()  # of current and of earlier transformers
+      text |= dict.fromkeys(named or ({"dtype"} if dtype != "float32" else ()), "float32")
+      text |= {"architectures": [index[part][1]], "model_type": "clip_text_model"}
+      exported[part] = text
+  return exported

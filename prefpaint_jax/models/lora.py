@@ -7,11 +7,14 @@ kernel of the base, and no other leaves.
 
 import math
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
-from prefpaint_jax.weights.names import Params
+from prefpaint_jax.weights import adapters as files
+from prefpaint_jax.weights.names import Params, first_names
 
 
 def init(key: jax.Array, base: Params, rank: int, targets: str) -> Params:
@@ -68,3 +71,45 @@ def merge(base: Params, adapters: Params) -> Params:
       kernel = base[name]
       merged[name] = kernel + (value["down"] @ value["up"]).reshape(kernel.shape)
   return merged
+
+
+def add(base: Params, name: str | Path) -> Params:
+  """Merges the adapters of a file, "FILE" or "FILE:SCALE", into the kernels of `base`.
+
+  Raises:
+    ValueError: the file cannot be read, or is not for this network.
+  """
+  file, scale = files.parse(name)
+  return merge(base, files.load(file, base, scale))
+
+
+def read(file: str, base: Params, rank: int, chosen: Params) -> Params:
+  """Reads the adapters that a run begins with; `up` includes alpha/r of the file.
+
+  Args:
+    file: a file of adapters, or a folder with one.
+    base: arrays or shapes of the frozen network's parameters.
+    rank: r of the run.
+    chosen: adapters of the kernels that the run trains, as `init` makes them.
+
+  Raises:
+    ValueError: the file cannot be read, or has another rank or adapters of other kernels.
+  """
+  path, scale = files.parse(file)
+  adapters = files.load(path, base, scale)
+  found, expected = flatten_dict(adapters), flatten_dict(chosen)
+  if differing := sorted({len(x) for name, x in found.items() if name[-1] == "up"} - {rank}):
+    raise ValueError(
+      f"lora.init: {path} has adapters of rank {differing[0]}, lora.rank is {rank}; give the same "
+      "rank"
+    )
+  paths = lambda names: ["/".join(name[:-1]) for name in sorted(names) if name[-1] == "up"]
+  missing, others = paths(expected.keys() - found), paths(found.keys() - expected)
+  if missing or others:
+    lacks = f" has no adapters of {len(missing)} kernels that lora.targets chooses"
+    has = f" has adapters of {len(others)} kernels that lora.targets does not choose"
+    raise ValueError(
+      f"lora.init: {path}{lacks if missing else has}: {first_names(missing or others, 2)}; give "
+      "a lora.targets that chooses the kernels of the file"
+    )
+  return adapters

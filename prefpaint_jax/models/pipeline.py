@@ -3,15 +3,17 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 from packaging.version import InvalidVersion, Version
 
 from prefpaint_jax.diffusion.schedule import Schedule
-from prefpaint_jax.models.clip import CLIPTextModel
+from prefpaint_jax.models.clip import CLIPTextModel, SDXLTextModel
 from prefpaint_jax.models.conditioning import Context, Guidance, Prompts
 from prefpaint_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from prefpaint_jax.models.unet import UNet2DConditionModel
@@ -21,10 +23,11 @@ from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.ranges import check
 from prefpaint_jax.weights.names import Params
 
-NETWORKS = ("unet", "vae", "text_encoder")
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # SDXL has the last one
 MASK_LATENTS = ("cells", "corner")
 
-Tokens = tuple[jax.Array, jax.Array | None]
+# For each text encoder: token ids [B, L], and attention mask [B, L] or None.
+Tokens = tuple[tuple[jax.Array, jax.Array | None], ...]
 
 # One timestep for the batch, or one per sample.
 Timestep = int | Int[Array, ""] | Int[Array, " B"]
@@ -44,9 +47,11 @@ class Modules:
 
   unet: UNet2DConditionModel
   vae: AutoencoderKL
-  text_encoder: CLIPTextModel
+  text_encoder: CLIPTextModel | SDXLTextModel
   schedule: Schedule
   mask_latents: str = "cells"
+  text_encoder_2: SDXLTextModel | None = None  # of SDXL
+  zero_negative: bool = False  # guidance without a negative text leads away from a context of zeros
 
   def __post_init__(self):
     if self.mask_latents not in MASK_LATENTS:
@@ -61,9 +66,15 @@ class Modules:
     return (size if isinstance(size, int) else min(size)) * self.vae.config.factor
 
   @property
-  def text_length(self) -> int:
-    """Returns the largest number of tokens of a text."""
-    return self.text_encoder.config.max_position_embeddings
+  def networks(self) -> dict[str, nn.Module]:
+    """Returns the networks by their names in NETWORKS."""
+    found = {name: getattr(self, name) for name in NETWORKS}
+    return {name: network for name, network in found.items() if network is not None}
+
+  @property
+  def text_encoders(self) -> dict[str, nn.Module]:
+    """Returns the text encoders by name."""
+    return {name: one for name, one in self.networks.items() if name.startswith("text_encoder")}
 
   def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
     """Returns the shape [B, h, w, c] of the latents of images of `height` by `width` pixels.
@@ -126,7 +137,20 @@ class Modules:
   def condition(
     self, prompts: Prompts, context: Context, guidance: Guidance | None = None
   ) -> Prompts:
-    """Returns the prompts with a context, and with guidance by texts unless it is None."""
+    """Returns the prompts with a context, and with guidance by texts unless it is None.
+
+    SDXL's contexts get the sizes of the images: original size, top left corner of the crop, target
+    size, of images that are neither scaled nor cropped, as stock pipelines.
+    """
+    if self.unet.config.addition_embed_type == "text_time":
+      H, W = prompts.mask.shape[1:3]
+      sizes = jnp.array([H, W, 0, 0, H, W], jnp.float32)
+
+      def add_sizes(context: Context) -> Context:
+        return context._replace(time_ids=jnp.broadcast_to(sizes, (len(context.tokens), 6)))
+
+      context = add_sizes(context)
+      guidance = guidance and guidance._replace(negative=add_sizes(guidance.negative))
     return prompts._replace(context=context, guidance=guidance)
 
   def predict(
@@ -155,7 +179,7 @@ class Modules:
   def _apply_unet(
     self, params: Params, sample: jax.Array, timestep: Timestep, context: Context
   ) -> jax.Array:
-    output = self.unet.apply({"params": params}, sample, timestep, context.tokens)
+    output = self.unet.apply({"params": params}, sample, timestep, *context)
     return output.astype(jnp.float32)
 
   def round_params(self, unet_params: Params) -> Params:
@@ -170,12 +194,20 @@ class Modules:
   def encode_text(self, params: dict[str, Params], tokens: Tokens) -> Context:
     """Computes the context of B texts from their tokens.
 
+    SDXL's tokens are the penultimate hidden states of both encoders side by side.
+
     Args:
       params: trees of the text encoders by name.
-      tokens: ids [B, L] and attention mask [B, L] or None.
     """
-    encoded = self.text_encoder.apply({"params": params["text_encoder"]}, *tokens)
-    return Context(encoded.astype(jnp.float32))
+    encoded = [
+      network.apply({"params": params[name]}, *own)
+      for (name, network), own in zip(self.text_encoders.items(), tokens, strict=True)
+    ]
+    if self.text_encoder_2 is None:
+      return Context(encoded[0].astype(jnp.float32))
+    hidden, pooled = zip(*encoded, strict=True)
+    joined = jnp.concatenate(hidden, axis=-1)
+    return Context(joined.astype(jnp.float32), pooled[-1].astype(jnp.float32))
 
   def decode(self, vae_params: Params, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
     """Decodes scaled latents to images in [0, 1]."""
@@ -188,36 +220,41 @@ class Modules:
 
   def init(self, key: Key[Array, ""]) -> dict[str, Params]:
     """Initialises the parameters of all networks."""
-    return _init(self.unet, self.vae, self.text_encoder, key)
+    return _init(tuple(self.networks.items()), key)
 
   def shapes(self) -> dict[str, Params]:
     """Returns the parameters of all networks as trees of `jax.ShapeDtypeStruct`."""
-    return jax.tree.map(lambda leaf: leaf, _shapes(self.unet, self.vae, self.text_encoder))
+    return jax.tree.map(lambda leaf: leaf, _shapes(tuple(self.networks.items())))
 
 
-def _init(
-  unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel, key: Key[Array, ""]
-) -> dict[str, Params]:
-  keys = jax.random.split(key, 3)
-  # Parameter shapes do not depend on the input size; this one halves at every level.
-  side = 2 ** len(unet.config.block_out_channels)
-  sample = jnp.zeros((1, side, side, unet.config.in_channels))
-  context = jnp.zeros((1, 1, unet.config.cross_attention_dim))
-  image = jnp.zeros((1, 2 * vae.config.factor, 2 * vae.config.factor, 3))
-  tokens = jnp.zeros((1, text_encoder.config.max_position_embeddings), jnp.int32)
-  return {
-    "unet": unet.init(keys[0], sample, jnp.zeros((1,)), context)["params"],
-    "vae": vae.init(keys[1], image)["params"],
-    "text_encoder": text_encoder.init(keys[2], tokens)["params"],
-  }
+Networks = tuple[tuple[str, nn.Module], ...]
+
+
+def _init(networks: Networks, key: Key[Array, ""]) -> dict[str, Params]:
+  keys = jax.random.split(key, len(networks))
+  found = zip(networks, keys, strict=True)
+  return {name: net.init(key, *_inputs(name, net.config))["params"] for (name, net), key in found}
+
+
+def _inputs(name: str, config: Any) -> tuple[jax.Array, ...]:
+  """Makes the smallest inputs of a network. Parameter shapes do not depend on their size."""
+  if name == "vae":
+    return (jnp.zeros((1, 2 * config.factor, 2 * config.factor, 3)),)
+  if name != "unet":
+    return (jnp.zeros((1, config.max_position_embeddings), jnp.int32),)
+  side = 2 ** len(config.block_out_channels)  # halves at every level
+  sample = jnp.zeros((1, side, side, config.in_channels))
+  inputs = sample, jnp.zeros(1), jnp.zeros((1, 1, config.cross_attention_dim))
+  if config.addition_embed_type is None:
+    return inputs
+  width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+  return *inputs, jnp.zeros((1, width)), jnp.zeros((1, 6))
 
 
 # Tracing the networks takes a second or more, so it is done once for each architecture.
 @functools.lru_cache(8)
-def _shapes(
-  unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel
-) -> dict[str, Params]:
-  return jax.eval_shape(functools.partial(_init, unet, vae, text_encoder), jax.random.key(0))
+def _shapes(networks: Networks) -> dict[str, Params]:
+  return jax.eval_shape(functools.partial(_init, networks), jax.random.key(0))
 
 
 def make_modules(
@@ -230,7 +267,8 @@ def make_modules(
   """Makes the modules of a pipeline folder from its configs.
 
   Args:
-    configs: the JSON of "unet", "vae", "text_encoder" and "scheduler".
+    configs: the JSON of "unet", "vae", "text_encoder" and "scheduler"; SDXL has "text_encoder_2"
+      and "model_index" too.
     dtype: compute dtype of the networks.
     remat: rematerialise the UNet's blocks in the backward pass.
     where: name of the pipeline, for error messages.
@@ -245,27 +283,59 @@ def make_modules(
   unet, vae = UNetConfig.from_dict(configs["unet"]), VAEConfig.from_dict(configs["vae"])
   if _is_older(configs["unet"], "0.9.0.dev0") and isinstance(unet.sample_size, int):
     unet = dataclasses.replace(unet, sample_size=max(unet.sample_size, 64))
-  text = CLIPTextConfig.from_dict(configs["text_encoder"])
+  encoders = {
+    name: CLIPTextConfig.from_dict(configs[name])
+    for name in ("text_encoder", "text_encoder_2")
+    if name in configs
+  }
   latents = vae.latent_channels
   if unet.in_channels != 2 * latents + 1:
     raise ValueError(
       f"{where}: the UNet has {unet.in_channels} input channels; expected {2 * latents + 1}; use "
       "an inpainting checkpoint"
     )
-  if unet.cross_attention_dim != text.hidden_size:
-    raise ValueError(
-      f"{where}: cross_attention_dim of the UNet is {unet.cross_attention_dim}; expected the text "
-      f"encoder's hidden_size, {text.hidden_size}; use the UNet and text encoder of one model"
-    )
+  _check_widths(where, unet, encoders)
   check("dtype", str(dtype), DTYPE)
   compute_dtype = jnp.dtype(dtype)
+  if len(encoders) == 1:
+    text_encoders = {"text_encoder": CLIPTextModel(encoders["text_encoder"], compute_dtype)}
+  else:
+    text_encoders = {
+      name: SDXLTextModel(config, name == "text_encoder_2", compute_dtype)
+      for name, config in encoders.items()
+    }
   return Modules(
     UNet2DConditionModel(unet, compute_dtype, remat),
     AutoencoderKL(vae, compute_dtype),
-    CLIPTextModel(text, compute_dtype),
-    dataclasses.replace(Schedule.from_config(configs["scheduler"]), steps_offset=1),
-    mask_latents,
+    schedule=dataclasses.replace(Schedule.from_config(configs["scheduler"]), steps_offset=1),
+    mask_latents=mask_latents,
+    zero_negative=len(encoders) == 2
+    and configs.get("model_index", {}).get("force_zeros_for_empty_prompt", True),
+    **text_encoders,
   )
+
+
+def _check_widths(where: str, unet: UNetConfig, encoders: Mapping[str, CLIPTextConfig]) -> None:
+  """Raises ValueError unless the text encoders make what the UNet takes."""
+  width, names = sum(config.hidden_size for config in encoders.values()), " and ".join(encoders)
+  if unet.cross_attention_dim != width:
+    raise ValueError(
+      f"{where}: cross_attention_dim of the UNet is {unet.cross_attention_dim}; expected {width}, "
+      f"the hidden_size of {names}; use the UNet and text encoder of one model"
+    )
+  if (unet.addition_embed_type == "text_time") != (len(encoders) == 2):
+    raise ValueError(
+      f"{where}: addition_embed_type of the UNet is {unet.addition_embed_type!r}, with {names}; "
+      "expected 'text_time' with two text encoders, and null with one; use the parts of one model"
+    )
+  if len(encoders) == 2:
+    own = encoders["text_encoder_2"].projection_dim + 6 * unet.addition_time_embed_dim
+    if unet.projection_class_embeddings_input_dim != own:
+      raise ValueError(
+        f"{where}: projection_class_embeddings_input_dim of the UNet is "
+        f"{unet.projection_class_embeddings_input_dim}; expected {own}, the pooled text and six "
+        "sizes; use the parts of one model"
+      )
 
 
 def _is_older(config: dict, version: str) -> bool:

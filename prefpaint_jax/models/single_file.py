@@ -39,7 +39,7 @@ class SingleFile(NamedTuple):
 
   configs: dict[str, dict[str, Any]]  # with "scheduler"
   tensors: dict[str, compvis.Tensors]  # with the names of diffusers and transformers
-  tokenizer: Path  # its folder
+  tokenizers: Path  # the folder that has a folder "tokenizer"
   path: Path
 
   def params(self, shapes: dict[str, Params]) -> dict[str, Params]:
@@ -72,17 +72,17 @@ def read(path: Path, variant: str | None = None) -> SingleFile:
     raise ValueError(f"variant is {variant!r}; {path} is a single file without variants: leave it")
   parts = compvis.read(path)
   version, configs = _configs(parts, path)
-  tokenizer = path.parent / "tokenizer"
-  if not tokenizer.is_dir():
+  folder = path.parent
+  if not (folder / "tokenizer").is_dir():
     try:
-      tokenizer = weights.resolve(_HUB[version], ("tokenizer/*",)) / "tokenizer"
+      folder = weights.resolve(_HUB[version], ("tokenizer/*",))
     except ValueError as error:
       raise ValueError(
         f"{path}: a single file has no tokenizer, and that of {first_line(error)}; or copy the "
-        f"tokenizer of the base model to {tokenizer}"
+        f"tokenizer of the base model to {folder / 'tokenizer'}"
       ) from error
   tensors = {part: compvis.convert(part, found, str(path)) for part, found in parts.items()}
-  return SingleFile(configs, tensors, tokenizer, path)
+  return SingleFile(configs, tensors, folder, path)
 
 
 def _configs(parts: dict[str, compvis.Tensors], path: Path) -> tuple[int, dict[str, dict]]:

@@ -20,7 +20,7 @@ _TRANSFORMERS = frozenset(
     ),
     *("initializer_range", "initializer_factor", "output_hidden_states", "output_attentions"),
     *("return_dict", "problem_type", "id2label", "label2id", "chunk_size_feed_forward"),
-    *("bos_token_id", "pad_token_id", "eos_token_id"),  # of the pooled output, which is not used
+    *("bos_token_id", "pad_token_id"),
   }
 )
 _QUANTIZED = {"quantization_config": (None,)}
@@ -37,7 +37,7 @@ UNET = fields.Table(
     "dual_cross_attention": (False,),
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
-    "addition_embed_type": (None,),
+    "addition_embed_type": (None, "text_time"),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
     "time_embedding_type": ("positional",),
@@ -60,9 +60,7 @@ UNET = fields.Table(
   | {
     "dropout",  # of training
     "upcast_attention",  # of half precision; the softmax is always computed in float32
-    # Of fields that are refused.
-    *("addition_time_embed_dim", "addition_embed_type_num_heads"),
-    "projection_class_embeddings_input_dim",
+    "addition_embed_type_num_heads",  # of an embedding that is refused
   },
 )
 VAE = fields.Table(
@@ -91,11 +89,11 @@ TEXT = fields.Table(
       *(("CLIPModel",), ("FlaxCLIPTextModel",)),
     ),
   },
-  harmless=_LIBRARY | _TRANSFORMERS | {"projection_dim"},  # of the pooled output, not used
+  harmless=_LIBRARY | _TRANSFORMERS,
 )
 VISION = fields.Table(
   "CLIP vision",
   fixed=_QUANTIZED | {"num_channels": (3,), "is_encoder_decoder": (False,)},
-  harmless=_LIBRARY | _TRANSFORMERS | {"architectures", "model_type"},
+  harmless=_LIBRARY | _TRANSFORMERS | {"architectures", "model_type", "eos_token_id"},
 )
 REWARD = fields.Table("reward", fixed=_QUANTIZED)

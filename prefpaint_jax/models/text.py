@@ -2,13 +2,42 @@
 # Shapes: B texts, L tokens.
 
 import functools
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from prefpaint_jax.models.config import CLIPTextConfig
+from prefpaint_jax.runtime.text import first_line
+
+
+def load_tokenizer(content: Mapping[str, bytes], name: str) -> Any:
+  """Makes the tokenizer of transformers from its files.
+
+  Args:
+    content: file name -> content.
+    name: of the tokenizer, for the message.
+
+  Raises:
+    ValueError: the files cannot be read.
+  """
+  # Without it transformers warns that torch is not installed; the tokenizer does not need torch.
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+  from transformers import CLIPTokenizer  # slow to import
+
+  with tempfile.TemporaryDirectory(prefix="tokenizer") as folder:
+    for file, data in content.items():
+      (Path(folder) / file).write_bytes(data)
+    try:
+      return CLIPTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises many types
+      raise ValueError(
+        f"{name}: cannot be read ({first_line(error)}); copy that of the base model"
+      ) from error
 
 
 def tokenize(

@@ -3,11 +3,12 @@
 import json
 
 
-def byte_tokenizer(length: int = 77) -> dict[str, bytes]:
+def byte_tokenizer(length: int = 77, pad_token: str = "<|endoftext|>") -> dict[str, bytes]:
   """Makes the files of a CLIP tokenizer without merges, whose tokens are single bytes.
 
   Args:
     length: number of tokens to which a text is padded or cut.
+    pad_token: "!" for the second tokenizer of SDXL.
 
   Returns:
     File name -> content, for the folder `tokenizer/` of a pipeline.
@@ -19,7 +20,7 @@ def byte_tokenizer(length: int = 77) -> dict[str, bytes]:
   marks = ["<|startoftext|>", "<|endoftext|>"]
   tokens = symbols + [symbol + "</w>" for symbol in symbols] + marks
   special = dict(zip(("bos_token", "eos_token"), marks, strict=True))
-  special |= {"unk_token": marks[1], "pad_token": marks[1]}
+  special |= {"unk_token": marks[1], "pad_token": pad_token}
   config = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": length}
   config |= {"do_lower_case": True, "add_prefix_space": False, "errors": "replace"}
   to_bytes = lambda content: (json.dumps(content, ensure_ascii=False) + "\n").encode()

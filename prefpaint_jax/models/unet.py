@@ -1,4 +1,4 @@
-"""The denoising UNet of Stable Diffusion 1.x and 2.x, conditioned on time and text.
+"""The denoising UNet of Stable Diffusion 1.x, 2.x and XL, conditioned on time and text.
 
 The 9 input channels of an inpainting UNet are 4 noisy latents, 1 mask and 4 latents of the masked
 image. Modules have the attribute names of diffusers.
@@ -42,7 +42,7 @@ class _Stage(nn.Module):
     block = nn.remat(Transformer2DModel) if self.remat else Transformer2DModel
     return block(
       self.config.heads[self.level],
-      self.config.transformer_layers_per_block,
+      self.config.depths[self.level],
       self.config.norm_num_groups,
       self.config.use_linear_projection,
       self.dtype,
@@ -102,8 +102,9 @@ class UpBlock(_Stage):
 class UNet2DConditionModel(nn.Module):
   """Denoises latents: (sample [B, h, w, Cin], timesteps, context) -> [B, h, w, Cout].
 
-  `timesteps` is [B] or [], `encoder_hidden_states` [B or 1, L, D]. With `remat` the backward pass
-  recomputes each residual block and transformer, which saves memory.
+  `timesteps` is [B] or [], `encoder_hidden_states` [B or 1, L, D]. SDXL adds `pooled` [B or 1, P],
+  the pooled text, and `time_ids` [B or 1, 6], the sizes of the image. With `remat` the backward
+  pass recomputes each residual block and transformer, which saves memory.
   """
 
   config: UNetConfig
@@ -112,7 +113,12 @@ class UNet2DConditionModel(nn.Module):
 
   @nn.compact
   def __call__(
-    self, sample: jax.Array, timesteps: jax.Array, encoder_hidden_states: jax.Array
+    self,
+    sample: jax.Array,
+    timesteps: jax.Array,
+    encoder_hidden_states: jax.Array,
+    pooled: jax.Array | None = None,
+    time_ids: jax.Array | None = None,
   ) -> jax.Array:
     config = self.config
     channels = config.block_out_channels
@@ -122,8 +128,15 @@ class UNet2DConditionModel(nn.Module):
     # A scalar timestep gives one row that broadcasts over the batch, so XLA computes its gradient
     # as that of a bias.
     timesteps = jnp.atleast_1d(timesteps)
-    temb = timestep_embedding(timesteps, channels[0], config.flip_sin_to_cos, config.freq_shift)
-    temb = TimestepEmbedding(4 * channels[0], self.dtype, name="time_embedding")(temb)
+    sinusoids = functools.partial(
+      timestep_embedding, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
+    )
+    embed = functools.partial(TimestepEmbedding, 4 * channels[0], self.dtype)
+    temb = embed(name="time_embedding")(sinusoids(timesteps, channels[0]))
+    if config.addition_embed_type == "text_time":
+      sizes = sinusoids(time_ids.ravel(), config.addition_time_embed_dim)
+      added = jnp.concatenate([pooled, sizes.reshape(len(pooled), -1)], axis=-1)
+      temb = temb + embed(name="add_embedding")(added)
 
     x = conv(channels[0], 3, self.dtype, "conv_in", padding=1)(sample.astype(self.dtype))
     skips = [x]

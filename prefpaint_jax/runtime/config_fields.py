@@ -105,6 +105,7 @@ RL: dict[str, Range] = {
   "moments_dtype": DTYPE,
   "clip_norm": Optional(Number(0, 1e6, excluded=(0,))),
   "remat": Boolean(),
+  "lora.init": NAME,
   "lora.rank": Integer(0, 1024),
   "lora.targets": Text(empty=False, pattern=True),
   "mesh.data": AXIS,

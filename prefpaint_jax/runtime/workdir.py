@@ -25,6 +25,7 @@ EARLIER = {
   "mask_latents": "corner",
   "vae_posterior": "mean",
   "network.differences": True,
+  "lora.init": "",
   "guidance_scale": 1.0,
   "text_dropout": 0.0,
   "combine": "sum",

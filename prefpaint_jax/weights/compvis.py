@@ -109,7 +109,7 @@ def read(path: Path) -> dict[str, Tensors]:
   if any(name.startswith("conditioner.embedders.") for name in tensors):
     raise ValueError(
       f"{path}: a single file of Stable Diffusion XL, which is not supported; expected Stable "
-      "Diffusion 1 or 2; give another checkpoint"
+      "Diffusion 1 or 2; give the diffusers folder of the model"
     )
   parts: dict[str, Tensors] = {part: {} for part in PREFIXES}
   unknown = []

@@ -23,13 +23,14 @@ _PIPELINE_FILES = (
   "model_index.json",
   *(
     f"{part}/*.{kind}"
-    for part in ("unet", "vae", "text_encoder")
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2")
     for kind in ("json", "safetensors", "bin")
   ),
   "tokenizer/*",
+  "tokenizer_2/*",
   "scheduler/*.json",
 )
-_PIPELINE_CLASSES = r"(Flax)?StableDiffusion(Inpaint|Img2Img)?Pipeline(Legacy)?"
+_PIPELINE_CLASSES = r"(Flax)?StableDiffusion(XL)?(Inpaint|Img2Img)?Pipeline(Legacy)?"
 _REWARD_FILES = ("config.json", "*.safetensors", "*.pt")
 _REWARD_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")  # of files that `load_file` reads
 _SAVED_TYPES = Choice(("float32", "float16", "bfloat16"))
@@ -70,9 +71,46 @@ def check_pipeline(folder: Path) -> None:
   name = read_config(folder, "model_index.json").get("_class_name")
   if name is not None and not re.fullmatch(_PIPELINE_CLASSES, str(name)):
     raise ValueError(
-      f"{folder}: {name}: not supported yet; supported: StableDiffusionInpaintPipeline; give an "
-      "inpainting checkpoint of Stable Diffusion 1 or 2"
+      f"{folder}: {name}: not supported yet; supported: StableDiffusionInpaintPipeline and "
+      "StableDiffusionXLInpaintPipeline; give an inpainting checkpoint of Stable Diffusion"
     )
+
+
+def read_pipeline_configs(folder: Path) -> dict[str, dict[str, Any]]:
+  """Reads the configs of a pipeline's networks by name, "scheduler" and "model_index".
+
+  Raises:
+    ValueError: the folder is no pipeline of a known class, or a part is missing.
+  """
+  check_pipeline(folder)
+  index = read_config(folder, "model_index.json")
+  parts = ["unet", "vae", "text_encoder"]
+  is_xl = str(index.get("_class_name")).startswith("StableDiffusionXL")
+  if is_xl:
+    parts.append("text_encoder_2")
+    if index.get("requires_aesthetics_score"):
+      raise ValueError(
+        f"{folder}: requires_aesthetics_score is true, which is not supported; expected false; "
+        "give an inpainting checkpoint"
+      )
+  configs = {part: read_config(folder / part) for part in parts}
+  configs["scheduler"] = read_config(folder / "scheduler", "scheduler_config.json")
+  return configs | ({"model_index": index} if is_xl else {})
+
+
+def read_tokenizers(folder: Path, has_second: bool) -> dict[str, dict[str, bytes]]:
+  """Reads the files of a pipeline's tokenizers: {"tokenizer" or "tokenizer_2": {name: content}}.
+
+  Raises:
+    ValueError: a tokenizer has no files.
+  """
+  found = {}
+  for name in ("tokenizer", "tokenizer_2") if has_second else ("tokenizer",):
+    files = [file for file in sorted((folder / name).glob("*")) if file.is_file()]
+    if not files:
+      raise ValueError(f"{folder / name}: no files; copy the {name} of the base model into it")
+    found[name] = {file.name: file.read_bytes() for file in files}
+  return found
 
 
 def _what_is(folder: Path) -> str:

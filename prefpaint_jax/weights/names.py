@@ -146,7 +146,7 @@ def to_tree(tensors: Mapping[str, np.ndarray], template: Params, *, what: str) -
   }
   if any(errors.values()):
     report = "; ".join(
-      f"{len(found)} {error}: {_first(found)}" for error, found in errors.items() if found
+      f"{len(found)} {error}: {first_names(found)}" for error, found in errors.items() if found
     )
     raise ValueError(f"{what}: tensors {report}; give weights and config of the same model")
   return unflatten_dict(filled)
@@ -175,7 +175,7 @@ def _kernel_axes(leaf_name: str, rank: int) -> tuple[int, ...]:
   return _KERNEL_AXES[rank] if leaf_name == "kernel" else tuple(range(rank))
 
 
-def _first(names: Sequence[str], count: int = 4) -> str:
+def first_names(names: Sequence[str], count: int = 4) -> str:
   return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
@@ -226,7 +226,7 @@ def convert_released_reward(
   """
   if twice := [name for name in state_dict if f"module.{name}" in state_dict]:
     raise ValueError(
-      f"{what}: {len(twice)} tensors with and without the prefix 'module.': {_first(twice)};"
+      f"{what}: {len(twice)} tensors with and without the prefix 'module.': {first_names(twice)};"
       " remove one of each pair"
     )
   source = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
@@ -256,7 +256,7 @@ def convert_released_reward(
       converted[name] = tensor
   if unknown:
     raise ValueError(
-      f"{what}: {len(unknown)} unknown tensors: {_first(unknown)};"
+      f"{what}: {len(unknown)} unknown tensors: {first_names(unknown)};"
       " give the state dict of the released reward network"
     )
   return converted

@@ -116,7 +116,7 @@ def _models(size: str):
     configs["vae"] |= {"sample_size": 256, "block_out_channels": [64, 128, 256, 256]}
   modules = make_modules(configs)
   shapes = modules.shapes()
-  policy = Inpainter(modules, random_params(shapes), configs, byte_tokenizer())
+  policy = Inpainter(modules, random_params(shapes), configs, {"tokenizer": byte_tokenizer()})
   config = RewardConfig()
   features = np.random.default_rng(0).normal(size=(1000, config.feature_dim))
   params = random_params(network_shapes(config))

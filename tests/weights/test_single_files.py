@@ -60,6 +60,8 @@ def configs_of(generation: int) -> dict[str, dict]:
     "num_attention_heads": 16 if second else 1,
     "max_position_embeddings": 77,
     "hidden_act": "gelu" if second else "quick_gelu",
+    "projection_dim": 512 if second else 768,
+    "eos_token_id": 2,
   }
   scheduler = {
     "_class_name": "PNDMScheduler",
@@ -170,6 +172,12 @@ def compvis_tensors(inpainter: Inpainter, generation: int) -> dict[str, np.ndarr
   return tensors | moving_average
 
 
+def write_tokenizer(folder: Path) -> None:
+  (folder / "tokenizer").mkdir()
+  for name, content in byte_tokenizer().items():
+    (folder / "tokenizer" / name).write_bytes(content)
+
+
 @dataclasses.dataclass(frozen=True)
 class World:
   generation: int
@@ -183,13 +191,13 @@ def world(request, tmp_path_factory) -> World:
   configs = configs_of(request.param)
   modules = make_modules(configs)
   params = random_params(modules.shapes())
-  inpainter = Inpainter(modules, params, configs, byte_tokenizer())
+  inpainter = Inpainter(modules, params, configs, {"tokenizer": byte_tokenizer()})
   folder = tmp_path_factory.mktemp(f"single{request.param}")
   tensors = compvis_tensors(inpainter, request.param)
   save_file(
     {name: np.ascontiguousarray(x) for name, x in tensors.items()}, folder / "a.safetensors"
   )
-  inpainter._write_tokenizer(folder / "tokenizer")
+  write_tokenizer(folder)
   return World(request.param, inpainter, tensors, folder / "a.safetensors")
 
 
@@ -205,7 +213,7 @@ def assert_same_model(found: Inpainter, expected: Inpainter) -> None:
 def test_single_file_has_the_networks_and_every_parameter_of_its_folder(world):
   opened = Inpainter.from_pretrained(world.file)
   assert_same_model(opened, world.inpainter)
-  assert opened.tokenizer_files == byte_tokenizer()
+  assert opened.tokenizer_files == {"tokenizer": byte_tokenizer()}
 
 
 def test_plan_reads_the_architecture_of_a_single_file(world):
@@ -220,7 +228,7 @@ def test_ckpt_is_read_with_the_numbers_of_its_training(world, tmp_path, nested):
   for _ in range(nested):
     content = {"epoch": 3, "pytorch-lightning_version": "1.4.2", "state_dict": content}
   torch.save(content, tmp_path / "a.ckpt")
-  world.inpainter._write_tokenizer(tmp_path / "tokenizer")
+  write_tokenizer(tmp_path)
   assert_same_model(Inpainter.from_pretrained(tmp_path / "a.ckpt"), world.inpainter)
 
 
@@ -343,7 +351,7 @@ BAD = [
 def test_bad_single_file_is_refused_in_one_line(world, tmp_path, change, message):
   changed = {name: np.ascontiguousarray(x) for name, x in change(world.tensors).items()}
   save_file(changed, tmp_path / "b.safetensors")
-  world.inpainter._write_tokenizer(tmp_path / "tokenizer")
+  write_tokenizer(tmp_path)
   with pytest.raises(ValueError, match=message) as error:
     Inpainter.from_pretrained(tmp_path / "b.safetensors")
   assert "\n" not in str(error.value) and "b.safetensors" in str(error.value)
@@ -381,7 +389,7 @@ def test_tokenizer_of_the_matching_hub_model_is_used(world, tmp_path, monkeypatc
     return str(world.file.parent)
 
   monkeypatch.setattr(weights, "_fetch", fetch)
-  assert Inpainter.from_pretrained(file).tokenizer_files == byte_tokenizer()
+  assert Inpainter.from_pretrained(file).tokenizer_files == {"tokenizer": byte_tokenizer()}
   hub = [
     "stable-diffusion-v1-5/stable-diffusion-inpainting",
     "stabilityai/stable-diffusion-2-inpainting",

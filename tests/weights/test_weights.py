@@ -13,7 +13,7 @@ import pytest
 from parity import params_of, randomise, template_of, tensors_of
 
 from prefpaint_jax.models import architectures
-from prefpaint_jax.models.clip import CLIPTextModel, CLIPVisionModelWithProjection
+from prefpaint_jax.models.clip import CLIPTextModel, CLIPVisionModelWithProjection, SDXLTextModel
 from prefpaint_jax.models.config import (
   CLIPTextConfig,
   CLIPVisionConfig,
@@ -35,7 +35,10 @@ STEM = "diffusion_pytorch_model"
 def unet_template(config: dict):
   model = UNet2DConditionModel(UNetConfig.from_dict(config))
   sample = jnp.zeros((1, 8, 8, config["in_channels"]))
-  return template_of(model, sample, jnp.zeros(1), jnp.zeros((1, 1, config["cross_attention_dim"])))
+  inputs = [sample, jnp.zeros(1), jnp.zeros((1, 1, config["cross_attention_dim"]))]
+  if "addition_embed_type" in config:
+    inputs += [jnp.zeros((1, 1280)), jnp.zeros((1, 6))]
+  return template_of(model, *inputs)
 
 
 def vae_template(config: dict):
@@ -44,6 +47,11 @@ def vae_template(config: dict):
 
 def text_template(config: dict):
   model = CLIPTextModel(CLIPTextConfig.from_dict(config))
+  return template_of(model, jnp.zeros((1, 2), jnp.int32))
+
+
+def projected_text_template(config: dict):
+  model = SDXLTextModel(CLIPTextConfig.from_dict(config), projection=True)
   return template_of(model, jnp.zeros((1, 2), jnp.int32))
 
 
@@ -56,9 +64,11 @@ def vision_template(config: dict):
 CHECKPOINTS = {
   "sd15_inpainting_unet": (unet_template, 686, 859_535_364),
   "sd2_inpainting_unet": (unet_template, 686, 865_925_124),
+  "sdxl_inpainting_unet": (unet_template, 1680, 2_567_478_084),
   "sd_vae": (vae_template, 248, 83_653_863),
   "clip_l_text": (text_template, 196, 123_060_480),
   "openclip_h_text": (text_template, 372, 340_387_840),
+  "openclip_bigg_text": (projected_text_template, 517, 694_659_840),
   "clip_b32_vision": (vision_template, 200, 87_849_216),
 }
 
