@@ -33,7 +33,7 @@ _PIPELINE_FILES = (
 _PIPELINE_CLASSES = r"(Flax)?StableDiffusion(XL)?(Inpaint|Img2Img)?Pipeline(Legacy)?"
 _REWARD_FILES = ("config.json", "*.safetensors", "*.pt")
 _REWARD_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")  # of files that `load_file` reads
-_SAVED_TYPES = Choice(("float32", "float16", "bfloat16"))
+SAVED_TYPES = Choice(("float32", "float16", "bfloat16"))
 
 
 def local_path(name: str | os.PathLike[str], what: str = "model") -> Path:
@@ -273,7 +273,7 @@ def save_params(folder: str | Path, params: names.Params, dtype: str = "float32"
     ValueError: a parameter is not finite as `dtype`, and the first is named; or `dtype` is no type
       of weights.
   """
-  check("dtype", str(dtype), _SAVED_TYPES)
+  check("dtype", str(dtype), SAVED_TYPES)
   stem = names.kind_of(params).stem
   tensors = {}
   for name, tensor in names.to_torch(params).items():
