@@ -14,7 +14,7 @@ PRESETS = {
 def get_config(preset: str = "") -> ConfigDict:
   """Returns the config of a preset; "" is Stable Diffusion with the released reward model."""
   config = ConfigDict()
-  config.seed = 0
+  config.seed = 0  # of everything that is drawn
   config.dtype = "bfloat16"  # of the computation
 
   # Policy and baseline: folders, hub names, workdirs of runs, or "mini".
@@ -27,17 +27,18 @@ def get_config(preset: str = "") -> ConfigDict:
   config.simulated_preference = False  # judge by the simulated annotators too (mini world)
 
   # Prompts and samples.
-  config.prompts = ""  # folder of prompts, or of images to draw prompts from
+  config.prompts = ""  # folder of prompts, or of images to draw prompts from; required
   config.split = ""  # "": unseen if the prompts have it (images that nothing learned), else test
-  config.kind = ""  # outpainting, warping, box or brush; "": all kinds
+  config.kind = ""  # outpainting, warping (with holes of collect), box, brush; "": all
   config.num_prompts = 0  # number of prompts, from the first on; 0: all
   config.size = 512  # side of the images, in pixels
   config.samples_per_prompt = 11  # S; one more than the best of 10, for a rival of another seed
-  config.num_steps = 50
-  config.eta = 1.0
+  config.num_steps = 50  # DDIM steps
+  config.eta = 1.0  # scale of the noise of each DDIM step; 0: none
   config.guidance_scale = 1.0  # of the texts of the prompts; 1: no guidance
   config.batch_size = 4  # prompts that are sampled at a time, S times each
 
+  # Report.
   config.gallery = 18  # prompts in the report: largest, median and smallest gains
 
   if preset == "mini":

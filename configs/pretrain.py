@@ -11,34 +11,41 @@ PRESETS = {
 
 def get_config(preset: str = "") -> ConfigDict:
   config = ConfigDict()
-  config.seed = 0
+  config.seed = 0  # of everything that is drawn
   config.dtype = "bfloat16"  # compute dtype of the networks; parameters stay float32
-  config.policy = "stable-diffusion-v1-5/stable-diffusion-inpainting"  # "": architecture
-  config.pictures = ""  # folder of images of any size
+  config.policy = "stable-diffusion-v1-5/stable-diffusion-inpainting"  # "": a new one
+  config.pictures = ""  # folder of images of any size; required
   config.test_share = 0.0  # right share of the width of each image, held out for tests
   config.size = 512  # pixels along each side of a crop after resizing
   config.crop = (512, 4096)  # least and greatest side of the square crops, pixels of the image
   config.faded_share = 0.0  # share of the targets with a faded hole, for a base of mixed quality
 
-  config.vae = ConfigDict()
-  config.vae.iterations = 0  # 0 keeps the VAE
-  config.vae.batch_size = 8
-  config.vae.learning_rate = 1e-4
+  config.vae = ConfigDict()  # training of the VAE, the first stage
+  config.vae.iterations = 0  # updates; 0 keeps the VAE
+  config.vae.batch_size = 8  # crops of an update, over all devices
+  config.vae.learning_rate = 1e-4  # the highest, after the warm-up; it falls to 0
   config.vae.kl_weight = 1e-4  # weight of the posterior's KL per latent
-  config.unet = ConfigDict()
-  config.unet.iterations = 5000
-  config.unet.batch_size = 32
-  config.unet.learning_rate = 1e-5
-  config.warmup_iterations = 200
+  config.unet = ConfigDict()  # training of the UNet, the second stage
+  config.unet.iterations = 5000  # updates; 0 keeps the UNet
+  config.unet.batch_size = 32  # crops of an update, over all devices
+  config.unet.learning_rate = 1e-5  # the highest, after the warm-up; it falls to 0
+
+  # Both stages.
+  config.warmup_iterations = 200  # in which the learning rate rises from 0
   config.ema_decay = 0.999  # moving average of the parameters, which is written
-  config.remat = True
+  config.remat = True  # rematerialise the UNet's blocks in the backward pass: less memory
 
-  config.mesh = ConfigDict()
-  config.mesh.data = -1
-  config.mesh.fsdp = 1
-  config.checkpoint_every = 500
-  config.log_every = 50
+  config.mesh = ConfigDict()  # how the devices share arrays
+  config.mesh.data = -1  # devices over which the batch is split; -1: all / mesh.fsdp
+  config.mesh.fsdp = 1  # devices over which parameters and batch are split
 
+  # Checkpoints and measurements.
+  config.checkpoint_every = 500  # iterations; 0: only on SIGTERM or Ctrl-C
+  config.log_every = 50  # iterations
+
+  # Networks of an empty policy: the config.json files of a diffusers pipeline, with the fields of
+  # UNet2DConditionModel, AutoencoderKL and DDIMScheduler (diffusers) and CLIPTextModel
+  # (transformers).
   config.architecture = ConfigDict()
   if preset == "mini":
     _mini(config)

@@ -13,10 +13,10 @@ PRESETS = {
 def get_config(preset: str = "") -> ConfigDict:
   """Returns the config of a preset; "" is the released architecture."""
   config = ConfigDict()
-  config.seed = 0
+  config.seed = 0  # of everything that is drawn
   config.dtype = "bfloat16"  # of the computation; parameters are float32
 
-  config.preferences = ""  # folder that prefpaint_jax.data.preferences wrote
+  config.preferences = ""  # folder that prefpaint_jax.data.preferences wrote; required
   config.size = 0  # side in pixels that images are resized to; 0: the stored size
   config.augmentation = "mirror"  # none, mirror or dihedral (all symmetries of the square)
   config.simulated_preference = False  # also compare with the simulated annotators (mini world)
@@ -29,12 +29,13 @@ def get_config(preset: str = "") -> ConfigDict:
   config.network.differences = True  # early fusion sees steps between neighbours, 6 more channels
   config.network.num_tokens = 1  # 1: one token for both embeddings (released); 2: two tokens
   config.network.activation = "identity"  # between the last layers: identity (released) or gelu
-  config.network.num_heads = 16
-  config.network.feedforward_dim = 1024
-  config.network.hidden_dim = 512
+  config.network.num_heads = 16  # attention heads of the fusion block
+  config.network.feedforward_dim = 1024  # width of the feed-forward layer in the fusion block
+  config.network.hidden_dim = 512  # width of the first layer after the fusion
   config.network.feature_dim = 256  # D, the width of z
-  config.network.encoder_dropout = 0.1
-  config.network.dropout = 0.2
+  config.network.encoder_dropout = 0.1  # share of the fusion block's values dropped in training
+  config.network.dropout = 0.2  # the same between the last layers
+  # Tower: fields of transformers' CLIPVisionConfig.
   config.network.vision = ConfigDict(
     {
       "hidden_size": 768,
@@ -49,11 +50,11 @@ def get_config(preset: str = "") -> ConfigDict:
   )
 
   # Fit.
-  config.iterations = 5000
+  config.iterations = 5000  # updates
   config.batch_size = 64  # prompts, each with all of its candidates
-  config.learning_rate = 1e-5
-  config.warmup_iterations = 200
-  config.weight_decay = 0.01
+  config.learning_rate = 1e-5  # the highest, after the warm-up; it falls to 0
+  config.warmup_iterations = 200  # in which the learning rate rises from 0
+  config.weight_decay = 0.01  # of AdamW, times the learning rate
   config.score_weight = 1.0  # weight of the squared error
   config.pair_weight = 1.0  # weight of the Bradley-Terry loss over the pairs of one prompt
   config.ema_decay = 0.0  # decay of the parameters' moving average; 0: no average
@@ -65,7 +66,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.norm_bound = config_dict.placeholder(float)  # S; None: the norm of the last layer
   config.trust = ConfigDict()
   config.trust.k = 0.05  # of the trust weight exp(b - k ‖z‖) in the report
-  config.trust.b = 0.7
+  config.trust.b = 0.7  # logarithm of the weight at norm 0
 
   config.mesh = ConfigDict()  # how the devices share arrays
   config.mesh.data = -1  # devices over which the batch is split; -1: all / mesh.fsdp

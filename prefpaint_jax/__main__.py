@@ -37,6 +37,8 @@ def main() -> None:
   """Runs the command that the first argument names."""
   interrupts.exit_at_once()
   found, arguments = commands(), sys.argv[1:]
+  if arguments[:1] == ["help"] and arguments[1:]:
+    arguments = [arguments[1], "--help"]
   if not arguments or arguments[0] in ("-h", "--help", "help"):
     print(USAGE)
     for name, line in found.items():

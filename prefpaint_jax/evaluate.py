@@ -4,8 +4,8 @@
     --config.policy=runs/mini
 
 Policy and baseline draw S samples of every prompt from the same seeds, and every judge scores them.
-Where the true content of the hole is known, samples are also compared with it. Writes eval.json
-(see `evaluation.winrate` and `evaluation.witnesses` for its keys), report.html and examples.png.
+Where the true content of the hole is known, samples are also compared with it. Writes report.html,
+eval.json (docs/evaluation.md explains its keys) and examples.png.
 The same command resumes an interrupted evaluation.
 """
 # Shapes: N prompts, b prompts of a batch, S samples of each, H W pixels, h w of a thumbnail.

@@ -9,9 +9,9 @@ The mask is white where the image is missing. Folders as --image, --mask and --o
 image by image: the mask of NAME.jpg is NAME.* or NAME_mask.*, or one file for all, and the result
 is NAME.png. Elsewhere the suffix of --output gives the format: PNG, JPEG or WebP.
 
-With --num_samples=N the samples are written to
-O_0.png, O_1.png, ...; with --best only the sample of the greatest reward is written, to O.png.
-Several views are written to a GIF, or side by side to a PNG, after the image itself.
+With --num_samples=N the samples are written to O_0.png, O_1.png, ...; with --best only the sample
+of the greatest reward is written, to O.png. Several views are written to a GIF, or side by side to
+a PNG, after the image itself.
 """
 
 import sys
@@ -60,17 +60,26 @@ _ETA = flags.DEFINE(within(ETA), "eta", 0.0, "Noise in each step, 0 to 1.")
 _GUIDANCE = flags.DEFINE(
   within(GUIDANCE_SCALE), "guidance_scale", 7.5, "Strength of the text; 1 is none."
 )
-_SEED = flags.DEFINE(within(SEED), "seed", 0, "The same seed gives the same samples.")
+_SEED = flags.DEFINE(
+  within(SEED), "seed", 0, "The same seed gives the same samples; 0 to 4294967295."
+)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
 _MASK = flags.DEFINE_string("mask", None, "Mask, white = missing, or a folder of them.")
 _NUM_SAMPLES = flags.DEFINE(within(COUNT), "num_samples", 1, "Number of samples.")
-_REWARD = flags.DEFINE_string("reward", None, "Reward model that scores the samples.")
+_REWARD = flags.DEFINE_string(
+  "reward", None, "Reward model that scores the samples: a folder, hub name, or mini."
+)
 _BEST = flags.DEFINE_bool("best", False, "Write only the sample of the greatest reward.")
 _EXTEND = flags.DEFINE_string("extend", None, "Pixels to add: left=256,right=256,bottom=9.")
 _MOVE = flags.DEFINE_string("move", None, "New view: x,y,z, to the right, down and forward.")
 _TURN = flags.DEFINE_string("turn", None, "New view: yaw,pitch in degrees, to the right and up.")
 _DEPTH = flags.DEFINE_string("depth", None, "Depth of the image: .npy, 16-bit PNG, or synthetic.")
-_INTRINSICS = flags.DEFINE_string("intrinsics", None, "fx,fy,cx,cy or a file; default: 60 degrees.")
+_INTRINSICS = flags.DEFINE_string(
+  "intrinsics",
+  None,
+  "Camera: focal lengths and centre in pixels, fx,fy,cx,cy, or a file of them; without it, a view "
+  "of 60 degrees.",
+)
 _VIEWS = flags.DEFINE(within(COUNT), "views", 1, "Number of views along the way.")
 _INPUTS = ("image", "mask", "depth", "intrinsics", "reward", "model")  # flags that may name a file
 
@@ -78,6 +87,11 @@ _INPUTS = ("image", "mask", "depth", "intrinsics", "reward", "model")  # flags t
 def main() -> None:
   """Runs the task that the flags ask for."""
   task = _choose_task()
+  model = Path(_MODEL.value)
+  if model.suffix.lower() in FORMATS and model.is_file():
+    raise ValueError(
+      f"--model={model}: an image; expected a model; give a folder, hub name, workdir or mini"
+    )
   pairs = [Pair(Path(_IMAGE.value), Path(), Path(_OUTPUT.value))]
   if task is _inpaint:
     pairs = find_pairs(_IMAGE.value, _MASK.value, _OUTPUT.value)
@@ -117,7 +131,8 @@ def _choose_task() -> Callable[..., None]:
     return _inpaint
   suffixes = (*FORMATS, *((".gif",) if chosen == [_show_views] else ()))
   if Path(_OUTPUT.value).suffix.lower() not in suffixes:
-    raise ValueError(f"--output={_OUTPUT.value}: give a name that ends in {' or '.join(suffixes)}")
+    ends = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
+    raise ValueError(f"--output={_OUTPUT.value}: give a name that ends in {ends}")
   return chosen[0]
 
 

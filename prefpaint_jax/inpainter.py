@@ -18,9 +18,10 @@ from prefpaint_jax import mini
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.models import lora, sampling, single_file
+from prefpaint_jax.models.assembly import make_modules
 from prefpaint_jax.models.conditioning import Context, Guidance
 from prefpaint_jax.models.exported import exported_configs
-from prefpaint_jax.models.pipeline import Modules, Tokens, make_modules
+from prefpaint_jax.models.pipeline import Modules, Tokens
 from prefpaint_jax.models.sampling import sampling_key
 from prefpaint_jax.models.text import list_texts, load_tokenizer, tokenize
 from prefpaint_jax.runtime import files, sharding

@@ -23,13 +23,15 @@ from ml_collections import ConfigDict
 from prefpaint_jax.data.drawn_prompts import DrawnPrompts
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.inpainter import Inpainter, open_policy
+from prefpaint_jax.models.assembly import make_modules
 from prefpaint_jax.models.conditioning import Context
-from prefpaint_jax.models.pipeline import Modules, make_modules
+from prefpaint_jax.models.pipeline import NETWORKS, Modules
 from prefpaint_jax.models.tokenizer import byte_tokenizer
 from prefpaint_jax.models.vae import AutoencoderKL
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import cli, fitting, sharding
 from prefpaint_jax.runtime.config_check import check_fields
+from prefpaint_jax.runtime.files import check_output_folder
 from prefpaint_jax.runtime.workdir import open_workdir
 from prefpaint_jax.weights.names import Params
 
@@ -39,16 +41,12 @@ with epy.lazy_imports():
 STAGES = ("vae", "unet")  # the networks in the order of their training; sections of the config
 
 
-def image_loader(config: ConfigDict, batch_size: int) -> "grain.DatasetIterator":
-  """Makes an endless iterator over this process's share of random batches.
-
-  A batch has "image" [B, H, W, 3] in [0, 1], "mask" [B, H, W, 1] and "target" [B, H, W, 3]: the
-  image, or in `faded_share` of the examples the image with a faded hole.
-  """
-  prompts = DrawnPrompts(
+def open_pictures(config: ConfigDict, number: int) -> DrawnPrompts:
+  """Opens `number` crops of the images with their masks; raises ValueError if none can be drawn."""
+  return DrawnPrompts(
     config.pictures,
     "train",
-    2**20,
+    number,
     config.size,
     seed=config.seed,
     fit="random",
@@ -56,6 +54,15 @@ def image_loader(config: ConfigDict, batch_size: int) -> "grain.DatasetIterator"
     test_share=config.test_share,
     kinds={"outpainting": 1.0, "holes": 1.0},
   )
+
+
+def image_loader(config: ConfigDict, batch_size: int) -> "grain.DatasetIterator":
+  """Makes an endless iterator over this process's share of random batches.
+
+  A batch has "image" [B, H, W, 3] in [0, 1], "mask" [B, H, W, 1] and "target" [B, H, W, 3]: the
+  image, or in `faded_share` of the examples the image with a faded hole.
+  """
+  prompts = open_pictures(config, 2**20)
 
   def draw(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     prompt = prompts[index % len(prompts)]
@@ -193,6 +200,9 @@ def _pretrain(
   config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, write_config: Callable[[], None]
 ) -> None:
   """Trains in a workdir that this process holds, until the end or a request to stop."""
+  open_pictures(config, 1)  # raises ValueError for a bad folder before the networks are made
+  parts = ("tokenizer", "model_index.json", "model_index", "scheduler", *NETWORKS)
+  check_output_folder(workdir / "pipeline", replaces=parts)
   if config.policy:
     inpainter = open_policy(config.policy, config.dtype, remat=config.remat)
   else:

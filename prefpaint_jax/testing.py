@@ -2,8 +2,8 @@
 
   python -m prefpaint_jax.testing --output=full_size   # Stable Diffusion 1.5's size, 5 GB
 
-Every parameter is random, including those that are initialised to zero or one, so that a test
-detects an unused parameter.
+Writes the pipeline of Stable Diffusion 1.5's size to the folder. Every parameter is random,
+including those that are initialised to zero or one, so that a test detects an unused parameter.
 """
 # Shapes: N prompts, H W pixels.
 
@@ -25,8 +25,8 @@ from prefpaint_jax.models.architectures import (
   random_params,
   tiny_configs,
 )
+from prefpaint_jax.models.assembly import make_modules
 from prefpaint_jax.models.config import RewardConfig
-from prefpaint_jax.models.pipeline import make_modules
 from prefpaint_jax.models.reward import RewardNetwork, network_shapes
 from prefpaint_jax.models.tokenizer import byte_tokenizer
 from prefpaint_jax.preference.bound import Bound

@@ -21,7 +21,12 @@ from ml_collections import ConfigDict
 
 from prefpaint_jax.align.held_out import HeldOut
 from prefpaint_jax.align.optimizer import rate_of_iteration
-from prefpaint_jax.align.results import print_comparison, print_results, warn_of_equal_weights
+from prefpaint_jax.align.results import (
+  print_comparison,
+  print_results,
+  warn_of_equal_weights,
+  write_sample,
+)
 from prefpaint_jax.align.run import (
   Run,
   context_shapes,
@@ -47,7 +52,6 @@ from prefpaint_jax.align.state import (
 )
 from prefpaint_jax.align.texts import Texts
 from prefpaint_jax.data.captions import check_guidance
-from prefpaint_jax.data.images import save_png
 from prefpaint_jax.data.prompts import final_split, open_prompts, prompt_loader
 from prefpaint_jax.inpainter import open_policy
 from prefpaint_jax.preference.bound import check_condition
@@ -183,6 +187,7 @@ def iterate(
   config, _, mesh, run, loader, held_out, _, checkpoints, _, log = session
   stages, frozen = run.stages, run.frozen
   loop_key = jax.random.split(jax.random.key(config.seed), 3)[2]
+  shown = session.workdir, session.writer, held_out
   start = saved = int(state.iteration)
   stopping = failed = False
   if start < config.num_iterations:
@@ -191,7 +196,7 @@ def iterate(
     compile_iteration(stages, state, frozen, *image_shapes(config, mesh), context, *read)
   if start == 0 and config.sample_every:
     with waiting(f"sampling {config.num_samples} held-out prompts"):
-      write_sample(session, state)
+      write_sample(*shown, state)
   if start == 0 and config.eval_every and config.eval_prompts:
     with waiting(f"evaluating {config.eval_prompts} held-out prompts"):
       session.writer.write(0, held_out.metrics(current_params(state), config.eval_prompts))
@@ -230,7 +235,7 @@ def iterate(
       measure = lambda now=state: held_out.metrics(current_params(now), config.eval_prompts)
       line = log.flush(measure if measures_now else dict)
       if samples_now:
-        write_sample(session, state)
+        write_sample(*shown, state)
       if saves_now:  # last: a checkpoint says that everything before it is written
         check_state(done, state)
         checkpoints.save(done, state, loader.get_state(), {}, line)
@@ -247,16 +252,6 @@ def iterate(
       f"{config.max_nan_fraction:.0%}; the run was stopped"
     )
   return state, saved, bool(stopping)
-
-
-def write_sample(session: Session, state: TrainState) -> None:
-  """Writes samples of held-out prompts as a PNG and a TensorBoard event."""
-  iteration = int(state.iteration)
-  grid = session.held_out.sample(current_params(state), iteration)
-  if session.writer.is_writer:
-    text = {"rows": "incomplete, base policy, policy", "iteration": str(iteration)}
-    save_png(session.workdir / "samples" / f"{iteration:06d}.png", grid, text)
-    session.writer.image(iteration, "held_out/samples", grid)
 
 
 def train(config: ConfigDict, workdir: Path) -> TrainState:

@@ -32,7 +32,7 @@ from prefpaint_jax.data import preferences as preference_io
 from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.models.reward import RewardNetwork
 from prefpaint_jax.preference import calibration, calibration_plot
-from prefpaint_jax.preference.bound import Bound, refit
+from prefpaint_jax.preference.bound import FILE_NAME, Bound, refit
 from prefpaint_jax.preference.fit import (
   ScoredPreferences,
   Scorer,
@@ -46,7 +46,7 @@ from prefpaint_jax.preference.fit import (
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli, fitting, sharding
 from prefpaint_jax.runtime.config_check import check_fields
-from prefpaint_jax.runtime.files import write_json
+from prefpaint_jax.runtime.files import check_output_folder, write_json
 from prefpaint_jax.runtime.text import print_next
 from prefpaint_jax.runtime.workdir import open_workdir
 from prefpaint_jax.weights.names import Params
@@ -93,6 +93,9 @@ def _train_reward(
   config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, write_config: Callable[[], None]
 ) -> RewardModel | None:
   """Trains a reward model in a workdir that this process holds; see `train_reward`."""
+  names = ("config.json", "model.safetensors", FILE_NAME)
+  check_output_folder(workdir / "reward", replaces=names)
+
   ### Data.
   size = config.size or None
   train, validation, test = preference_io.open_splits(config.preferences, size).values()

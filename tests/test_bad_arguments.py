@@ -14,7 +14,7 @@ from prefpaint_jax.data.warping import Intrinsics
 from prefpaint_jax.editing.extension import Borders, plan_windows
 from prefpaint_jax.inpainter import open_policy
 from prefpaint_jax.models.architectures import tiny_configs
-from prefpaint_jax.models.pipeline import make_modules
+from prefpaint_jax.models.assembly import make_modules
 from prefpaint_jax.runtime.compilation import Program
 from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.metrics import MetricsWriter

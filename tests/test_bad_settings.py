@@ -17,6 +17,7 @@ from prefpaint_jax import collect, evaluate, pretrain, train, train_reward
 from prefpaint_jax.align.settings import check_prompts, settings_from
 from prefpaint_jax.data import preferences
 from prefpaint_jax.planning import stages
+from prefpaint_jax.runtime import help_pages
 from prefpaint_jax.runtime.config_fields import CONFIGS
 
 ROOT = Path(__file__).parents[1]
@@ -272,7 +273,20 @@ LINES = [  # TMP is the folder of `answers`
   (("train", RL, "--workdir="), "--workdir=: expected a name or path"),
   (("train", "--config=nowhere.py", "--workdir=x"), "--config=nowhere.py: no such file"),
   (("train", "--config=configs", "--workdir=x"), "--config=configs: no such file"),
-  (("train", "--config=configs/rl.py:huge", "--workdir=x"), "line .* has no preset 'huge'"),
+  (
+    (
+      "inpaint",
+      *("--model=TMP/a_1.png", "--image=TMP/a_1.png", "--mask=TMP/mask.png", "--output=TMP/o.png"),
+    ),
+    "--model=.*a_1.png: an image; expected a model",
+  ),
+  (("train", "--config=configs/rl.py:mni", "--workdir=x"), "mni: .* mean configs/rl.py:mini"),
+  (("train", RL, "--workdir=x", "--config.trust=3"), "trust is a section .* --config.trust.b"),
+  (("evaluate", "--config=configs/none.py", "--workdir=x"), "no such file; .* configs/eval.py"),
+  (
+    ("train", "--config=configs/rl.py:huge", "--workdir=x"),
+    "rl.py:huge: no such preset; give one of mini, released",
+  ),
   *[
     (("inpaint", "--image=TMP/a_1.png", "--mask=TMP/mask.png", *arguments), message)
     for arguments, message in (
@@ -408,6 +422,15 @@ def test_help_shows_usage_options_presets_and_every_field(number, answers):
       assert re.search(rf"--config={file}:{preset} +\w", page)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_field_of_a_config_file_has_an_explanation(name):
+  comments = help_pages.read_comments(ROOT / "configs" / f"{name}.py").fields
+  for field in leaves_of(load_config(name).to_dict()):
+    group = field.rpartition(".")[0]
+    is_in_table = group and comments.get(group) and field not in comments  # ConfigDict({...})
+    assert comments.get(field) or is_in_table, field
+
+
 def leaves_of(tree, prefix=""):
   for name, value in tree.items():
     if isinstance(value, dict):
@@ -424,11 +447,19 @@ def test_help_of_a_preset_has_its_values_with_the_comments_of_the_file(answers):
   assert "\n  Rollout.\n  --config.batch_size" in page
 
 
+@pytest.mark.parametrize("arguments", [["help", "data.masks"], ["data.masks", "--help"]])
+def test_help_of_a_command_is_its_page(arguments):
+  done = subprocess.run(
+    [sys.executable, "-m", "prefpaint_jax", *arguments], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.stdout.startswith("Draws random masks") and "\nOptions:\n" in done.stdout
+
+
 def test_a_command_without_arguments_prints_its_usage(answers):
   status, printed = answers[-1]
   assert status == 1
   assert printed.startswith("Aligns an inpainting model with a reward model.\n\n  python -m ")
-  assert printed.endswith("--help explains every option.\n")
+  assert printed.endswith("\nRequired: --config, --workdir. --help explains every option.\n")
 
 
 def test_the_list_of_commands_names_every_module_that_runs():

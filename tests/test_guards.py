@@ -16,8 +16,8 @@ from prefpaint_jax.align.run import outline
 from prefpaint_jax.align.stages import make_stages
 from prefpaint_jax.align.state import Experience, behaviour_params
 from prefpaint_jax.models.architectures import read_architecture
+from prefpaint_jax.models.assembly import make_modules
 from prefpaint_jax.models.conditioning import Context, Prompts
-from prefpaint_jax.models.pipeline import make_modules
 from prefpaint_jax.planning import cost
 from prefpaint_jax.runtime import sharding
 

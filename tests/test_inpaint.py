@@ -57,16 +57,19 @@ WRONG = {
   "no depth": (["--move=1,0,0"], "--depth is missing; .* --depth=synthetic"),
   "short move": (["--move=1,0", "--depth=synthetic"], "--move=1,0: give 3 numbers"),
   "worded turn": (["--turn=left,0", "--depth=synthetic"], "--turn=left,0: give 2 numbers"),
-  "other depth": (["--move=1,0,0", "--depth=small.npy"], "the depth is 4x5, its image 10x12"),
+  "other depth": (
+    ["--move=1,0,0", "--depth=small.npy"],
+    "depth is 5x4 pixels, its image 12x10",
+  ),
   "camera": (["--move=1,0,0", "--intrinsics=3"], "give fx,fy,cx,cy"),
-  "GIF": (["--extend=left=4", "--output=O.gif"], "ends in .png or .jpg or .jpeg or .webp$"),
+  "GIF": (["--extend=left=4", "--output=O.gif"], "ends in .png, .jpg, .jpeg or .webp$"),
   "no adapters": (["--mask=mask.png", "--lora=nowhere"], "nowhere: not found; give a file of LoRA"),
   "nameless adapters": (["--mask=mask.png", "--lora="], "lora is ''; expected"),
   "worded scale": (
     ["--mask=mask.png", "--lora=policy:much"],
     "its scale is 'much'; expected a num",
   ),
-  "BMP": (["--move=1,0,0", "--output=O.bmp"], "ends in .png or .jpg or .jpeg or .webp or .gif$"),
+  "BMP": (["--move=1,0,0", "--output=O.bmp"], "ends in .png, .jpg, .jpeg, .webp or .gif$"),
   "photograph": (["--mask=photo.png"], "photo.png: a colour photograph; expected a mask"),
   "folder of masks": (["--mask=masks"], "--mask=masks is a folder; expected the mask of image.png"),
 }

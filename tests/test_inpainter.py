@@ -359,7 +359,7 @@ def test_latents_of_a_wrong_shape_raise_an_error(inpainter, prompt, shape):
 
 def test_invalid_masks_raise_errors(inpainter, prompt):
   image, mask = prompt
-  with refused("mask is 4x8, its image 8x8"):
+  with refused("mask is 8x4 pixels, its image 8x8 pixels"):
     inpainter(image, mask[:4])
   with refused("mask is empty"):
     inpainter(image, np.zeros_like(mask))
@@ -374,7 +374,7 @@ def test_one_mask_applies_to_all_images_of_one_size():
   np.testing.assert_array_equal(loaded_masks, np.repeat(masks[:1], 3, axis=0))
   with refused("2 masks for 3 images"):
     load_pairs(list(images), list(masks[:2]))
-  with refused("the image is 4x8, the first of the list 8x8"):
+  with refused("the image is 8x4 pixels, the first of the list 8x8 pixels"):
     load_pairs([images[0], images[1, :4]], masks[0])
 
 
@@ -398,7 +398,7 @@ def test_empty_lists_and_masks_that_fill_the_working_size_raise_errors(inpainter
     inpainter([], [])
   mask = np.ones((64, 64, 1), np.float32)
   mask[3, 3] = 0
-  with refused("the 64x64 pixels leave no known pixel at 8x8"):
+  with refused("the 64x64 pixels leave no known pixel at 8x8 pixels"):
     inpainter(np.zeros((64, 64, 3), np.uint8), mask)
 
 

@@ -25,6 +25,20 @@ def photos(tmp_path_factory):
   return str(folder)
 
 
+def test_bad_inputs_and_outputs_are_refused_before_networks_are_made(photos, tmp_path, monkeypatch):
+  monkeypatch.setattr(pretrain, "new_inpainter", lambda config: pytest.fail("made networks"))
+  config = tiny_config(str(tmp_path / "none"))
+  with pytest.raises(ValueError, match="none"):
+    pretrain.pretrain(config, tmp_path / "run")
+  config = tiny_config(photos)
+  workdir = tmp_path / "foreign"
+  (workdir / "pipeline").mkdir(parents=True)
+  (workdir / "config.json").write_text('{"command": "pretrain"}')
+  (workdir / "pipeline" / "notes.txt").write_text("mine")
+  with pytest.raises(ValueError, match=r"pipeline is not empty, it has notes\.txt"):
+    pretrain.pretrain(config, workdir)
+
+
 def tiny_config(photos: str):
   spec = importlib.util.spec_from_file_location("pretrain_config", CONFIG)
   module = importlib.util.module_from_spec(spec)

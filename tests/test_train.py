@@ -591,7 +591,10 @@ def test_inpaint_command_writes_scored_samples_that_keep_the_known_pixels(world,
 @pytest.mark.parametrize(
   ("changes", "expected"),
   [
-    ({"output": "out.tif"}, r"--output=out\.tif: give a name that ends in \.png or .*"),
+    (
+      {"output": "out.tif"},
+      r"--output=out\.tif: give a name that ends in \.png, \.jpg, .* or \.webp",
+    ),
     ({"mask": "missing.png"}, r"missing\.png: no such file"),
   ],
 )

@@ -178,3 +178,13 @@ def test_errors_name_the_field_in_one_line(tmp_path, change, message):
   with pytest.raises(ValueError, match=message) as error:
     train_reward.train_reward(config, tmp_path)
   assert "\n" not in str(error.value)
+
+
+def test_foreign_files_in_the_folder_of_the_reward_are_refused_at_the_start(tmp_path):
+  config = load_config("reward", "mini")
+  config.preferences = str(tmp_path / "never_read")
+  (tmp_path / "reward").mkdir()
+  (tmp_path / "reward" / "notes.txt").write_text("mine")
+  (tmp_path / "config.json").write_text('{"command": "train_reward"}')
+  with pytest.raises(ValueError, match=r"reward is not empty, it has notes\.txt"):
+    train_reward.train_reward(config, tmp_path)

@@ -31,11 +31,11 @@ grey.host = True
 """
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> dict[str, str]:
+@pytest.fixture(scope="module", params=[1, "xl"], ids=["sd1", "sdxl"])
+def world(request, tmp_path_factory) -> dict[str, str]:
   """Returns the fields of a tiny run with texts."""
   folder = tmp_path_factory.mktemp("world")
-  fields = testing.write_tiny_world(folder, train=16, test=8)
+  fields = testing.write_tiny_world(folder, train=16, test=8, generation=request.param)
   ids = [path.name.removesuffix("_mask.png") for path in Path(fields["prompts"]).glob("masks/*")]
   texts = [{"id": id_, "text": ["warm", "a cold sky", ""][i % 3]} for i, id_ in enumerate(ids)]
   captions = Path(fields["prompts"]) / "captions.jsonl"
@@ -52,6 +52,7 @@ def run(world: dict[str, str], workdir: Path, **changes):
     "batch_size": 8,
     "samples_per_prompt": 2,
     "combine": "gdpo",
+    "updates_per_iteration": 1,
     "guidance_scale": 2.0,
     "text_dropout": 0.2,
     "checkpoint_every": 1,
@@ -82,6 +83,8 @@ def test_resumed_run_with_texts_equals_an_uninterrupted_one(world, tmp_path, siz
   resumed, again = run(world, tmp_path / "parts", **mesh)
   jax.tree.map(np.testing.assert_array_equal, resumed, whole)
   assert again == lines
+  assert lines[1]["ppo/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+  assert lines[1]["ppo/grad_norm"] > 0
   label = Path(world["reward"].split(",")[1]).name
   means = {name: lines[1][f"reward/{name}/mean"] for name in ("length", label, "grey")}
   total = 0.5 * means["length"] + means[label] + means["grey"]

@@ -9,10 +9,13 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from prefpaint_jax.align.held_out import SAMPLES
+from prefpaint_jax.align.held_out import SAMPLES, HeldOut
+from prefpaint_jax.align.state import TrainState, current_params
+from prefpaint_jax.data.images import save_png
 from prefpaint_jax.data.prompts import final_split
 from prefpaint_jax.evaluation import winrate
 from prefpaint_jax.evaluation.tables import describe
+from prefpaint_jax.runtime.metrics import MetricsWriter
 from prefpaint_jax.runtime.text import print_next
 
 SMALL_SPREAD = 0.02  # of the trust weights, as a share of their mean
@@ -48,6 +51,18 @@ def print_results(config: ConfigDict, workdir: Path, iteration: int) -> None:
     ("evaluate", *evaluation),
     ("export", f"--workdir={workdir}", f"--output={workdir}_aligned"),
   )
+
+
+def write_sample(
+  workdir: Path, writer: MetricsWriter, held_out: HeldOut, state: TrainState
+) -> None:
+  """Writes samples of held-out prompts as a PNG and a TensorBoard event."""
+  iteration = int(state.iteration)
+  grid = held_out.sample(current_params(state), iteration)
+  if writer.is_writer:
+    text = {"rows": "incomplete, base policy, policy", "iteration": str(iteration)}
+    save_png(workdir / "samples" / f"{iteration:06d}.png", grid, text)
+    writer.image(iteration, "held_out/samples", grid)
 
 
 def warn_of_equal_weights(trust: ConfigDict, line: Mapping[str, float]) -> None:

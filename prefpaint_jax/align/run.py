@@ -23,8 +23,9 @@ from prefpaint_jax.align.texts import Texts
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.models import lora
 from prefpaint_jax.models.architectures import read_architecture
+from prefpaint_jax.models.assembly import make_modules
 from prefpaint_jax.models.conditioning import Context
-from prefpaint_jax.models.pipeline import Modules, make_modules
+from prefpaint_jax.models.pipeline import Modules
 from prefpaint_jax.rewards.objective import Objective, outline_objective
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.weights.names import Params

@@ -71,7 +71,7 @@ def decode_bytes(content: bytes, name: str, colours: bool = True) -> np.ndarray:
   most = _memory() // _BYTES_PER_PIXEL
   if image.width * image.height > most:
     raise ValueError(
-      f"{name}: the image is {image.height}x{image.width}; expected at most {most:,} pixels, which "
+      f"{name}: the image is {image.width}x{image.height}; expected at most {most:,} pixels, which "
       "fit into memory; reduce it"
     )
   return pil_to_float(image, name, colours)

@@ -54,8 +54,8 @@ def load_depth(
     raise ValueError(f"{name}: {depth.dtype} of shape {depth.shape}; expected floats [H, W]")
   if size is not None and depth.shape != tuple(size):
     raise ValueError(
-      f"{name}: the depth is {depth.shape[0]}x{depth.shape[1]}, its image {size[0]}x{size[1]}; "
-      "give both the same height and width"
+      f"{name}: the depth is {depth.shape[1]}x{depth.shape[0]} pixels, its image "
+      f"{size[1]}x{size[0]}; give both the same height and width"
     )
   unknown = np.isnan(depth) | (depth == 0)
   if (depth < 0).any() or np.isinf(depth).any():

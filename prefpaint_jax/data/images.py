@@ -106,7 +106,7 @@ def load_images(image: Source | Sequence[Source], name: str = "images") -> np.nd
     if other.shape != images[0].shape:
       raise ValueError(
         f"{_name(source, 'image')}: the image is {_extent(other.shape)}, the first of the list "
-        f"{_extent(images[0].shape)}; give images of one size, or one at a time"
+        f"{_extent(images[0].shape)} (width x height); give images of one size, or one at a time"
       )
   return np.stack(images)
 
@@ -128,8 +128,8 @@ def check_mask(mask: np.ndarray, size: tuple[int, int] | None = None, name: str 
   """
   if size is not None and mask.shape[:2] != tuple(size):
     raise ValueError(
-      f"{name}: the mask is {_extent(mask.shape)}, its image {_extent(size)}; "
-      "give both the same height and width"
+      f"{name}: the mask is {_extent(mask.shape)}, its image {_extent(size)} "
+      "(width x height); give both the same size"
     )
   missing = float(np.mean(mask))
   if missing == 0.0:
@@ -198,7 +198,7 @@ def resize_prompts(
   small_images, small_masks = map(np.stack, zip(*pairs, strict=True))
   if small_masks.all(axis=(1, 2, 3)).any():
     raise ValueError(
-      f"mask: the {_extent(masks.shape[1:])} pixels leave no known pixel at {_extent(size)}, the "
+      f"mask: the {_extent(masks.shape[1:])} leave no known pixel at {_extent(size)}, the "
       "size at which the model works; leave larger known regions"
     )
   return small_images, small_masks
@@ -247,7 +247,8 @@ def _name(source: Source, otherwise: str) -> str:
 
 
 def _extent(shape: Sequence[int]) -> str:
-  return f"{shape[0]}x{shape[1]}"
+  """Describes (height, width, ...) as tools for images do."""
+  return f"{shape[1]}x{shape[0]} pixels"
 
 
 def to_bytes(image: np.ndarray) -> np.ndarray:

@@ -1,15 +1,14 @@
 """Draws random masks; as a command, a sheet of examples.
 
-Kinds: a missing border, imitated holes of a new camera view, a box, and brush strokes.
-`warping.draw_view` draws the true holes of a new camera view, together with the warped image.
-
-A mask depends only on its size and an integer seed or NumPy generator. It is float32 [H, W, 1],
-1 = missing. A mask always has missing pixels and known pixels.
-
   python -m prefpaint_jax.data.masks --image=PHOTO --output=sheet.png
 
-writes a contact sheet, an image grid with examples of each kind of mask.
+Writes an image with one row for each kind of mask, with the names that configs/collect.py has:
+warping (the holes of a new camera view), outpainting (a missing border), holes (like those of
+warping, but the image stays), box and brush.
 """
+# `warping.draw_view` draws the true holes of a new camera view, together with the warped image.
+# A mask depends only on its size and an integer seed or NumPy generator. It is float32 [H, W, 1],
+# 1 = missing. A mask always has missing pixels and known pixels.
 # Shapes: H W pixels.
 
 from __future__ import annotations
@@ -181,7 +180,7 @@ def warping_mask(rng: Seed, height: int, width: int) -> np.ndarray:
     if 0.08 <= mask.mean() <= 0.55 and mask_kind(mask) != OUTPAINTING:
       return mask
   raise ValueError(
-    f"warping mask: the size is {height}x{width}, too small for holes; use a larger size"
+    f"warping mask: the size is {width}x{height} pixels, too small for holes; use a larger size"
   )
 
 
@@ -212,7 +211,7 @@ def _strip(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray
 def _check(height: int, width: int, missing: Range = (0.5, 0.5)) -> None:
   """Raises ValueError for an image below 2x2 pixels or a range of shares outside (0, 1)."""
   if min(height, width) < 2:
-    raise ValueError(f"mask: the size is {height}x{width}; give at least 2x2 pixels")
+    raise ValueError(f"mask: the size is {width}x{height} pixels; give at least 2x2 pixels")
   if not 0 < missing[0] <= missing[1] < 1:
     raise ValueError(f"mask: missing is {missing}; give the least and the largest share, in (0, 1)")
 

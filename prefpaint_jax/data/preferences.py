@@ -3,8 +3,8 @@
   python -m prefpaint_jax.data.preferences --config=configs/preferences.py --workdir=DIR \\
       --config.source=FOLDER
 
-reads a folder of human scores (see `data.annotations`), reports all of its errors at once, and
-writes a tfds dataset into DIR. `prefpaint_jax.train_reward` trains a reward model on it.
+Reads a folder of human scores (docs/preferences.md has its format), reports all of its errors at
+once, and writes a tfds dataset into DIR. `prefpaint_jax.train_reward` trains a reward model on it.
 """
 # Shapes: H W pixels, C candidates of one prompt, b prompts of a batch on one process.
 

@@ -60,6 +60,9 @@ def _histogram(series: Mapping[str, np.ndarray]) -> str:
     middle = f"{x(values.mean()):.1f}"
     parts.append(f'<path class="{name} mean" d="M{middle} 0V{floor}"/>')
   parts.append(f'<path class="axis" d="M0 {floor}H{_WIDTH}"/>')
+  for share in (t for t in MaxNLocator(3).tick_values(0, peak) if 0 < t <= peak):
+    parts.append(f'<path class="axis" d="M0 {y(share):.1f}H6"/>')
+    parts.append(f'<text class="share" x="9" y="{y(share) + 4:.1f}">{100 * share:.6g} %</text>')
   ticks = MaxNLocator(6).tick_values(edges[0], edges[-1])
   for tick in (t for t in ticks if 0.02 * _WIDTH <= x(t) <= 0.98 * _WIDTH):
     zero = abs(tick) < 1e-9 * (high - low)

@@ -50,10 +50,12 @@ def write_report(
     drift: result of `drift.drift`.
     gallery: examples by section (see `gallery.make_gallery`); each adds at most 0.4 MB to the file.
   """
+  measures = drift["measures"] if drift else {}
+  flagged = [name.replace("_", " ") for name, found in measures.items() if found["flagged"]]
+  cards = [_card(*judge, flagged) for judge in summary.items()]
   body = [
     _header(title, about),
-    f'<section class="cards">{"".join(_card(*judge) for judge in summary.items())}</section>'
-    f'<p class="note">{_READING}</p>',
+    f'<section class="cards">{"".join(cards)}</section><p class="note">{_READING}</p>',
     *(_judge(name, groups, scores[name]) for name, groups in summary.items()),
     _witnesses(witnesses) if witnesses else "",
     _drift(drift) if drift else "",
@@ -89,8 +91,12 @@ def _header(title: str, about: Mapping[str, Any]) -> str:
   return f"<header><h1>{escape(title)}</h1><dl>{facts}</dl></header>"
 
 
-def _card(judge: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
-  """Renders the headline of a judge: WinRate over all prompts, as a number and on a scale."""
+def _card(judge: str, groups: Mapping[str, Mapping[str, Any]], flagged: Sequence[str]) -> str:
+  """Renders the headline of a judge: WinRate over all prompts, as a number and on a scale.
+
+  Args:
+    flagged: names of the drift measures with a flag, which a preference does not show.
+  """
   group = groups["all"]
   found = group["winrate/s1"]
   value, low, high = (show_typeset("winrate/s1", found[key]) for key in ("value", "low", "high"))
@@ -100,6 +106,8 @@ def _card(judge: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
     gain += f", {in_sd} standard deviations within a prompt"
   warning = best_of_warning(groups)
   warning = f'<p class="warning">{escape(typeset(warning))}</p>' if warning else ""
+  if flagged:
+    warning += f'<p class="warning">Drift is flagged: {escape(", ".join(flagged))}</p>'
   left, width = 100 * found["low"], 100 * (found["high"] - found["low"])
   return (
     f'<article class="card"><h2>Judge: {escape(judge)}</h2><p class="rate">{value}</p>'

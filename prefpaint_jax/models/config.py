@@ -87,10 +87,15 @@ class UNetConfig:
             f"UNet config: {side}_block_types has {name!r}, which is not supported; expected "
             f"{' and '.join(known[side])}"
           )
-    if self.addition_embed_type is not None:
+    if self.addition_embed_type not in (None, "text_time"):
+      raise ValueError(
+        f"UNet config: addition_embed_type is {self.addition_embed_type!r}, which is not "
+        "supported; expected None or 'text_time'; use a checkpoint that has it"
+      )
+    if self.addition_embed_type:
       for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
         if getattr(self, name) is None:
-          raise ValueError(f"UNet config: {name} is missing; expected it with addition_embed_type")
+          raise ValueError(f"UNet config: {name} is missing; addition_embed_type needs it")
       _check_positive(self, "UNet", "addition_time_embed_dim")
     levels = zip(self.block_out_channels, self.heads, self.layers, self.depths, strict=True)
     for width, heads, layers, _ in levels:

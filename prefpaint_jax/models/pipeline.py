@@ -3,24 +3,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
-from packaging.version import InvalidVersion, Version
 
 from prefpaint_jax.diffusion.schedule import Schedule
 from prefpaint_jax.models.clip import CLIPTextModel, SDXLTextModel
 from prefpaint_jax.models.conditioning import Context, Guidance, Prompts
-from prefpaint_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from prefpaint_jax.models.unet import UNet2DConditionModel
 from prefpaint_jax.models.vae import AutoencoderKL
-from prefpaint_jax.runtime.config_fields import DTYPE
 from prefpaint_jax.runtime.memory import check_memory
-from prefpaint_jax.runtime.ranges import check
 from prefpaint_jax.weights.names import Params
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # SDXL has the last one
@@ -255,98 +250,3 @@ def _inputs(name: str, config: Any) -> tuple[jax.Array, ...]:
 @functools.lru_cache(8)
 def _shapes(networks: Networks) -> dict[str, Params]:
   return jax.eval_shape(functools.partial(_init, networks), jax.random.key(0))
-
-
-def make_modules(
-  configs: dict[str, dict],
-  dtype: str = "float32",
-  remat: bool = False,
-  where: str = "pipeline",
-  mask_latents: str = "cells",
-) -> Modules:
-  """Makes the modules of a pipeline folder from its configs.
-
-  Args:
-    configs: the JSON of "unet", "vae", "text_encoder" and "scheduler"; SDXL has "text_encoder_2"
-      and "model_index" too.
-    dtype: compute dtype of the networks.
-    remat: rematerialise the UNet's blocks in the backward pass.
-    where: name of the pipeline, for error messages.
-    mask_latents: "cells" or "corner", see `Modules`.
-
-  As stock pipelines do, it takes `steps_offset` of the scheduler as 1, and a `sample_size` below 64
-  of a UNet that a version of diffusers before 0.9 wrote as 64.
-
-  Raises:
-    ValueError: a config is not supported, or the networks do not fit together.
-  """
-  unet, vae = UNetConfig.from_dict(configs["unet"]), VAEConfig.from_dict(configs["vae"])
-  if _is_older(configs["unet"], "0.9.0.dev0") and isinstance(unet.sample_size, int):
-    unet = dataclasses.replace(unet, sample_size=max(unet.sample_size, 64))
-  encoders = {
-    name: CLIPTextConfig.from_dict(configs[name])
-    for name in ("text_encoder", "text_encoder_2")
-    if name in configs
-  }
-  latents = vae.latent_channels
-  if unet.in_channels != 2 * latents + 1:
-    raise ValueError(
-      f"{where}: the UNet has {unet.in_channels} input channels; expected {2 * latents + 1}; use "
-      "an inpainting checkpoint"
-    )
-  _check_widths(where, unet, encoders)
-  check("dtype", str(dtype), DTYPE)
-  compute_dtype = jnp.dtype(dtype)
-  if len(encoders) == 1:
-    text_encoders = {"text_encoder": CLIPTextModel(encoders["text_encoder"], compute_dtype)}
-  else:
-    text_encoders = {
-      name: SDXLTextModel(config, name == "text_encoder_2", compute_dtype)
-      for name, config in encoders.items()
-    }
-  return Modules(
-    UNet2DConditionModel(unet, compute_dtype, remat),
-    AutoencoderKL(vae, compute_dtype),
-    schedule=dataclasses.replace(Schedule.from_config(configs["scheduler"]), steps_offset=1),
-    mask_latents=mask_latents,
-    zero_negative=len(encoders) == 2
-    and configs.get("model_index", {}).get("force_zeros_for_empty_prompt", True),
-    **text_encoders,
-  )
-
-
-def _check_widths(where: str, unet: UNetConfig, encoders: Mapping[str, CLIPTextConfig]) -> None:
-  """Raises ValueError unless the text encoders make what the UNet takes."""
-  width, names = sum(config.hidden_size for config in encoders.values()), " and ".join(encoders)
-  if unet.cross_attention_dim != width:
-    raise ValueError(
-      f"{where}: cross_attention_dim of the UNet is {unet.cross_attention_dim}; expected {width}, "
-      f"the hidden_size of {names}; use the UNet and text encoder of one model"
-    )
-  if (unet.addition_embed_type == "text_time") != (len(encoders) == 2):
-    raise ValueError(
-      f"{where}: addition_embed_type of the UNet is {unet.addition_embed_type!r}, with {names}; "
-      "expected 'text_time' with two text encoders, and null with one; use the parts of one model"
-    )
-  if len(encoders) == 2:
-    own = encoders["text_encoder_2"].projection_dim + 6 * unet.addition_time_embed_dim
-    if unet.projection_class_embeddings_input_dim != own:
-      raise ValueError(
-        f"{where}: projection_class_embeddings_input_dim of the UNet is "
-        f"{unet.projection_class_embeddings_input_dim}; expected {own}, the pooled text and six "
-        "sizes; use the parts of one model"
-      )
-
-
-def _is_older(config: dict, version: str) -> bool:
-  """Returns whether a config says that a version of diffusers before `version` wrote it."""
-  written = config.get("_diffusers_version")
-  if written is None:
-    return False
-  try:
-    return Version(Version(written).base_version) < Version(version)
-  except (InvalidVersion, TypeError):
-    raise ValueError(
-      f"UNet config: _diffusers_version is {written!r}; expected a version such as 0.30.0; correct "
-      "it, or remove it"
-    ) from None

@@ -37,7 +37,6 @@ UNET = fields.Table(
     "dual_cross_attention": (False,),
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
-    "addition_embed_type": (None, "text_time"),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
     "time_embedding_type": ("positional",),

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import tokenize
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -162,6 +163,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
       sys.exit(help_pages.usage())
     needed = " ".join(f"--{name}=..." for name in missing)
     reason = f"give {needed}; --help explains the options" if missing else _one_line(error)
+    section = re.match(r"flag (--config\.(\S+?)=.*): .* as a ConfigDict", reason)
+    if config and section:
+      given, name = section.groups()
+      field = next(x for x in flatten(config.to_dict()) if x.startswith(f"{name}."))
+      reason = f"{given}: {name} is a section of fields; give one, such as --config.{field}"
   except (AttributeError, KeyError):  # ml_collections raises them for an unknown config field
     reason = config and _unknown_field(config, lines)
     if not reason:
@@ -173,16 +179,31 @@ def _read_config(source: str) -> ConfigDict:
   """Reads FILE[:PRESET]; raises ValueError, which names the file and the line of an error in it."""
   file = source.partition(":")[0]
   if not Path(file).is_file():
-    raise ValueError(f"--config={source}: no such file; give a file such as configs/rl.py:mini")
+    known = help_pages.config_file() or "configs/rl.py"
+    raise ValueError(f"--config={source}: no such file; give a file such as {known}")
   logging.set_verbosity(logging.ERROR)  # a missing `return` would be a warning too
   try:
     config = flags.FLAGS["config"].parser.parse(source)
   except Exception as error:  # a config file is a program, which can raise any error
-    raise ValueError(_error_in_file(file, error)) from error
+    raise ValueError(_unknown_preset(source) or _error_in_file(file, error)) from error
   if not isinstance(config, ConfigDict):
     found = type(config).__name__
     raise ValueError(f"{file}: get_config returns {found}; expected a ConfigDict; return one")
   return config
+
+
+def _unknown_preset(source: str) -> str | None:
+  """Returns an error for FILE:PRESET if the file's PRESETS lack the preset, else None."""
+  file, _, preset = source.partition(":")
+  try:
+    known = list(filter(None, help_pages.read_comments(Path(file)).presets))
+  except (SyntaxError, ValueError, tokenize.TokenError):  # the file has another error
+    return None
+  if not known or not preset or preset in known:
+    return None
+  meant = suggest(preset, known)
+  hint = f"did you mean {file}:{meant}?" if meant else f"give one of {', '.join(known)}"
+  return f"--config={source}: no such preset; {hint}"
 
 
 def _error_in_file(file: str, error: BaseException) -> str:

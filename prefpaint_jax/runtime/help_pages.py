@@ -3,6 +3,7 @@
 import ast
 import inspect
 import io
+import re
 import sys
 import textwrap
 import tokenize
@@ -16,6 +17,7 @@ from prefpaint_jax.runtime.config_fields import CONFIGS
 from prefpaint_jax.runtime.text import explain
 
 WIDTH = 100
+CHOICES = re.compile(r"^<([^>]*)>: ")  # absl's list of an enum's values
 REPEATED = ";\n    repeat this option to specify a list of values"  # absl's words
 ASKS = ("-h", "-help", "--help", "--helpshort", "--helpfull")
 ROOT = Path(__file__).parents[2]  # of the repository, which has configs/
@@ -71,7 +73,8 @@ def usage() -> str:
   """Returns the first line and the examples of the command's docstring."""
   first, *others = _document().splitlines()
   examples = [line for line in others if line.startswith("  ")]
-  return "\n".join([first, "", *examples, "", "--help explains every option."])
+  needed = ", ".join(f"--{name}" for name in missing_flags())
+  return "\n".join([first, "", *examples, "", f"Required: {needed}. --help explains every option."])
 
 
 def page(source: str = "", fields: Mapping[str, Any] | None = None) -> str:
@@ -142,6 +145,8 @@ def _options() -> Iterator[str]:
     is_told = flag.default in (None, "", []) or flag.boolean
     default = "" if is_told else f" Default: {flag.default}."
     about = (flag.help or "").replace(REPEATED, " May be repeated.")
+    if choices := CHOICES.match(about):
+      about = f"{about[choices.end() :].rstrip('.')}: {' or '.join(choices[1].split('|'))}."
     yield from explain(shown, f"{about}{needed}{default}")
     if name == "config":
       yield from explain("--config.FIELD=...", "Changes a field of the config, see below.")
@@ -176,7 +181,9 @@ def _fields(values: Mapping[str, Any], comments: Comments) -> Iterator[str]:
       titles += [comments.fields.get(group, "")] if group != name else []
       if group not in told and any(titles):
         yield ""
-        yield from textwrap.wrap(" ".join(filter(None, titles)), WIDTH, initial_indent="  ")
+        title = " ".join(filter(None, titles))
+        title = f"{title[0].upper()}{title[1:].removesuffix('.')}."
+        yield from textwrap.wrap(title, WIDTH, initial_indent="  ", subsequent_indent="  ")
       told.add(group)
     shown = f"--config.{name}={_shown(values[name])}"
     yield from explain(shown, comments.fields.get(name) or table.get(name, ""))

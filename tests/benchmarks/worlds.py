@@ -99,8 +99,8 @@ def _models(size: str):
   from prefpaint_jax import testing
   from prefpaint_jax.inpainter import Inpainter
   from prefpaint_jax.models.architectures import full_size_configs, random_params
+  from prefpaint_jax.models.assembly import make_modules
   from prefpaint_jax.models.config import RewardConfig
-  from prefpaint_jax.models.pipeline import make_modules
   from prefpaint_jax.models.reward import RewardNetwork, network_shapes
   from prefpaint_jax.models.tokenizer import byte_tokenizer
   from prefpaint_jax.preference.bound import Bound

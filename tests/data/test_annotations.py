@@ -239,7 +239,7 @@ def test_one_report_lists_every_error_of_a_candidates_folder(tmp_path):
     "candidates.jsonl:13: inpaint/a_1.png: no such file",
     "candidates.jsonl:3: inpaint/b_0.png: the image is truncated",
     "prompts.jsonl:3: images/c.png: not an image",
-    "prompts.jsonl:4: masks/d_mask.png: the mask is 9x8, its image 8x8",
+    "prompts.jsonl:4: masks/d_mask.png: the mask is 8x9 pixels, its image 8x8 pixels (w",
     "prompts.jsonl:5: masks/e_mask.png: the mask is empty",
     "candidates.jsonl:12: inpaint/f_1.png is 8x9, its prompt is 8x8",
   ]

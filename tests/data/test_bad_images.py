@@ -210,7 +210,7 @@ BAD_MASKS = {
   "grey with alpha": (Image.fromarray(np.dstack([HALF, HALF]), "LA"), "transparent pixels"),
   "half transparent": (np.dstack([HALF, HALF, HALF, HALF // 2 + 127]), "transparent pixels"),
   "faint": (np.full_like(GREY, 127) * (HALF > 0), "the mask is empty"),
-  "another size": (HALF[:, :5], "the mask is 12x5, its image 12x20"),
+  "another size": (HALF[:, :5], "the mask is 5x12 pixels, its image 20x12 pixels"),
 }
 
 

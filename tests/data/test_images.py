@@ -111,7 +111,9 @@ def test_masks_of_another_size_and_empty_or_full_masks_are_named(tmp_path):
   holed[3:5] = 255
   path = save(tmp_path / "holed.png", holed)
   assert images.load_mask(path, (12, 20)).sum() == 40
-  with pytest.raises(ValueError, match=r"holed\.png: the mask is 12x20, its image 20x12") as error:
+  with pytest.raises(
+    ValueError, match=r"holed\.png: the mask is 20x12 pixels, its image 12x20 pixels"
+  ) as error:
     images.load_mask(path, (20, 12))
   message(error)
   with pytest.raises(ValueError, match=r"blank\.png.*empty"):

@@ -123,7 +123,7 @@ def test_the_kind_of_a_mask_follows_from_its_rectangle():
 
 def test_invalid_sizes_shares_and_sides_are_refused():
   for _, draw in masks.DRAW.values():
-    with pytest.raises(ValueError, match="1x8"):
+    with pytest.raises(ValueError, match="8x1 pixels"):
       draw(0, 1, 8)
   for draw in RANGED.values():
     for missing in [(0.0, 0.5), (0.5, 1.0), (0.5, 0.2)]:

@@ -234,7 +234,7 @@ def test_errors_about_folders_are_one_line(released, built, tmp_path_factory):
   expect(r"z_mask\.png: no such file, but z is listed", released)
   (released / "train.txt").write_text("a\n")
   shutil.copy(released / "masks" / "c_mask.png", released / "masks" / "a_mask.png")
-  expect(r"a_mask\.png: the mask is 24x24, its image 16x16", released)
+  expect(r"a_mask\.png: the mask is 24x24 pixels, its image 16x16 pixels", released)
   (released / "masks_color" / "a_mask_color.png").unlink()
   expect(r"neither images/a\.png nor masks_color/a_mask_color\.png", released)
 

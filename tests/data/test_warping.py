@@ -223,7 +223,7 @@ def test_nan_in_npy_files_means_unknown_depth(tmp_path):
     (np.full((4, 4), -1.0), "from -1 to -1"),
     (np.array([[1.0, np.inf]] * 4), "to inf"),
     (np.ones((4, 4), int), "int64"),
-    (np.ones((4, 5)), "4x5, its image 4x4"),
+    (np.ones((4, 5)), "5x4 pixels, its image 4x4"),
     (np.full((4, 4), 9, np.uint8), "mode L"),
     ("text", "the depth cannot be read"),
     (None, "no such file"),

@@ -276,7 +276,7 @@ def test_invalid_arguments_of_extend_raise_errors(inpainter):
     extend(inpainter, photograph(8, 8))
   with refused("overlap is 0.9"):
     extend(inpainter, photograph(8, 8), left=4, overlap=0.9)
-  with refused("the 64x64 pixels leave no known pixel at 8x8"):
+  with refused("the 64x64 pixels leave no known pixel at 8x8 pixels"):
     hole = np.ones((1, 64, 64, 1), np.float32)
     hole[0, 3, 3] = 0
     inpaint_seamlessly(inpainter, photograph(64, 64)[None], hole)

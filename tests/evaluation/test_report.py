@@ -137,6 +137,10 @@ def test_headline_names_the_preferred_side(page):
   assert "WinRate over 30 prompts" in text
 
 
+def test_every_headline_names_the_flagged_drifts(page, evaluation):
+  assert page.texts.count("Drift is flagged: contrast") == len(evaluation["summary"])
+
+
 def test_texts_are_escaped(page):
   text = "".join(page.texts)
   for given in (
@@ -167,7 +171,7 @@ def test_card_warns_where_the_best_of_ten_is_worse(page, evaluation):
   warnings = [winrate.best_of_warning(groups) for groups in evaluation["summary"].values()]
   assert [bool(warning) for warning in warnings] == [False, True, False]
   assert tables.typeset(warnings[1]) in page.texts
-  assert [a.get("class") for a in page.having("p")].count("warning") == 1
+  assert [a.get("class") for a in page.having("p")].count("warning") == 1 + 3  # each has the drift
 
 
 def test_gallery_shows_the_true_image_beside_the_samples_where_it_is_known(page, evaluation):
@@ -242,6 +246,11 @@ def test_histogram_draws_the_share_of_each_bin():
     edges = width * np.arange(np.floor(low / width), np.floor(low / width) + len(ends) + 1)
     expected = [np.mean((series[name] >= a) & (series[name] < a + width)) for a in edges[:-1]]
     np.testing.assert_allclose(tops[-1], expected, atol=2e-3)
+    scale = heights.max() / expected[int(np.argmax(heights))]  # pixels of a share of 1
+  labels = re.findall(r'class="share" x="9" y="([\d.]+)">([\d.]+) %', histogram._histogram(series))
+  assert len(labels) >= 2
+  for y, percent in labels:
+    assert abs(168 - float(y) - scale * float(percent) / 100) < 0.5
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 5, 18, 100])

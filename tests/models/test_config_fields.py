@@ -8,6 +8,7 @@ import pytest
 
 from prefpaint_jax.models import stock_fields
 from prefpaint_jax.models.architectures import tiny_configs
+from prefpaint_jax.models.assembly import make_modules
 from prefpaint_jax.models.config import (
   CLIPTextConfig,
   CLIPVisionConfig,
@@ -15,7 +16,6 @@ from prefpaint_jax.models.config import (
   UNetConfig,
   VAEConfig,
 )
-from prefpaint_jax.models.pipeline import make_modules
 
 # Our class, the table of the fields that it does not read, and the stock class.
 COMPONENTS = {
@@ -83,7 +83,10 @@ BAD = {
     ("norm_eps", float("nan"), "expected a finite number"),
     ("layers_per_block", [1, 1], "has 2 entries for 1 blocks"),
     ("cross_attention_dim", [12], "expected an integer"),
-    ("transformer_layers_per_block", [1, 2, 10], "expected an integer"),
+    ("transformer_layers_per_block", [1, 2, 10], "has 3 entries for 1 blocks"),
+    ("transformer_layers_per_block", [[1]], "expected an integer or a list"),
+    ("addition_embed_type", "text", "which is not supported"),
+    ("addition_embed_type", "text_time", "addition_time_embed_dim is missing"),
     ("down_block_types", ["AttnDownBlock2D"], "has 'AttnDownBlock2D', which is not supported"),
     ("sample_size", -4, "expected 1 or more"),
     ("use_linear_projection", "yes", "expected true or false"),

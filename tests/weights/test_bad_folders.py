@@ -70,7 +70,8 @@ def indexed(weight_map):
 
 UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.json"
 POLICIES = [
-  (of_json("model_index.json", _class_name="StableDiffusionXLInpaintPipeline"), "XLInpaint"),
+  (of_json("model_index.json", _class_name="StableDiffusion3InpaintPipeline"), "3Inpaint"),
+  (of_json("model_index.json", _class_name="StableDiffusionXLInpaintPipeline"), "text_encoder_2"),
   (of_json("model_index.json", _class_name="FluxFillPipeline"), "FluxFillPipeline: not supported"),
   (of_json("model_index.json", _class_name=["x"]), "['x']: not supported"),
   (of_text("model_index.json", "[]"), "expected a JSON object"),

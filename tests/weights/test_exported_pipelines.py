@@ -11,7 +11,7 @@ from prefpaint_jax import testing
 from prefpaint_jax.diffusion.schedule import CLASSES
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.models.architectures import SIZE, tiny_configs
-from prefpaint_jax.models.pipeline import make_modules
+from prefpaint_jax.models.assembly import make_modules
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

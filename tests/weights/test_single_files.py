@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.models.architectures import random_params, read_architecture
-from prefpaint_jax.models.pipeline import make_modules
+from prefpaint_jax.models.assembly import make_modules
 from prefpaint_jax.models.tokenizer import byte_tokenizer
 from prefpaint_jax.weights import compvis
 from prefpaint_jax.weights import folder as weights

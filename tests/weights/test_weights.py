@@ -332,7 +332,7 @@ def test_local_folder_is_returned_unchanged(tmp_path):
 
 @pytest.mark.parametrize(
   "name",
-  ["StableDiffusionXLInpaintPipeline", "FluxFillPipeline", "StableDiffusionControlNetPipeline"],
+  ["StableDiffusion3InpaintPipeline", "FluxFillPipeline", "StableDiffusionControlNetPipeline"],
 )
 def test_pipeline_of_another_class_is_named_before_anything_else_is_read(name, tmp_path):
   write_json(tmp_path / "model_index.json", {"_class_name": name})
@@ -345,13 +345,13 @@ def test_pipeline_of_another_class_is_named_before_anything_else_is_read(name, t
 
 
 def test_only_the_index_of_an_unsupported_hub_model_is_downloaded(tmp_path, monkeypatch):
-  write_json(tmp_path / "model_index.json", {"_class_name": "StableDiffusionXLInpaintPipeline"})
+  write_json(tmp_path / "model_index.json", {"_class_name": "StableDiffusion3InpaintPipeline"})
   fetched = []
   monkeypatch.setattr(
     weights, "_fetch", lambda name, patterns: fetched.append(patterns) or str(tmp_path)
   )
   with pytest.raises(ValueError, match="not supported yet"):
-    weights.resolve_pipeline("owner/xl")
+    weights.resolve_pipeline("owner/sd3")
   assert fetched == [["model_index.json"]]
 
 
