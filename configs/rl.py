@@ -23,7 +23,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.num_iterations = 1000  # rollouts, each followed by its updates
   config.dtype = "bfloat16"  # of the networks' computation, or float32; parameters stay float32
 
-  # Models and data: folders, hub names or "mini".
+  # Models and data: folders, hub names or "mini"; the policy also a file.
   config.policy = "stable-diffusion-v1-5/stable-diffusion-inpainting"  # the model to align
   # Rewards as NAME*WEIGHT,NAME: a reward model (folder, hub name, prefpaint or mini), or a function
   # FILE.py:FUNCTION.
