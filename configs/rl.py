@@ -8,6 +8,7 @@ PRESETS = {
   "mini": "the embedded model and prompts; about 4 minutes on two CPU cores",
   "released": "the settings of the released PrefPaint code; prefpaint_jax.plan estimates the time",
   "sd2": "Stable Diffusion 2 inpainting; ESTIMATE: at least 17 minutes on eight H100",
+  "sdxl": "Stable Diffusion XL inpainting at 1024 pixels with LoRA; not run yet",
   "sd15_24gb": "Stable Diffusion 1.5 with LoRA on one device of 24 GB; ESTIMATE: at least 6 "
   "hours on an RTX 4090",
   "sd15_80gb": "Stable Diffusion 1.5 on one device of 80 GB; ESTIMATE: at least 6.4 hours "
@@ -22,7 +23,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.num_iterations = 1000  # rollouts, each followed by its updates
   config.dtype = "bfloat16"  # of the networks' computation, or float32; parameters stay float32
 
-  # Models and data: folders, hub names or "mini".
+  # Models and data: folders, hub names or "mini"; the policy also a file.
   config.policy = "stable-diffusion-v1-5/stable-diffusion-inpainting"  # the model to align
   # Rewards as NAME*WEIGHT,NAME: a reward model (folder, hub name, prefpaint or mini), or a function
   # FILE.py:FUNCTION.
@@ -112,6 +113,8 @@ def get_config(preset: str = "") -> ConfigDict:
     _released(config)
   elif preset == "sd2":
     config.policy = "stabilityai/stable-diffusion-2-inpainting"
+  elif preset == "sdxl":
+    _sdxl(config)
   elif preset == "sd15_24gb":
     _sd15_24gb(config)
   elif preset == "sd15_80gb":
@@ -168,6 +171,18 @@ def _released(config: ConfigDict) -> None:
     mask_latents="corner",
   )
   config.trust.update(norm="released", k=0.05, minimum=1.0, maximum=2.21)
+
+
+def _sdxl(config: ConfigDict) -> None:
+  config.update(
+    policy="diffusers/stable-diffusion-xl-1.0-inpainting-0.1",
+    size=1024,
+    batch_size=64,
+    samples_per_pass=1,
+    decode_batch=1,
+  )
+  config.lora.rank = 32
+  config.learning_rate = 1e-4  # adapters need larger steps than whole kernels; not tuned
 
 
 # Memory and time below are those of `plan`: compiled for the GPU, not run on one. The time is at

@@ -45,7 +45,9 @@ from prefpaint_jax.runtime.ranges import Number, Several
 from prefpaint_jax.runtime.waiting import waiting
 from prefpaint_jax.weights import adapters
 
-_MODEL = flags.DEFINE_string("model", "mini", "Folder, hub name, workdir of a run, or mini.")
+_MODEL = flags.DEFINE_string(
+  "model", "mini", "Folder, single file, hub name, workdir of a run, or mini."
+)
 _LORA = flags.DEFINE_string("lora", None, "LoRA adapters of the model: FILE or FILE:SCALE.")
 _IMAGE = flags.DEFINE_string("image", None, "Image, or a folder of images.", required=True)
 _OUTPUT = flags.DEFINE_string(

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from prefpaint_jax import mini
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.diffusion import ddim
-from prefpaint_jax.models import lora, sampling
+from prefpaint_jax.models import lora, sampling, single_file
 from prefpaint_jax.models.assembly import make_modules
 from prefpaint_jax.models.conditioning import Context, Guidance
 from prefpaint_jax.models.exported import exported_configs
@@ -65,14 +65,15 @@ class Inpainter:
     variant: str | None = None,
     mask_latents: str = "cells",
   ) -> "Inpainter":
-    """Loads a pipeline in the diffusers format.
+    """Loads a pipeline: a folder in the format of diffusers, or a single file in that of CompVis.
 
     It also enables JAX's compilation cache, unless the process has chosen one (see
     `runtime.compilation.enable_cache`).
 
     Args:
-      name: a folder, a hub name ("stable-diffusion-v1-5/stable-diffusion-inpainting"), or "mini",
-        the model inside this package.
+      name: a folder, a `.safetensors` or `.ckpt` file, a hub name
+        ("stable-diffusion-v1-5/stable-diffusion-inpainting"), or "mini", the model inside this
+        package.
       dtype: compute dtype of the networks; parameters stay float32.
       remat: rematerialise the UNet's blocks in the backward pass.
       variant: variant of the weight files, "fp16" for example; default: full precision, if present.
@@ -84,11 +85,14 @@ class Inpainter:
     check_values({"remat": remat}, ARGUMENTS, owner="")
     enable_cache()
     path = weights.resolve_pipeline(mini.locate(name, "policy"))
-    configs = read_pipeline_configs(path)
+    file = single_file.read(path, variant) if path.is_file() else None
+    configs = file.configs if file else read_pipeline_configs(path)
     modules = make_modules(configs, dtype, remat, str(name), mask_latents)
-    tokenizer_files = read_tokenizers(path, modules.text_encoder_2 is not None)
+    tokenizers = file.tokenizers if file else path
+    tokenizer_files = read_tokenizers(tokenizers, modules.text_encoder_2 is not None)
     shapes = modules.shapes()
-    params = {part: weights.load_params(path / part, shapes[part], variant) for part in shapes}
+    load = lambda part: weights.load_params(path / part, shapes[part], variant)
+    params = file.params(shapes) if file else {part: load(part) for part in shapes}
     return cls(modules, params, configs, tokenizer_files)
 
   def add_lora(self, name: str | Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -489,6 +490,38 @@ def test_export_has_the_moving_average_and_other_networks_of_the_base(world, fin
 
 
 @pytest.mark.slow
+def test_export_has_a_model_card_with_the_samples_of_the_run(world, finished, exported):
+  card = ModelCard.load(exported / "README.md")
+  assert card.data.library_name == "diffusers"
+  iteration = int(finished.state.iteration)
+  assert f"| iteration | {iteration} |" in card.text and world["policy"] not in card.content
+  last = max((finished.workdir / "samples").glob("*.png"))
+  assert (exported / "samples.png").read_bytes() == last.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--push_to=model"], "--push_to is 'model'; expected a hub name owner/name"),
+    (["--evaluation=none"], "none: no such file"),
+    (["--lora=kohya", "--push_to=a/b"], "--push_to is of whole policies"),
+    (["--push_to=a/b"], "a/b: not uploaded"),
+  ],
+)
+def test_export_that_cannot_be_as_asked_says_so_in_one_line(
+  finished, tmp_path, monkeypatch, flags, message
+):
+  output = tmp_path / "model"
+  arguments = command("export", f"--workdir={finished.workdir}", f"--output={output}", *flags)
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  ended = run_command(*arguments)
+  assert ended.returncode == 1
+  assert ended.stderr.startswith(f"error: {message}") and ended.stderr.count("\n") == 1
+  assert output.exists() == (flags == ["--push_to=a/b"])
+
+
+@pytest.mark.slow
 def test_diffusers_opens_the_export_and_inpaints(exported):
   torch = pytest.importorskip("torch", reason="stock diffusers needs torch: pip install torch")
   diffusers = pytest.importorskip("diffusers")
@@ -513,7 +546,7 @@ def test_diffusers_opens_the_export_and_inpaints(exported):
 def test_export_to_a_folder_with_files_is_an_error(finished, exported):
   ended = run_command(*command("export", f"--workdir={finished.workdir}", f"--output={exported}"))
   assert ended.returncode == 1
-  message = f"error: {exported} is not empty, it has model_index.json; name a new folder\n"
+  message = f"error: {exported} is not empty, it has README.md; name a new folder\n"
   assert ended.stderr == message
 
 

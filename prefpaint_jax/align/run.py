@@ -95,7 +95,10 @@ def make_run(
     adapters = lambda key: lora.init(key, base, config.lora.rank, config.lora.targets)
     key = jax.random.key(config.seed)
     begin = jax.eval_shape(adapters, key) if abstract else adapters(key)
-    frozen = frozen._replace(base=base)
+    # The networks round the sum of the base and the adapters, so the base needs no more bits.
+    round_params = modules.round_params
+    rounded = jax.eval_shape(round_params, base) if abstract else round_params(base)
+    frozen = frozen._replace(base=rounded)
 
   put = sharding.with_shardings if abstract else lambda tree, layout: sharding.place(layout, tree)
   place = lambda tree, rules: put(tree, sharding.specs(tree, rules, mesh))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from prefpaint_jax import mini
-from prefpaint_jax.runtime.files import check_is_folder
+from prefpaint_jax.models import single_file
 from prefpaint_jax.runtime.runs import base_of
 from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights.names import Params
@@ -27,8 +27,8 @@ def read_architecture(policy: str) -> tuple[dict[str, dict], str]:
   """Reads the configs of a policy's networks without its weights.
 
   Args:
-    policy: folder of a pipeline, workdir of a run, "mini", or a hub name in KNOWN, for which
-      nothing is downloaded.
+    policy: folder or single file of a pipeline, workdir of a run, "mini", or a hub name in KNOWN,
+      for which nothing is downloaded.
 
   Returns:
     The configs by network, with "scheduler", and a phrase that says where they come from.
@@ -37,8 +37,9 @@ def read_architecture(policy: str) -> tuple[dict[str, dict], str]:
     ValueError: the policy is neither a folder nor a known hub name.
   """
   path = weights.local_path(mini.locate(base_of(policy), "policy"), "config.policy")
+  if path.is_file():
+    return single_file.read_configs(path), "read from the shapes of its tensors"
   if path.exists():
-    check_is_folder(path, "a diffusers folder, a workdir, or a hub name")
     return read_pipeline_configs(path), "read from its folder"
   if policy not in KNOWN:
     raise ValueError(

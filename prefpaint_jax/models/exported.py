@@ -23,6 +23,11 @@ def exported_configs(
 ) -> dict[str, dict[str, Any]]:
   """Makes the configs of a pipeline whose weights are stored as `dtype`.
 
+  Stock diffusers computes in float32 unless it is told `torch_dtype`, whatever the type of the
+  weights. transformers 5 computes the text encoder in the type of its config, or without one in
+  that of its weights: in half precision stock would then mix types and fail. So the config of the
+  text encoder says float32.
+
   The scheduler is a DDIMScheduler, the sampler of this package, whatever class the base names: so
   stock diffusers samples as `Inpainter` does.
 
@@ -55,9 +60,8 @@ def exported_configs(
   for part in ("text_encoder", "text_encoder_2"):
     if part in configs:
       text = dict(nested(configs[part], "text_config"))
-      for name in ("dtype", "torch_dtype"):  # of current and of earlier versions of transformers
-        if name in text:
-          text[name] = dtype
+      named = {"dtype", "torch_dtype"} & text.keys()  # of current and of earlier transformers
+      text |= dict.fromkeys(named or ({"dtype"} if dtype != "float32" else ()), "float32")
       text |= {"architectures": [index[part][1]], "model_type": "clip_text_model"}
       exported[part] = text
   return exported

@@ -69,7 +69,8 @@ def merge(base: Params, adapters: Params) -> Params:
       merged[name] = merge(base[name], value)
     else:
       kernel = base[name]
-      merged[name] = kernel + (value["down"] @ value["up"]).reshape(kernel.shape)
+      change = (value["down"] @ value["up"]).reshape(kernel.shape)
+      merged[name] = (kernel + change).astype(kernel.dtype)
   return merged
 
 

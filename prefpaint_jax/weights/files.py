@@ -18,6 +18,8 @@ _TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 def load_file(path: str | Path) -> dict[str, np.ndarray]:
   """Reads the tensors of a `.safetensors` or torch file (`.bin`, `.pt`); floats as float32.
 
+  Of a `.ckpt` it reads "state_dict", if there is one; the rest belongs to the training.
+
   Raises:
     ValueError: the file is missing, damaged, quantised, or not a dict of tensors.
   """
@@ -27,6 +29,8 @@ def load_file(path: str | Path) -> dict[str, np.ndarray]:
   if path.suffix == ".safetensors":
     return _load_safetensors(path)
   tensors = load_torch(path)
+  while path.suffix == ".ckpt" and isinstance(tensors, dict) and "state_dict" in tensors:
+    tensors = tensors["state_dict"]
   if not isinstance(tensors, dict) or not all(
     isinstance(name, str) and isinstance(x, np.ndarray) for name, x in tensors.items()
   ):

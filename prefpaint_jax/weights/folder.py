@@ -33,7 +33,7 @@ _PIPELINE_FILES = (
 _PIPELINE_CLASSES = r"(Flax)?StableDiffusion(XL)?(Inpaint|Img2Img)?Pipeline(Legacy)?"
 _REWARD_FILES = ("config.json", "*.safetensors", "*.pt")
 _REWARD_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")  # of files that `load_file` reads
-_SAVED_TYPES = Choice(("float32", "float16", "bfloat16"))
+SAVED_TYPES = Choice(("float32", "float16", "bfloat16"))
 
 
 def local_path(name: str | os.PathLike[str], what: str = "model") -> Path:
@@ -48,7 +48,7 @@ def local_path(name: str | os.PathLike[str], what: str = "model") -> Path:
 
 
 def resolve_pipeline(name_or_folder: str | Path) -> Path:
-  """Finds the folder of a diffusers pipeline, local or on the hub.
+  """Finds the folder of a diffusers pipeline, local or on the hub; returns a file unchanged.
 
   The class that its model_index.json names is checked before anything else is read or downloaded.
 
@@ -56,10 +56,7 @@ def resolve_pipeline(name_or_folder: str | Path) -> Path:
   """
   path = local_path(name_or_folder)
   if path.is_file():
-    raise ValueError(
-      f"{path}: a single file; expected a diffusers folder; convert it with diffusers: "
-      "StableDiffusionInpaintPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-    )
+    return path
   check_pipeline(resolve(name_or_folder, ("model_index.json",)))  # before anything else is read
   return resolve(name_or_folder, _PIPELINE_FILES)
 
@@ -239,7 +236,7 @@ def save_params(folder: str | Path, params: names.Params, dtype: str = "float32"
     ValueError: a parameter is not finite as `dtype`, and the first is named; or `dtype` is no type
       of weights.
   """
-  check("dtype", str(dtype), _SAVED_TYPES)
+  check("dtype", str(dtype), SAVED_TYPES)
   stem = names.kind_of(params).stem
   tensors = {}
   for name, tensor in names.to_torch(params).items():

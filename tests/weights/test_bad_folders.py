@@ -116,14 +116,6 @@ def test_bad_pipeline_is_refused_in_one_line_that_names_the_fault(world, tmp_pat
   assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("suffix", ["ckpt", "safetensors", "gguf"])
-def test_single_file_is_refused_with_the_way_to_convert_it(tmp_path, suffix):
-  file = tmp_path / f"model.{suffix}"
-  file.write_bytes(b"x")
-  with pytest.raises(ValueError, match=r"a single file; expected a diffusers folder; convert"):
-    Inpainter.from_pretrained(file)
-
-
 def with_lambda(value: str):
   def spoil(folder: Path):
     path = folder / "bound.safetensors"

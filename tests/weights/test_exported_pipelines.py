@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from prefpaint_jax import testing
 from prefpaint_jax.diffusion.schedule import CLASSES
@@ -37,8 +38,8 @@ def open_stock(monkeypatch):
     DiagonalGaussianDistribution, "sample", lambda self, *args, **kwargs: self.mode()
   )
 
-  def opened(folder):
-    pipe = diffusers.AutoPipelineForInpainting.from_pretrained(folder)
+  def opened(folder, **options):
+    pipe = diffusers.AutoPipelineForInpainting.from_pretrained(folder, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -97,28 +98,25 @@ def test_export_names_a_scheduler_of_stock_and_reads_as_the_same_schedule(
   assert reopened.modules.schedule == ours.modules.schedule
 
 
-@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("of_base", ["float16", "bfloat16"])
-def test_export_of_a_half_precision_base_says_the_type_of_its_weights(
-  inpainter, tmp_path, stored, of_base
-):
+@pytest.mark.parametrize(
+  "field, stored",
+  [("dtype", "float32"), (None, "float16"), ("torch_dtype", "float16"), (None, "bfloat16")],
+)
+def test_stock_computes_an_export_in_one_type(inpainter, tmp_path, open_stock, field, stored):
+  torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
   base = of_scheduler(inpainter, _class_name="DDIMScheduler")
-  base.configs["text_encoder"] |= {"dtype": of_base, "torch_dtype": of_base}
+  base.configs["text_encoder"] |= {field: "float16"} if field else {}
   base.save_pretrained(tmp_path / "exported", dtype=stored)
-  config = json.loads((tmp_path / "exported/text_encoder/config.json").read_text())
-  assert config["dtype"] == config["torch_dtype"] == stored
-
-
-def test_stock_inpaints_an_export_of_a_half_precision_base(inpainter, tmp_path, open_stock):
-  base = of_scheduler(inpainter, _class_name="DDIMScheduler")
-  base.configs["text_encoder"]["dtype"] = "float16"
-  base.save_pretrained(tmp_path / "exported")
-  pipe = open_stock(tmp_path / "exported")
-  dtypes = {str(parameter.dtype) for parameter in pipe.text_encoder.parameters()}
-  assert dtypes == {"torch.float32"}
+  written = load_file(tmp_path / "exported/unet/diffusion_pytorch_model.safetensors")
+  assert {x.dtype.name for x in written.values()} == {stored}
+  asked = getattr(torch, stored)
   latents = np.zeros((1, SIZE // 2, SIZE // 2, 4), np.float32)
   image, mask = np.zeros((SIZE, SIZE, 3), np.uint8), np.full((SIZE, SIZE), 255, np.uint8)
-  assert np.isfinite(inpaint_stock(pipe, latents, image, mask)).all()
+  for options, computed in (({}, torch.float32), ({"torch_dtype": asked}, asked)):
+    pipe = open_stock(tmp_path / "exported", **options)
+    networks = (pipe.unet, pipe.vae, pipe.text_encoder)
+    assert {x.dtype for network in networks for x in network.parameters()} == {computed}
+    assert np.isfinite(inpaint_stock(pipe, latents, image, mask)).all()
 
 
 @pytest.mark.parametrize("model", ["inpainter", "reward"])
