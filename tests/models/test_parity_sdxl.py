@@ -15,6 +15,7 @@ from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.models import architectures
 from prefpaint_jax.models.assembly import make_modules
 from prefpaint_jax.models.clip import CLIPTextModel, SDXLTextModel
+from prefpaint_jax.models.conditioning import Context, Guidance, Prompts
 from prefpaint_jax.models.config import CLIPTextConfig, UNetConfig
 from prefpaint_jax.models.unet import UNet2DConditionModel
 
@@ -164,6 +165,20 @@ def test_pipeline_equals_stock_diffusers(both, text, guidance_scale, negative_te
   )
   assert expected.std() > 0.05  # the image is not saturated
   np.testing.assert_allclose(samples, expected, atol=1e-3)
+
+
+def test_sizes_of_an_image_that_is_not_square_are_in_the_order_of_stock_diffusers(both):
+  ours, stock = both
+  size = 8, 16
+  sizes = size, (0, 0), size, 6.0, 2.5, size, (0, 0), size
+  expected = stock._get_add_time_ids(
+    *sizes, torch.float32, stock.text_encoder_2.config.projection_dim
+  )
+  prompts = Prompts(jnp.zeros((1, *size, 1)), *(None,) * 4)
+  negative = Guidance(jnp.float32(5.0), Context(jnp.ones((1, 2, 28)), jnp.ones((1, 10))))
+  prompts = ours.modules.condition(prompts, Context(jnp.zeros((3, 2, 28))), negative)
+  np.testing.assert_array_equal(prompts.context.time_ids, np.repeat(expected[0], 3, axis=0))
+  np.testing.assert_array_equal(prompts.guidance.negative.time_ids, expected[1])
 
 
 @pytest.mark.parametrize("upcast", [True, False])
