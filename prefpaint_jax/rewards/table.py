@@ -1,4 +1,4 @@
-"""The rewards that have names. A module of the table has `load` and, if it has weights, `outline`."""
+"""The rewards that have names. A module has `load` and, if it has weights, `outline`."""
 
 import importlib
 from types import ModuleType
