@@ -17,7 +17,7 @@ from prefpaint_jax import plan, testing
 from prefpaint_jax.align.run import outline
 from prefpaint_jax.align.settings import check_batch
 from prefpaint_jax.kernels.attention import has_cudnn
-from prefpaint_jax.models import architectures, pipeline
+from prefpaint_jax.models import architectures, assembly
 from prefpaint_jax.planning import cost, stages
 from prefpaint_jax.planning.chips import GIB, GPUS, Chip, topology_devices
 from prefpaint_jax.rewards import prefpaint
@@ -162,7 +162,7 @@ def test_search_refuses_a_batch_that_the_chips_cannot_share():
 )
 def test_known_architectures_have_as_many_parameters_as_the_checkpoints(policy, parameters):
   configs, _ = architectures.read_architecture(policy)
-  modules = pipeline.make_modules(configs)
+  modules = assembly.make_modules(configs)
   unet = modules.shapes()["unet"]
   assert sum(x.size for x in jax.tree.leaves(unet)) == parameters
 
