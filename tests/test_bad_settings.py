@@ -332,11 +332,11 @@ LINES += [
 FILE = "README.md"  # where a folder is expected
 WORK, PREFERENCES = "--workdir=x", "--config=configs/preferences.py"
 LINES += [
-  ((*arguments, f"--{flag}={FILE}"), f"{FILE}.* file; {wanted}")
+  ((*arguments, f"--{flag}={FILE}"), f"{FILE}.* file.*; {wanted}")
   for *arguments, flag, wanted in (
-    ("train", RL, WORK, "config.policy", "expected a diffusers folder"),
+    ("train", RL, WORK, "config.policy", "expected a checkpoint"),
     ("train", RL, WORK, "config.prompts", "give 'mini', a folder"),
-    ("plan", RL, "config.policy", "expected a folder; give a diffusers folder"),
+    ("plan", RL, "config.policy", "expected a checkpoint"),
     ("annotate", "candidates", "expected a folder; give the --workdir of"),
     ("export", "--output=x", "workdir", "expected a folder; give the --workdir of a run"),
     ("plot", "--output=x.png", "workdir", "expected a folder; give the --workdir of a run"),

@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from prefpaint_jax.rewards import prefpaint
+from prefpaint_jax.rewards import prefpaint, table
 from prefpaint_jax.rewards.functions import load_function
 from prefpaint_jax.rewards.reward import Reward
 from prefpaint_jax.runtime.ranges import Number, check
 
-RELEASED = "kd5678/prefpaintReward"
 WEIGHT = Number(-1e6, 1e6, excluded=(0,))
 
 
@@ -115,7 +114,7 @@ def load_reward(name: str | Path, dtype: str = "float32") -> Reward:
   """Loads a reward: call the result with images.
 
   Args:
-    name: "prefpaint" (the released reward), "mini", a folder, a hub name, or FILE.py:FUNCTION.
+    name: a name of `table.TABLE`, "mini", a folder, a hub name, or FILE.py:FUNCTION.
     dtype: compute dtype of its network.
 
   Raises:
@@ -127,8 +126,14 @@ def load_reward(name: str | Path, dtype: str = "float32") -> Reward:
 def _open(name: str, dtype: str, bound: str | None = None, *, abstract: bool = False) -> Reward:
   if is_function(name):
     return load_function(name)
-  name = RELEASED if name == "prefpaint" else name
-  return prefpaint.outline(name, dtype) if abstract else prefpaint.load(name, dtype, bound)
+  found = table.find(name)
+  if found is None:
+    return prefpaint.outline(name, dtype) if abstract else prefpaint.load(name, dtype, bound)
+  module, weights = found
+  if module is prefpaint:
+    weights = weights or prefpaint.RELEASED
+    return prefpaint.outline(weights, dtype) if abstract else prefpaint.load(weights, dtype, bound)
+  return module.outline(name, weights, dtype) if abstract else module.load(name, weights, dtype)
 
 
 def open_objective(

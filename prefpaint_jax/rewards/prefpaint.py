@@ -19,6 +19,8 @@ from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights.files import load_torch
 from prefpaint_jax.weights.names import Params
 
+RELEASED = "kd5678/prefpaintReward"
+
 
 def load(name: str | Path, dtype: str = "float32", bound: str | Path | None = None) -> Reward:
   """Loads a reward model as a reward; see `open_network`."""
