@@ -99,12 +99,15 @@ def get_config(preset: str = "") -> ConfigDict:
   # Checkpoints and measurements; 0 turns a measurement off.
   config.checkpoint_every = 50  # iterations; also at the end; 0: only on SIGTERM or Ctrl-C
   config.keep_checkpoints = 3  # how many of the latest checkpoints to keep
-  config.keep_best = ""  # also keep the best by held_out/reward(_winrate) or reward/mean
+  # Also keep the best by held_out/reward(_winrate), held_out/judge/NAME(_winrate) or reward/mean.
+  config.keep_best = ""
   config.sample_every = 50  # iterations between grids of samples of the same held-out prompts
   config.num_samples = 8  # held-out prompts in a grid, and that are sampled at a time
   config.eval_every = 0  # iterations between measurements on held-out prompts
   config.eval_prompts = 64  # held-out prompts of a measurement: reward, WinRate, drift
   config.final_prompts = 0  # held-out prompts of the comparison with the base policy at the end
+  config.judges = ()  # rewards that are never optimised, on held-out prompts (docs/rewards.md)
+  config.stop_on_hacking = False  # end the run when the reward rises while a judge falls
   config.simulated_preference = False  # also ask the simulated annotators (mini data only)
 
   if preset == "mini":
