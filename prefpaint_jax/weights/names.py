@@ -51,6 +51,8 @@ _KINDS = {
       )
     ),
   ),
+  # A whole CLIP model: both towers, their projections and the scale of the cosine.
+  "logit_scale": Kind("model", drop=(r"(text|vision)_model\.embeddings\.position_ids",)),
   # Text encoder. transformers 5 saves it without the prefix "text_model." of earlier versions. The
   # model does not use `position_ids` (0, 1, 2, ...), or the vision half of a whole CLIP model.
   "text_model": Kind(
