@@ -136,7 +136,8 @@ def _open(name: str, dtype: str, bound: str | None = None, *, abstract: bool = F
   if module is prefpaint:
     weights = weights or prefpaint.RELEASED
     return prefpaint.outline(weights, dtype) if abstract else prefpaint.load(weights, dtype, bound)
-  return module.outline(name, weights, dtype) if abstract else module.load(name, weights, dtype)
+  head = name.partition("@")[0]
+  return module.outline(head, weights, dtype) if abstract else module.load(head, weights, dtype)
 
 
 def open_objective(

@@ -4,7 +4,14 @@ import importlib
 from types import ModuleType
 
 # Name of a reward -> its module in this room.
-TABLE = {"prefpaint": "prefpaint"}
+TABLE = {
+  "prefpaint": "prefpaint",
+  "aesthetic-v1": "aesthetic",
+  "aesthetic-v2": "aesthetic",
+  "clip-score": "clip_score",
+  "pickscore": "pickscore",
+  "hps-v2.1": "hps",
+}
 
 
 def find(name: str) -> tuple[ModuleType, str] | None:
