@@ -133,7 +133,8 @@ def _open(name: str, dtype: str, bound: str | None = None, *, abstract: bool = F
   if module is prefpaint:
     weights = weights or prefpaint.RELEASED
     return prefpaint.outline(weights, dtype) if abstract else prefpaint.load(weights, dtype, bound)
-  return module.outline(name, weights, dtype) if abstract else module.load(name, weights, dtype)
+  load = getattr(module, "outline", module.load) if abstract else module.load
+  return load(name, weights, dtype)
 
 
 def open_objective(
