@@ -98,8 +98,8 @@ def score(
   metrics = _metrics(result, S)
   for reward, own in zip(rewards, scores, strict=True) if len(rewards) > 1 else ():
     mean = ppo.masked_mean(own, valid)
-    metrics[f"reward/{reward.label}/mean"] = mean
-    metrics[f"reward/{reward.label}/std"] = jnp.sqrt(ppo.masked_mean((own - mean) ** 2, valid))
+    metrics[f"reward/{reward.name}/mean"] = mean
+    metrics[f"reward/{reward.name}/std"] = jnp.sqrt(ppo.masked_mean((own - mean) ** 2, valid))
   return result, metrics
 
 
