@@ -10,10 +10,12 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -137,6 +139,14 @@ def load_rewards(names: Sequence[str], dtype: str = "float32") -> dict[str, Rewa
   return {
     label: load_reward(name, dtype) for label, name in zip(label_rewards(names), names, strict=True)
   }
+
+
+def warn_without_texts(rewards: Iterable[Reward], has_texts: bool, prompts: str) -> None:
+  """Prints a line for each reward that reads texts, if the prompts have none."""
+  for reward in rewards:
+    if reward.tokenize and not has_texts and jax.process_index() == 0:
+      line = f"{prompts} has no texts: the reward {reward.name} reads the empty text"
+      print(line, file=sys.stderr)
 
 
 def load_reward(name: str | Path, dtype: str = "float32") -> Reward:

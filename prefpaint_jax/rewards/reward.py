@@ -72,7 +72,8 @@ class Reward:
       texts: one for all samples, or P texts; default: the empty text.
 
     Raises:
-      ValueError: inputs cannot be read, or do not have matching sizes or numbers.
+      ValueError: inputs cannot be read, or do not have matching sizes or numbers; or the reward
+        does not return B scores.
     """
     images, masked_images = load_images(images), load_images(masked_images, "masked_images")
     B, P = len(images), len(masked_images)
@@ -90,8 +91,8 @@ class Reward:
     if self.on_host:
       return self.on_arrays(images, masked_images, masks, texts), None
     tokens = self.tokenize(texts) if self.tokenize else None
-    found = self._program(self.params, images, masked_images, masks, tokens)
-    return jax.tree.map(np.asarray, found)
+    scores, features = self._program(self.params, images, masked_images, masks, tokens)
+    return self._checked(scores, B), None if features is None else np.asarray(features)
 
   @functools.cached_property
   def _program(self) -> Callable[..., tuple[jax.Array, jax.Array | None]]:
@@ -113,9 +114,14 @@ class Reward:
       raise ValueError(
         f"reward {self.name}: failed with {type(error).__name__}: {found[0] if found else ''}"
       ) from error
-    if scores.shape != images.shape[:1]:
+    return self._checked(scores, len(images))
+
+  def _checked(self, scores: Any, B: int) -> np.ndarray:
+    """Returns scores as float32 [B]; raises ValueError if they have another shape."""
+    scores = np.asarray(scores, np.float32)
+    if scores.shape != (B,):
       raise ValueError(
-        f"reward {self.name}: returned an array of {list(scores.shape)}; expected "
-        f"{[len(images)]}, a score for each sample"
+        f"reward {self.name}: returned an array of {list(scores.shape)}; expected {[B]}, a score "
+        "for each sample"
       )
     return scores

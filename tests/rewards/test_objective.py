@@ -13,6 +13,7 @@ from prefpaint_jax.rewards.objective import (
   label_rewards,
   open_objective,
   split_names,
+  warn_without_texts,
 )
 from prefpaint_jax.rewards.reward import Reward
 
@@ -37,6 +38,9 @@ slow.host = True
 
 def pixels(images):
   return images[:, 0, 0]
+
+def column(images):
+  return images[:, :1, 0, 0]
 
 pixels.host = True
 
@@ -131,7 +135,7 @@ def test_functions_of_users_score_each_sample(mine, samples):
   )
 
 
-def test_failures_on_the_host_are_one_line(mine, samples):
+def test_failures_of_functions_are_one_line(mine, samples):
   with pytest.raises(
     ValueError, match=r"\Areward broken: failed with RuntimeError: no such service\Z"
   ):
@@ -140,6 +144,10 @@ def test_failures_on_the_host_are_one_line(mine, samples):
     ValueError, match=r"\Areward pixels: returned an array of \[6, 3\]; expected \[6\]"
   ):
     load_reward(f"{mine}:pixels")(*samples)
+  with pytest.raises(
+    ValueError, match=r"\Areward column: returned an array of \[6, 1\]; expected \[6\]"
+  ):
+    load_reward(f"{mine}:column")(*samples)
 
 
 def test_mini_reward_equals_the_reward_model(samples):
@@ -150,6 +158,15 @@ def test_mini_reward_equals_the_reward_model(samples):
   found = load_reward("mini").score(images, known)
   for ours, theirs in zip(found, expected, strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_rewards_that_read_texts_warn_where_there_are_none(mine, capsys):
+  rewards = [load_reward(f"{mine}:{name}") for name in ("brightness", "says", "slow")]
+  warn_without_texts(rewards, True, "runs/a")
+  assert not capsys.readouterr().err
+  warn_without_texts(rewards, False, "runs/a")
+  expected = "runs/a has no texts: the reward says reads the empty text\n"
+  assert capsys.readouterr().err == expected
 
 
 def test_combinations_equal_their_definitions():
