@@ -34,7 +34,7 @@ from prefpaint_jax.align.run import (
   make_run,
   reward_shapes,
 )
-from prefpaint_jax.align.score import reward_inputs
+from prefpaint_jax.align.score import describe_unusable, reward_inputs
 from prefpaint_jax.align.settings import (
   check_batch,
   check_config,
@@ -55,7 +55,7 @@ from prefpaint_jax.data.captions import check_guidance
 from prefpaint_jax.data.prompts import final_split, open_prompts, prompt_loader
 from prefpaint_jax.inpainter import open_policy
 from prefpaint_jax.preference.bound import check_condition
-from prefpaint_jax.rewards.objective import open_objective
+from prefpaint_jax.rewards.objective import open_objective, warn_without_texts
 from prefpaint_jax.runtime import cli, sharding
 from prefpaint_jax.runtime.checkpoint import Checkpoints
 from prefpaint_jax.runtime.config_check import check_fields
@@ -83,6 +83,7 @@ def load_run(
   trust = settings_from(config).trust
   policy = open_policy(config.policy, config.dtype, step, config.remat)
   objective = open_objective(config.reward, config.combine, config.dtype, config.bound or None)
+  warn_without_texts(objective.rewards, has_texts, config.prompts)
   bound = objective.trusted and objective.trusted.bound
   if trust.needs_bound and bound is None:
     raise ValueError(
@@ -248,7 +249,7 @@ def iterate(
   checkpoints.wait()
   if failed:
     raise ValueError(
-      f"iteration {done}: {nan_fraction:.0%} of the rewards are not finite, max_nan_fraction is "
+      f"iteration {done}: {describe_unusable(score_line)}, max_nan_fraction is "
       f"{config.max_nan_fraction:.0%}; the run was stopped"
     )
   return state, saved, bool(stopping)
