@@ -12,10 +12,10 @@ from prefpaint_jax.rewards.objective import (
   combined,
   label_rewards,
   open_objective,
-  split_names,
   warn_without_texts,
 )
 from prefpaint_jax.rewards.reward import Reward
+from prefpaint_jax.runtime.weighted_names import split_names
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
