@@ -1,4 +1,8 @@
-"""The rewards that have names. A module has `load` and, if it has weights, `outline`."""
+"""The rewards that have names.
+
+A module of the table has `load` and, if it has weights, `outline`. Both take the name, the weights
+and the dtype.
+"""
 
 import importlib
 from types import ModuleType
@@ -11,6 +15,8 @@ TABLE = {
   "clip-score": "clip_score",
   "pickscore": "pickscore",
   "hps-v2.1": "hps",
+  "seam": "seam",
+  "known-colour": "known_colour",
 }
 
 
