@@ -39,7 +39,7 @@ def load(name: str, given: str = "", dtype: str = "float32") -> Reward:
   """Loads an aesthetic predictor.
 
   Args:
-    name: "aesthetic-v1" or "aesthetic-v2".
+    name: "aesthetic-v1" or "aesthetic-v2", with or without @WEIGHTS.
     given: the file of the head, or a folder or hub name that has it. If the folder has the
       CLIP model too (config.json), that is read; else the published one. Default: both published.
     dtype: compute dtype of CLIP.
@@ -47,10 +47,11 @@ def load(name: str, given: str = "", dtype: str = "float32") -> Reward:
   Raises:
     ValueError: the files are missing, damaged or of another model.
   """
-  head = _resolve_head(name, given)
+  kind = name.partition("@")[0]
+  head = _resolve_head(kind, given)
   folder = head if given and clip_files.is_model(head) else clip_files.published(VIT_L)
   towers = clip_files.open_towers(folder, dtype, with_text=False)
-  kernel, bias = _read_head(name, head, towers.embedding_dim)
+  kernel, bias = _read_head(kind, head, towers.embedding_dim)
   params = {"clip": weights.load_params(folder, towers.shapes()), "kernel": kernel, "bias": bias}
   return _reward(name, towers, params)
 
@@ -65,9 +66,10 @@ def outline(name: str, given: str = "", dtype: str = "float32") -> Reward:
 
 
 def _reward(name: str, towers: Towers, params: Params) -> Reward:
-  source, licence = _SOURCES[name]
+  kind = name.partition("@")[0]
+  source, licence = _SOURCES[kind]
   return Reward(
-    name,
+    kind,
     functools.partial(_score, towers),
     params,
     feature_dim=towers.embedding_dim,

@@ -218,7 +218,7 @@ def as_reward(
 ) -> Reward:
   """Makes a reward of two towers; its features are the images' embeddings."""
   return Reward(
-    name,
+    name.partition("@")[0],
     functools.partial(score, towers),
     params,
     tokenize=tokenize,

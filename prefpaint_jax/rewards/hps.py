@@ -36,7 +36,7 @@ def load(name: str, given: str = "", dtype: str = "float32") -> Reward:
     folder = weights.resolve(given or PUBLISHED, (FILE, CONFIG))
     path = folder / FILE
     if not path.is_file():
-      raise ValueError(f"{folder}: no {FILE}; download it from {PUBLISHED}, or give {name}@FILE")
+      raise ValueError(f"{folder}: no {FILE}; download it from {PUBLISHED}, or give hps-v2.1@FILE")
   towers = make_towers(_config(path.parent), dtype, with_text=True)
   params = clip_files.load_open_clip(path, towers.shapes())
   tokenize = clip_files.tokenizer_of(path.parent, VIT_H, towers, _clean)

@@ -150,7 +150,7 @@ def _open(name: str, dtype: str, bound: str | None = None, *, abstract: bool = F
     weights = weights or prefpaint.RELEASED
     return prefpaint.outline(weights, dtype) if abstract else prefpaint.load(weights, dtype, bound)
   load = getattr(module, "outline", module.load) if abstract else module.load
-  return load(name.partition("@")[0], weights, dtype)
+  return load(name, weights, dtype)
 
 
 def open_objective(
