@@ -181,7 +181,7 @@ def test_bfloat16_scores_are_float32_and_close(clip, samples):
 
 def test_weights_in_a_name_of_a_file_are_split_from_the_weight(clip):
   objective = open_objective(f"clip-score@{clip[1]}*0.5,pickscore@{clip[1]}*2", "gdpo")
-  assert [reward.label for reward in objective.rewards] == ["clip-score", "pickscore"]
+  assert [reward.name for reward in objective.rewards] == ["clip-score", "pickscore"]
   assert objective.weights == (0.5, 2.0)
 
 
