@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from prefpaint_jax.models.clip import CLIPVisionModelWithProjection, SDXLTextModel
+from prefpaint_jax.models.clip import CLIPVisionModelWithProjection, PooledTextModel
 from prefpaint_jax.models.config import CLIPTextConfig, CLIPVisionConfig
 from prefpaint_jax.models.reward import CLIP_MEAN, CLIP_STD, preprocess
 from prefpaint_jax.weights.names import Params
@@ -19,7 +19,7 @@ class Towers:
   """The image encoder of a CLIP model and, for rewards that read texts, its text encoder."""
 
   vision: CLIPVisionModelWithProjection
-  text: SDXLTextModel | None = None
+  text: PooledTextModel | None = None
 
   @property
   def embedding_dim(self) -> int:
@@ -93,4 +93,4 @@ def make_towers(config: dict[str, Any], dtype: str, *, with_text: bool) -> Tower
   if not with_text:
     return Towers(vision)
   text = CLIPTextConfig.from_dict(config)
-  return Towers(vision, SDXLTextModel(text, projection=True, dtype=jnp.dtype(dtype)))
+  return Towers(vision, PooledTextModel(text, projection=True, dtype=jnp.dtype(dtype)))
