@@ -94,42 +94,59 @@ def config_of(given: str, published: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------ open_clip's layout
 
 
-def from_open_clip(model: dict[str, Any]) -> dict[str, Any]:
+def from_open_clip(model: Any) -> dict[str, Any]:
   """Converts a `model_cfg` of open_clip to a config of transformers' CLIPModel.
 
   Raises:
-    ValueError: a field is missing or no number.
+    ValueError: a field is missing, unknown, or of another type.
   """
-  try:
-    vision, text = model["vision_cfg"], model["text_cfg"]
-    act = "quick_gelu" if model.get("quick_gelu") else "gelu"
-    return {
-      "projection_dim": model["embed_dim"],
-      "vision_config": {
-        "hidden_size": vision["width"],
-        "intermediate_size": int(vision["width"] * vision.get("mlp_ratio", 4)),
-        "num_hidden_layers": vision["layers"],
-        "num_attention_heads": vision["width"] // vision.get("head_width", 64),
-        "image_size": vision["image_size"],
-        "patch_size": vision["patch_size"],
-        "hidden_act": act,
-      },
-      "text_config": {
-        "hidden_size": text["width"],
-        "intermediate_size": int(text["width"] * text.get("mlp_ratio", 4)),
-        "num_hidden_layers": text["layers"],
-        "num_attention_heads": text["heads"],
-        "max_position_embeddings": text["context_length"],
-        "vocab_size": text["vocab_size"],
-        "hidden_act": act,
-        "eos_token_id": 2,  # open_clip pools the token of the largest id
-      },
+  model = _checked(model, "model_cfg", {*VIT_H_14, "quick_gelu"})
+  sides = ("vision", "text")
+  vision, text = (
+    _checked(model[f"{side}_cfg"], f"{side}_cfg", {*VIT_H_14[f"{side}_cfg"], "mlp_ratio"})
+    for side in sides
+  )
+  act = "quick_gelu" if model["quick_gelu"] else "gelu"
+  heads = vision["width"] // vision["head_width"] if vision["head_width"] > 0 else 0
+  configs = {
+    f"{side}_config": {
+      "hidden_size": one["width"],
+      "intermediate_size": int(one["width"] * one["mlp_ratio"]),
+      "num_hidden_layers": one["layers"],
+      "hidden_act": act,
     }
-  except (KeyError, TypeError, AttributeError) as error:
-    raise ValueError(
-      f"open_clip_config.json: model_cfg has no {error}; expected embed_dim, vision_cfg and "
-      "text_cfg of a ViT; download the file again"
-    ) from error
+    for side, one in zip(sides, (vision, text), strict=True)
+  }
+  configs["vision_config"] |= {
+    "num_attention_heads": heads,
+    "image_size": vision["image_size"],
+    "patch_size": vision["patch_size"],
+  }
+  configs["text_config"] |= {
+    "num_attention_heads": text["heads"],
+    "max_position_embeddings": text["context_length"],
+    "vocab_size": text["vocab_size"],
+    "eos_token_id": 2,  # open_clip pools the token of the largest id
+  }
+  return {"projection_dim": model["embed_dim"]} | configs
+
+
+def _checked(config: Any, what: str, known: set[str]) -> dict[str, Any]:
+  """Returns a part of an open_clip config with open_clip's defaults; all fields must be known."""
+  defaults = {"mlp_ratio": 4, "head_width": 64, "quick_gelu": False}
+  config = {k: x for k, x in defaults.items() if k in known} | (config or {})
+  for found, error in ((known - config.keys(), "missing"), (config.keys() - known, "unknown")):
+    if found:
+      raise ValueError(
+        f"open_clip_config.json: {min(found)} of {what} is {error}; expected "
+        f"{', '.join(sorted(known))}; give a vision transformer of open_clip"
+      )
+  for name, value in config.items():
+    if not isinstance(value, dict if name.endswith("_cfg") else int | float):
+      raise ValueError(
+        f"open_clip_config.json: {name} of {what} is {value!r}; correct it, or download it again"
+      )
+  return config
 
 
 def load_open_clip(path: Path, template: Params) -> Params:

@@ -1,5 +1,6 @@
 """Rewards on CLIP embeddings equal their definitions, computed by torch with stock models."""
 
+import json
 import logging
 import sys
 
@@ -244,6 +245,29 @@ def test_layers_that_the_config_lacks_are_refused(clip, tmp_path):
   (tmp_path / "config.json").write_text(config)
   with pytest.raises(ValueError, match=r"32 unexpected"):
     load_reward(f"clip-score@{tmp_path}")
+
+
+@pytest.mark.parametrize(
+  ("part", "field", "value", "message"),
+  [
+    ("vision_cfg", "timm_model_name", "vit_base", "timm_model_name of vision_cfg is unknown"),
+    ("vision_cfg", "layers", [3, 4, 6, 3], "layers of vision_cfg is .3, 4, 6, 3.; correct it"),
+    ("vision_cfg", "head_width", 0, "num_attention_heads"),
+    ("text_cfg", "heads", None, "heads of text_cfg is None; correct it"),
+    ("text_cfg", "width", "16", "width of text_cfg is '16'; correct it"),
+    ("model_cfg", "custom_text", True, "custom_text of model_cfg is unknown"),
+    ("model_cfg", "vision_cfg", 3, "vision_cfg of model_cfg is 3; correct it"),
+  ],
+)
+def test_models_that_open_clip_computes_otherwise_are_refused(
+  part, field, value, message, tmp_path
+):
+  config = json.loads(world.OPEN_CLIP_CONFIG)
+  model = config["model_cfg"]
+  (model if part == "model_cfg" else model[part])[field] = value
+  (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=rf"\A[^\n]*{message}[^\n]*\Z"):
+    outline_objective(f"hps-v2.1@{tmp_path}")
 
 
 @pytest.mark.parametrize(
