@@ -4,7 +4,7 @@ import importlib
 from types import ModuleType
 
 # Name of a reward -> its module in this room.
-TABLE = {"prefpaint": "prefpaint"}
+TABLE = {"prefpaint": "prefpaint", "image-reward": "image_reward"}
 
 
 def find(name: str) -> tuple[ModuleType, str] | None:
