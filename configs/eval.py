@@ -23,7 +23,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.policy_step = config_dict.placeholder(str)
   config.baseline = "stable-diffusion-v1-5/stable-diffusion-inpainting"  # what it is compared with
   config.baseline_step = config_dict.placeholder(int)  # an iteration of a workdir; None: the latest
-  config.judges = ("kd5678/prefpaintReward",)  # reward models: folders, hub names, or "mini"
+  config.judges = ("kd5678/prefpaintReward",)  # rewards by name, as docs/rewards.md lists them
   config.simulated_preference = False  # judge by the simulated annotators too (mini world)
 
   # Prompts and samples.

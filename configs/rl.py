@@ -194,8 +194,8 @@ def _sdxl(config: ConfigDict) -> None:
 # Memory and time below are those of `plan`: compiled for the GPU, not run on one. The time is at
 # the GPU's peak rates, which no run reaches; docs/plan.md has the table of all devices.
 def _sd15_24gb(config: ConfigDict) -> None:
-  # RTX 4090: 8.8 GiB of 23.5; 20.5 s an iteration, 3.1 images per second. `plan --search` found this
-  # number of samples the fastest; with more the memory grows.
+  # RTX 4090: 8.8 GiB of 23.5; 20.5 s an iteration, 3.1 images per second. `plan --search` found
+  # that more samples per pass take more memory and no less time.
   config.update(batch_size=64, samples_per_pass=8, remat=False)
   config.lora.rank = 16
   config.learning_rate = 1e-4  # adapters need larger steps than whole kernels; not tuned

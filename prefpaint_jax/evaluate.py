@@ -33,7 +33,8 @@ from prefpaint_jax.evaluation import gallery, report, tables, winrate, witnesses
 from prefpaint_jax.evaluation.winrate import Scores
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.preference import simulation
-from prefpaint_jax.reward import RewardModel
+from prefpaint_jax.rewards.objective import load_rewards, warn_without_texts
+from prefpaint_jax.rewards.reward import Reward
 from prefpaint_jax.runtime import cli, interrupts, sharding
 from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.files import atomic_path, read_json, write_json
@@ -57,19 +58,8 @@ def check(config: ConfigDict) -> None:
   what = f"config.batch_size={config.batch_size} with {images} samples of config.size={config.size}"
   check_memory(64 * images * config.size**2, what)
   if not config.judges and not config.simulated_preference:
-    raise ValueError("config.judges is empty; give at least one reward model")
+    raise ValueError("config.judges is empty; give at least one reward")
   sharding.check_batch(config.batch_size, sharding.make_mesh(devices=jax.local_devices()))
-
-
-def open_judges(names: tuple[str, ...], dtype: str) -> dict[str, RewardModel]:
-  """Opens reward models by label: the last part of the name, or the name if labels are equal."""
-  judges = {}
-  for name in names:
-    label = Path(name).name
-    if label == "reward":  # the folder that train_reward writes in its workdir
-      label = "/".join(Path(name).parts[-2:])
-    judges[label if label not in judges else name] = RewardModel.from_pretrained(name, dtype=dtype)
-  return judges
 
 
 def choose_prompts(config: ConfigDict) -> tuple[Sequence[examples.Prompt], list[int]]:
@@ -96,7 +86,7 @@ def choose_prompts(config: ConfigDict) -> tuple[Sequence[examples.Prompt], list[
 
 def examine(
   policies: Mapping[str, Inpainter],
-  judges: Mapping[str, RewardModel],
+  judges: Mapping[str, Reward],
   batch: Mapping[str, np.ndarray],
   key: jax.Array,
   config: ConfigDict,
@@ -105,7 +95,7 @@ def examine(
 
   Args:
     policies: inpainters by side, "policy" and "baseline".
-    judges: reward models by label.
+    judges: rewards by label.
     batch: b prompts (see `examples.stack`).
     key: PRNG key, the same for both sides.
 
@@ -129,15 +119,17 @@ def examine(
   }
   sampler = {name: config[name] for name in ("num_steps", "eta", "guidance_scale")}
   by_prompt = lambda x: np.asarray(x).reshape(-1, S, *np.shape(x)[1:])
+  texts = batch["text"].tolist()
   for side, policy in policies.items():
-    samples = policy(images, masks, key=key, text=batch["text"].tolist(), num_samples=S, **sampler)
+    samples = policy(images, masks, key=key, text=texts, num_samples=S, **sampler)
     features = None
     for label, judge in judges.items():
-      rewards, z = judge.score(samples, images * (1.0 - masks))
-      features = by_prompt(z) if features is None else features
+      rewards, z = judge.score(samples, images * (1.0 - masks), masks, texts)
+      if features is None and z is not None:
+        features = by_prompt(z)
       results[f"{side}/score/{label}"] = by_prompt(rewards)
     if config.simulated_preference:
-      repeated_texts = [str(text) for text in np.repeat(batch["text"], S)]
+      repeated_texts = np.repeat(texts, S).tolist()
       truth = simulation.true_preference(samples, repeated_masks, repeated_texts)["combined"]
       results[f"{side}/score/{tables.SIMULATED}"] = by_prompt(truth)
     measures = drift_lib.measure(samples, repeated_masks, repeated_images)
@@ -162,7 +154,8 @@ def run_batches(config: ConfigDict, workdir: Path) -> tuple[dict[str, np.ndarray
   folder, key = workdir / "batches", jax.random.key(config.seed)
   mesh = sharding.make_mesh(devices=jax.local_devices())
   prompts, chosen = choose_prompts(config)
-  judges = open_judges(tuple(config.judges), config.dtype)
+  judges = load_rewards(config.judges, config.dtype)
+  warn_without_texts(judges.values(), prompts.has_texts, config.prompts)
   asked = {side: (config[side], config[f"{side}_step"]) for side in SIDES}
   if process == 0 and not any(folder.glob("*.npz")):
     (workdir / PINNED).unlink(missing_ok=True)

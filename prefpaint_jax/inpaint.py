@@ -35,7 +35,8 @@ from prefpaint_jax.editing import extension
 from prefpaint_jax.editing.extension import Borders
 from prefpaint_jax.editing.views import sweep
 from prefpaint_jax.inpainter import Inpainter, open_policy
-from prefpaint_jax.reward import RewardModel
+from prefpaint_jax.rewards import load_reward
+from prefpaint_jax.rewards.objective import warn_without_texts
 from prefpaint_jax.runtime import cli
 from prefpaint_jax.runtime.cli import within
 from prefpaint_jax.runtime.config_fields import COUNT, ETA, GUIDANCE_SCALE, NUM_STEPS, SEED
@@ -67,7 +68,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute
 _MASK = flags.DEFINE_string("mask", None, "Mask, white = missing, or a folder of them.")
 _NUM_SAMPLES = flags.DEFINE(within(COUNT), "num_samples", 1, "Number of samples.")
 _REWARD = flags.DEFINE_string(
-  "reward", None, "Reward model that scores the samples: a folder, hub name, or mini."
+  "reward", None, "Reward that scores the samples: mini, seam, a folder, FILE.py:FUNCTION, ..."
 )
 _BEST = flags.DEFINE_bool("best", False, "Write only the sample of the greatest reward.")
 _EXTEND = flags.DEFINE_string("extend", None, "Pixels to add: left=256,right=256,bottom=9.")
@@ -140,13 +141,14 @@ def _choose_task() -> Callable[..., None]:
 def _inpaint(pairs: Sequence[Pair]) -> None:
   """Inpaints the pixels under the mask of each image and writes the samples."""
   if _BEST.value and not _REWARD.value:
-    raise ValueError("--best without --reward; name the reward model that chooses, --reward=mini")
+    raise ValueError("--best without --reward; name the reward that chooses, --reward=mini")
   load = lambda pair: image_io.load_pairs(str(pair.image), str(pair.mask))
   for pair in pairs:  # all are checked before the model is loaded
     check_drawn(pair.mask)
     load(pair)
   inpainter = _open_policy()
-  reward_model = _REWARD.value and RewardModel.from_pretrained(_REWARD.value, dtype=_DTYPE.value)
+  reward = load_reward(_REWARD.value, _DTYPE.value) if _REWARD.value else None
+  warn_without_texts([reward] if reward else [], bool(_TEXT.value), _IMAGE.value)
   written = []
   with _settings(len(pairs)) as settings:
     for pair in pairs:
@@ -154,8 +156,9 @@ def _inpaint(pairs: Sequence[Pair]) -> None:
       (image,), (mask,) = load(pair)
       samples = inpainter(image, mask, num_samples=_NUM_SAMPLES.value, **settings)
       rewards = None
-      if reward_model:
-        rewards = reward_model.score(samples, (image * (1.0 - mask))[None])[0]
+      if reward:
+        known, one = (image * (1.0 - mask))[None], mask[None]
+        rewards = reward(samples, known, one, _TEXT.value)
       written += _write(pair.output, samples, rewards)
   print(*written, sep="\n")
 

@@ -9,7 +9,7 @@ well, and results then differ in their last bits, because sums run in a differen
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from prefpaint_jax.align.run import (
   image_shapes,
   reward_shapes,
 )
-from prefpaint_jax.align.score import reward_inputs
+from prefpaint_jax.align.score import describe_unusable, reward_inputs
 from prefpaint_jax.align.settings import (
   check_batch,
   check_config,
@@ -209,11 +209,11 @@ def iterate(
   check_state(int(state.iteration), state)
   checkpoints.wait()
   if failed or hacked:
-    raise ValueError(why_ended(config, done, nan_fraction, hacked))
+    raise ValueError(why_ended(config, done, score_line, hacked))
   return state, saved, bool(stopping)
 
 
-def why_ended(config: ConfigDict, done: int, nan_fraction: float, hacked: bool) -> str:
+def why_ended(config: ConfigDict, done: int, line: Mapping[str, float], hacked: bool) -> str:
   """Returns the line of a run that ends before its last iteration."""
   if hacked:
     return (
@@ -221,7 +221,7 @@ def why_ended(config: ConfigDict, done: int, nan_fraction: float, hacked: bool) 
       f"checkpoint by {config.keep_best} is the last good one: export it with --step=best"
     )
   return (
-    f"iteration {done}: {nan_fraction:.0%} of the rewards are not finite, max_nan_fraction is "
+    f"iteration {done}: {describe_unusable(line)}, max_nan_fraction is "
     f"{config.max_nan_fraction:.0%}; the run was stopped"
   )
 

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,7 +20,15 @@ from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.models import architectures
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.reward import RewardModel
+from prefpaint_jax.rewards.objective import load_rewards
 from prefpaint_jax.runtime import interrupts
+
+JUDGE = """
+def says(images, texts):
+  return [len(text) for text in texts]
+
+says.host = True
+"""
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -120,7 +129,7 @@ def test_no_prompt_is_counted_twice(world, number, line, capsys):
   assert line in capsys.readouterr().out
 
 
-def test_both_sides_sample_with_the_texts_and_the_guidance_of_the_config(world):
+def test_both_sides_sample_and_are_judged_with_the_texts_of_the_prompts(world, tmp_path):
   images, masks = testing.tiny_prompts(2)
   batch = {"id": np.array(["a", "b"]), "kind": np.zeros(2, np.int32), "complete": np.ones(2, bool)}
   batch |= {"image": images, "mask": masks, "text": np.array(["", "a red house"])}
@@ -130,12 +139,22 @@ def test_both_sides_sample_with_the_texts_and_the_guidance_of_the_config(world):
     calls.append(options)
     return np.repeat(images, num_samples, axis=0)
 
+  (tmp_path / "mine.py").write_text(JUDGE)
+  judges = load_rewards(["seam", f"{tmp_path}/mine.py:says", world["reward"]])
   config = config_of(world, guidance_scale=3.0)
   sides = dict.fromkeys(evaluate.SIDES, policy)
-  results = evaluate.examine(sides, {}, batch, jax.random.key(0), config)
+  results = evaluate.examine(sides, judges, batch, jax.random.key(0), config)
   for options in calls:
     assert (options["text"], options["guidance_scale"]) == (["", "a red house"], 3.0)
   assert len(calls) == 2 and results["text"].tolist() == ["", "a red house"]
+  np.testing.assert_allclose(results["policy/score/says"], [[0] * 3, [11] * 3])
+  masked = images * (1 - masks)
+  seams = load_rewards(["seam"])["seam"](images, masked, masks)
+  np.testing.assert_allclose(results["baseline/score/seam"], np.repeat(seams[:, None], 3, 1), 1e-5)
+  scores, features = RewardModel.from_pretrained(world["reward"]).score(images, masked)
+  label = Path(world["reward"]).parent.name + "/reward"
+  np.testing.assert_allclose(results[f"policy/score/{label}"][:, 0], scores, atol=1e-5)
+  assert features.shape[-1] and results["policy/measure/diversity"].shape == (2,)
 
 
 @pytest.mark.slow

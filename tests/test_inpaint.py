@@ -79,6 +79,7 @@ RIGHT = {
   "small": ["--mask=mask.png", "--output=small.jpg"],
   "three": ["--mask=mask.png", "--num_samples=3", "--reward=reward"],
   "best": ["--mask=mask.png", "--num_samples=3", "--reward=reward", "--best"],
+  "said": ["--mask=mask.png", "--text=a cold house", "--guidance_scale=1", "--reward=mine.py:says"],
   "extended": ["--extend=left=5,bottom=3"],
   "view": ["--move=0.3,0,0", "--depth=depth.npy", "--intrinsics=10,10,5.5,4.5"],
   "strip": ["--move=0.3,0,0", "--turn=-4,2", "--depth=synthetic", "--views=3"],
@@ -91,6 +92,11 @@ def folder(tmp_path_factory) -> Path:
   folder = tmp_path_factory.mktemp("inpaint")
   testing.tiny_inpainter().save_pretrained(folder / "policy")
   testing.tiny_reward().save_pretrained(folder / "reward")
+  (folder / "mine.py").write_text(
+    "def says(masks, texts):\n"
+    "  return [len(text) + mask.sum() for mask, text in zip(masks, texts)]\n"
+    "says.host = True\n"
+  )
   coarse = np.random.default_rng(0).uniform(size=(3, 3, 3))
   image = np.round(255 * image_io.resize_image(coarse, SIZE)).astype(np.uint8)
   mask = np.zeros(SIZE, np.uint8)
@@ -168,6 +174,12 @@ def test_the_suffix_gives_the_format(answers, folder):
   with Image.open(folder / "small.jpg") as file:
     assert file.format == "JPEG" and file.getexif()[0x010E] == "model: policy; seed: 0"
   assert np.abs(read(folder / "small.jpg").astype(int) - read(folder / "one.png")).mean() < 8
+
+
+@pytest.mark.slow
+def test_a_reward_reads_the_mask_and_the_text(answers):
+  score = 10 * 6 + len("a cold house")
+  assert answers["right said"] == f"said.png reward {score:.4f}\n"
 
 
 @pytest.mark.slow

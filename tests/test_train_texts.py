@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from prefpaint_jax import testing
+from prefpaint_jax.rewards.objective import label_rewards
 from prefpaint_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -85,7 +86,7 @@ def test_resumed_run_with_texts_equals_an_uninterrupted_one(world, tmp_path, siz
   assert again == lines
   assert lines[1]["ppo/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
   assert lines[1]["ppo/grad_norm"] > 0
-  label = Path(world["reward"].split(",")[1]).name
+  (label,) = label_rewards([world["reward"].split(",")[1]])
   means = {name: lines[1][f"reward/{name}/mean"] for name in ("length", label, "grey")}
   total = 0.5 * means["length"] + means[label] + means["grey"]
   assert lines[1]["reward/mean"] == pytest.approx(total, rel=1e-4)

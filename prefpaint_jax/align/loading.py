@@ -12,7 +12,7 @@ from prefpaint_jax.align.state import Frozen
 from prefpaint_jax.align.texts import Texts
 from prefpaint_jax.data.captions import check_guidance
 from prefpaint_jax.preference.bound import check_condition
-from prefpaint_jax.rewards.objective import open_judges, open_objective
+from prefpaint_jax.rewards.objective import open_judges, open_objective, warn_without_texts
 from prefpaint_jax.runtime import sharding
 
 
@@ -25,6 +25,7 @@ def load_run(config: ConfigDict, mesh: Mesh, policy: Any, has_texts: bool = Fals
   """
   trust = settings_from(config).trust
   objective = open_objective(config.reward, config.combine, config.dtype, config.bound or None)
+  warn_without_texts(objective.rewards, has_texts, config.prompts)
   bound = objective.trusted and objective.trusted.bound
   if trust.needs_bound and bound is None:
     raise ValueError(

@@ -2,6 +2,7 @@
 # Shapes: P prompts, S samples of each, B = P S samples, H W pixels, D features.
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,7 +74,7 @@ def score(
         found, z = reward.function(own, flat, known, masks, read)
         scores.append(found.astype(jnp.float32).reshape(-1, S))
         features = z if reward is trusted else features
-    return scores, features.reshape(-1, S, features.shape[-1])
+    return scores, features.reshape(*images.shape[:2], features.shape[-1])
 
   chunk = -(-settings.decode_batch // S)
   first = lambda x: x.reshape(-1, S, *x.shape[1:])[:, 0]
@@ -81,9 +82,9 @@ def score(
   found, features = in_chunks(evaluate, chunk, mesh, frozen.reward, grouped, known, masks, texts)
   found = iter(found)
   scores = [on_host[i] if one.on_host else next(found).reshape(-1) for i, one in enumerate(rewards)]
-  features = features.reshape(-1, features.shape[-1])
-  usable = functools.reduce(jnp.logical_and, map(ppo.usable, scores))
-  valid = usable & jnp.isfinite(features).all(-1)
+  features = features.reshape(len(samples), features.shape[-1])
+  usable = [ppo.usable(one) for one in scores]
+  valid = functools.reduce(jnp.logical_and, usable) & jnp.isfinite(features).all(-1)
   features = jnp.where(valid[:, None], features, 0.0)
   scores = [jnp.where(valid, one, 0.0) for one in scores]
   total = objective.weighted(scores)
@@ -96,11 +97,24 @@ def score(
   )
   result = Scores(total, valid, trust, advantages)
   metrics = _metrics(result, S)
-  for reward, own in zip(rewards, scores, strict=True) if len(rewards) > 1 else ():
+  parts = zip(rewards, scores, usable, strict=True)
+  for reward, own, finite in parts if len(rewards) > 1 else ():
     mean = ppo.masked_mean(own, valid)
-    metrics[f"reward/{reward.label}/mean"] = mean
-    metrics[f"reward/{reward.label}/std"] = jnp.sqrt(ppo.masked_mean((own - mean) ** 2, valid))
+    metrics[f"reward/{reward.name}/mean"] = mean
+    metrics[f"reward/{reward.name}/std"] = jnp.sqrt(ppo.masked_mean((own - mean) ** 2, valid))
+    metrics[f"reward/{reward.name}/nan_fraction"] = 1.0 - jnp.mean(finite)
   return result, metrics
+
+
+def describe_unusable(metrics: Mapping[str, float]) -> str:
+  """Says what share of the rewards is not finite and, of several, which reward has the most."""
+  text = f"{metrics['reward/nan_fraction']:.0%} of the rewards are not finite"
+  found = ((re.fullmatch("reward/(.+)/nan_fraction", name), x) for name, x in metrics.items())
+  shares = {match[1]: share for match, share in found if match and share}
+  if not shares:
+    return text
+  worst = max(shares, key=shares.get)
+  return f"{text}, {worst} the most with {shares[worst]:.0%}"
 
 
 def reward_inputs(

@@ -29,7 +29,7 @@ LABELS = {
 
 def judge_title(label: str) -> str:
   """Returns the name of a judge for readers, which differs from the names of policies."""
-  return SIMULATED if label == SIMULATED else f"reward model {label}"
+  return SIMULATED if label == SIMULATED else f"reward {label}"
 
 
 def full_name(name: str, iteration: int | None) -> str:

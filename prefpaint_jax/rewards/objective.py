@@ -8,11 +8,14 @@
 """
 # Shapes: P prompts, S samples of each, B = P S samples.
 
+import dataclasses
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -20,9 +23,8 @@ from jaxtyping import Array, Bool, Float
 from prefpaint_jax.rewards import prefpaint, table
 from prefpaint_jax.rewards.functions import load_function
 from prefpaint_jax.rewards.reward import Reward
-from prefpaint_jax.runtime.ranges import Number, check
-
-WEIGHT = Number(-1e6, 1e6, excluded=(0,))
+from prefpaint_jax.runtime.compilation import enable_cache
+from prefpaint_jax.runtime.weighted_names import split_names
 
 
 class Objective(NamedTuple):
@@ -39,8 +41,9 @@ class Objective(NamedTuple):
 
   @property
   def trusted(self) -> Reward | None:
-    """The first reward with features, of which the trust weight is computed; or None."""
-    return next((reward for reward in self.rewards if reward.feature_dim), None)
+    """The reward whose features give the trust weight: the first with a bound, or with features."""
+    found = [reward for reward in self.rewards if reward.feature_dim]
+    return next((reward for reward in found if reward.bound), found[0] if found else None)
 
   @property
   def has_host_rewards(self) -> bool:
@@ -83,38 +86,47 @@ class Objective(NamedTuple):
     return sum(weight * one for weight, one in zip(self.weights, scores, strict=True))
 
 
-def split_names(names: str) -> list[tuple[str, float]]:
-  """Splits "NAME*WEIGHT,NAME" into names and weights.
-
-  Raises:
-    ValueError: a name is empty or occurs twice, or a weight is no number.
-  """
-  found = []
-  for part in names.split(","):
-    name, star, weight = part.strip().rpartition("*")
-    if not star:
-      name, weight = weight, "1"
-    try:
-      value = float(weight)
-    except ValueError:
-      raise ValueError(
-        f"reward {part.strip()!r}: the weight {weight!r} is no number; give NAME*WEIGHT"
-      ) from None
-    check(f"reward {name}: weight", value, WEIGHT)
-    if not name or name in dict(found):
-      error = f"{name!r} twice" if name else "an empty name"
-      raise ValueError(f"reward {names!r} has {error}; give NAME*WEIGHT, separated by commas")
-    found.append((name, value))
-  return found
-
-
 def is_function(name: str) -> bool:
   """Returns whether a name is `FILE.py:FUNCTION`."""
   return re.search(r"\.py:\w*$", name) is not None
 
 
+def label_rewards(names: Sequence[str]) -> list[str]:
+  """Returns a short and unique label of each reward, for metrics and tables.
+
+  It is the NAME of NAME@WEIGHTS, the FUNCTION of FILE.py:FUNCTION, or the last part of a path; the
+  whole name if another reward has that label.
+  """
+  labels = []
+  for name in names:
+    if is_function(name):
+      label = name.rpartition(":")[2]
+    elif table.find(name):
+      label = name.partition("@")[0]
+    else:
+      parts = Path(name).parts
+      label = "/".join(parts[-2:]) if parts[-1] == "reward" else parts[-1]  # train_reward's folder
+    labels.append(name if label in (*labels, *names) else label)
+  return labels
+
+
+def load_rewards(names: Sequence[str], dtype: str = "float32") -> dict[str, Reward]:
+  """Loads rewards by their labels; see `label_rewards` and `load_reward`."""
+  return {
+    label: load_reward(name, dtype) for label, name in zip(label_rewards(names), names, strict=True)
+  }
+
+
+def warn_without_texts(rewards: Iterable[Reward], has_texts: bool, prompts: str) -> None:
+  """Prints a line for each reward that reads texts, if the prompts have none."""
+  for reward in rewards:
+    if reward.tokenize and not has_texts and jax.process_index() == 0:
+      line = f"{prompts} has no texts: the reward {reward.name} reads the empty text"
+      print(line, file=sys.stderr)
+
+
 def load_reward(name: str | Path, dtype: str = "float32") -> Reward:
-  """Loads a reward: call the result with images.
+  """Loads a reward: call the result with images. Enables JAX's compilation cache.
 
   Args:
     name: a name of `table.TABLE`, "mini", a folder, a hub name, or FILE.py:FUNCTION.
@@ -123,6 +135,7 @@ def load_reward(name: str | Path, dtype: str = "float32") -> Reward:
   Raises:
     ValueError: there is no such reward, or it cannot be read.
   """
+  enable_cache()
   return _open(str(name), dtype)
 
 
@@ -136,7 +149,8 @@ def _open(name: str, dtype: str, bound: str | None = None, *, abstract: bool = F
   if module is prefpaint:
     weights = weights or prefpaint.RELEASED
     return prefpaint.outline(weights, dtype) if abstract else prefpaint.load(weights, dtype, bound)
-  return module.outline(name, weights, dtype) if abstract else module.load(name, weights, dtype)
+  load = getattr(module, "outline", module.load) if abstract else module.load
+  return load(name, weights, dtype)
 
 
 def open_objective(
@@ -172,10 +186,22 @@ def outline_objective(names: str, combine: str = "sum", dtype: str = "float32") 
 
 
 def _objective(names: str, combine: str, load: Callable[[str, bool], Reward]) -> Objective:
+  """Makes an objective; `load` takes a name, and whether it is the first learned reward."""
   found = split_names(names)
-  learned = [name for name, _ in found if not is_function(name)]
-  rewards = tuple(load(name, name in learned[:1]) for name, _ in found)
+  own = [name for name, _ in found]
+  learned = [name for name in own if _is_learned(name)]
+  rewards = (load(name, name in learned[:1]) for name in own)
+  rewards = tuple(
+    dataclasses.replace(reward, name=label)
+    for reward, label in zip(rewards, label_rewards(own), strict=True)
+  )
   return Objective(rewards, tuple(weight for _, weight in found), combine)
+
+
+def _is_learned(name: str) -> bool:
+  """Returns whether a name is of a reward model, which may have a bound."""
+  found = table.find(name)
+  return not is_function(name) and (found is None or found[0] is prefpaint)
 
 
 def combined(

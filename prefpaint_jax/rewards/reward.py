@@ -4,7 +4,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,11 +44,6 @@ class Reward:
   source: str = ""
   licence: str = ""
 
-  @property
-  def label(self) -> str:
-    """The last part of the name, for metrics."""
-    return Path(self.name).name
-
   def __call__(
     self,
     images: Any,
@@ -57,7 +51,17 @@ class Reward:
     masks: Any = None,
     texts: str | Sequence[str] | None = None,
   ) -> np.ndarray:
-    """Computes scores [B] of samples.
+    """Computes scores [B] of samples; see `score`."""
+    return self.score(images, masked_images, masks, texts)[0]
+
+  def score(
+    self,
+    images: Any,
+    masked_images: Any,
+    masks: Any = None,
+    texts: str | Sequence[str] | None = None,
+  ) -> tuple[np.ndarray, np.ndarray | None]:
+    """Computes scores [B] and features [B, D] of samples; None instead of features if D is 0.
 
     Args:
       images: B samples of one size: PIL images, paths or arrays (uint8, or float in [0, 1]); a list
@@ -68,7 +72,8 @@ class Reward:
       texts: one for all samples, or P texts; default: the empty text.
 
     Raises:
-      ValueError: inputs cannot be read, or do not have matching sizes or numbers.
+      ValueError: inputs cannot be read, or do not have matching sizes or numbers; or the reward
+        does not return B scores.
     """
     images, masked_images = load_images(images), load_images(masked_images, "masked_images")
     B, P = len(images), len(masked_images)
@@ -84,13 +89,14 @@ class Reward:
       )
     texts = texts * (P // len(texts))
     if self.on_host:
-      return self.on_arrays(images, masked_images, masks, texts)
+      return self.on_arrays(images, masked_images, masks, texts), None
     tokens = self.tokenize(texts) if self.tokenize else None
-    return np.asarray(self._program(self.params, images, masked_images, masks, tokens))
+    scores, features = self._program(self.params, images, masked_images, masks, tokens)
+    return self._checked(scores, B), None if features is None else np.asarray(features)
 
   @functools.cached_property
-  def _program(self) -> Callable[..., jax.Array]:
-    return jax.jit(lambda *arguments: self.function(*arguments)[0])
+  def _program(self) -> Callable[..., tuple[jax.Array, jax.Array | None]]:
+    return jax.jit(self.function)
 
   def on_arrays(
     self, images: np.ndarray, masked_images: np.ndarray, masks: np.ndarray, texts: Sequence[str]
@@ -108,9 +114,14 @@ class Reward:
       raise ValueError(
         f"reward {self.name}: failed with {type(error).__name__}: {found[0] if found else ''}"
       ) from error
-    if scores.shape != images.shape[:1]:
+    return self._checked(scores, len(images))
+
+  def _checked(self, scores: Any, B: int) -> np.ndarray:
+    """Returns scores as float32 [B]; raises ValueError if they have another shape."""
+    scores = np.asarray(scores, np.float32)
+    if scores.shape != (B,):
       raise ValueError(
-        f"reward {self.name}: returned an array of {list(scores.shape)}; expected "
-        f"{[len(images)]}, a score for each sample"
+        f"reward {self.name}: returned an array of {list(scores.shape)}; expected {[B]}, a score "
+        "for each sample"
       )
     return scores

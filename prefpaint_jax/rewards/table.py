@@ -1,10 +1,19 @@
-"""The rewards that have names. A module has `load` and, if it has weights, `outline`."""
+"""The rewards that have names.
+
+A module of the table has `load` and, if it has weights, `outline`. Both take the name, the weights
+and the dtype.
+"""
 
 import importlib
 from types import ModuleType
 
 # Name of a reward -> its module in this room.
-TABLE = {"prefpaint": "prefpaint", "image-reward": "image_reward"}
+TABLE = {
+  "prefpaint": "prefpaint",
+  "image-reward": "image_reward",
+  "seam": "seam",
+  "known-colour": "known_colour",
+}
 
 
 def find(name: str) -> tuple[ModuleType, str] | None:

@@ -33,15 +33,41 @@ from prefpaint_jax.align import score as score_lib
 from prefpaint_jax.align import update as update_lib
 from prefpaint_jax.align.rollout import in_chunks
 from prefpaint_jax.align.settings import Trust
-from prefpaint_jax.align.state import Experience, Scores, init_state
+from prefpaint_jax.align.state import Experience, Frozen, Scores, init_state
 from prefpaint_jax.diffusion.ddim import Trajectory
 from prefpaint_jax.models.reward import apply
+from prefpaint_jax.rewards.objective import Objective
+from prefpaint_jax.rewards.reward import Reward
 from prefpaint_jax.runtime import sharding
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 # ------------------------------------------------------------------------------- invalid samples
+def test_the_reward_that_is_not_finite_is_named_and_no_reward_needs_features():
+  counts = lambda images: images.sum((1, 2, 3)) - 100.0 * images[:, 0, 0, 0]
+  broken = lambda images: jnp.where(images[:, 0, 0, 0] > 0.5, jnp.nan, 1.0)
+  rewards = [
+    Reward(name, lambda params, images, *_, function=function: (function(images), None))
+    for name, function in (("whole", counts), ("mine", broken))
+  ]
+  settings = make_settings(Trust("none"))
+  samples = jnp.arange(B)[:, None, None, None] / B * jnp.ones((B, 4, 4, 3))
+  frozen = Frozen(None, ({}, {}), None, None, None)
+  objective = Objective(tuple(rewards), (1.0, 1.0))
+  score = jax.jit(functools.partial(score_lib.score, objective, settings))
+  _, metrics = score(frozen, toy_prompts(), samples)
+  share = np.mean(np.arange(B) / B > 0.5)
+  assert float(metrics["reward/nan_fraction"]) == pytest.approx(share)
+  assert float(metrics["reward/mine/nan_fraction"]) == pytest.approx(share)
+  assert float(metrics["reward/whole/nan_fraction"]) == 0.0
+  percent = f"{share:.0%}"
+  line = score_lib.describe_unusable({name: float(x) for name, x in metrics.items()})
+  assert line == f"{percent} of the rewards are not finite, mine the most with {percent}"
+  alone = {"reward/nan_fraction": 0.5, "reward/mean": 1.0}
+  assert score_lib.describe_unusable(alone) == "50% of the rewards are not finite"
+
+
 def test_invalid_sample_of_nan_changes_neither_loss_nor_gradient():
   settings = make_settings(kl_weight=0.5, updates_per_iteration=1)
   prompts = toy_prompts()

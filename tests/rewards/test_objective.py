@@ -5,9 +5,19 @@ import numpy as np
 import pytest
 
 from prefpaint_jax import testing
+from prefpaint_jax.preference.bound import Bound, save_bound
 from prefpaint_jax.rewards import load_reward
-from prefpaint_jax.rewards.objective import Objective, combined, open_objective, split_names
+from prefpaint_jax.rewards.objective import (
+  Objective,
+  combined,
+  label_rewards,
+  open_objective,
+  warn_without_texts,
+)
 from prefpaint_jax.rewards.reward import Reward
+from prefpaint_jax.runtime.weighted_names import split_names
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MINE = """
 import jax.numpy as jnp
@@ -28,6 +38,9 @@ slow.host = True
 
 def pixels(images):
   return images[:, 0, 0]
+
+def column(images):
+  return images[:, :1, 0, 0]
 
 pixels.host = True
 
@@ -122,7 +135,7 @@ def test_functions_of_users_score_each_sample(mine, samples):
   )
 
 
-def test_failures_on_the_host_are_one_line(mine, samples):
+def test_failures_of_functions_are_one_line(mine, samples):
   with pytest.raises(
     ValueError, match=r"\Areward broken: failed with RuntimeError: no such service\Z"
   ):
@@ -131,14 +144,29 @@ def test_failures_on_the_host_are_one_line(mine, samples):
     ValueError, match=r"\Areward pixels: returned an array of \[6, 3\]; expected \[6\]"
   ):
     load_reward(f"{mine}:pixels")(*samples)
+  with pytest.raises(
+    ValueError, match=r"\Areward column: returned an array of \[6, 1\]; expected \[6\]"
+  ):
+    load_reward(f"{mine}:column")(*samples)
 
 
 def test_mini_reward_equals_the_reward_model(samples):
   from prefpaint_jax import RewardModel
 
   images, known, _ = samples
-  expected, _ = RewardModel.from_pretrained("mini").score(images, known)
-  np.testing.assert_allclose(load_reward("mini")(images, known), expected, atol=1e-6)
+  expected = RewardModel.from_pretrained("mini").score(images, known)
+  found = load_reward("mini").score(images, known)
+  for ours, theirs in zip(found, expected, strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_rewards_that_read_texts_warn_where_there_are_none(mine, capsys):
+  rewards = [load_reward(f"{mine}:{name}") for name in ("brightness", "says", "slow")]
+  warn_without_texts(rewards, True, "runs/a")
+  assert not capsys.readouterr().err
+  warn_without_texts(rewards, False, "runs/a")
+  expected = "runs/a has no texts: the reward says reads the empty text\n"
+  assert capsys.readouterr().err == expected
 
 
 def test_combinations_equal_their_definitions():
@@ -173,7 +201,20 @@ def test_objective_of_one_sample_per_prompt_compares_the_batch():
   np.testing.assert_allclose(found, [1.0, 0.0, 0.5])
 
 
-def test_bound_is_that_of_the_first_learned_reward(mine):
+def test_labels_are_short_and_unique():
+  names = ["runs/a/reward", "runs/b/reward", "x/reward.pt", "seam", "hub/mini", "mini"]
+  labels = ["a/reward", "b/reward", "reward.pt", "seam", "mini"]
+  assert label_rewards(names[:5]) == labels
+  assert len(set(label_rewards([*names, "seam@x", "a.py:f", "b.py:f"]))) == 9
+  assert label_rewards(["seam@x/y", "a/b.py:f", "c.py:f"]) == ["seam", "f", "c.py:f"]
+
+
+def test_bound_is_that_of_the_first_learned_reward(mine, tmp_path):
+  bound = Bound.fit(np.eye(64, dtype=np.float32), lam=1.0)
+  save_bound(bound, tmp_path)
+  objective = open_objective("seam,mini*2", bound=str(tmp_path / "bound.safetensors"))
+  assert objective.trusted.name == "mini"
+  np.testing.assert_array_equal(objective.trusted.bound.whitening, bound.whitening)
   objective = open_objective(f"{mine}:brightness,mini*2", "gdpo")
   assert [reward.name for reward in objective.rewards] == ["brightness", "mini"]
   assert objective.trusted.name == "mini" and objective.trusted.bound is not None
