@@ -1,13 +1,15 @@
 """ImageReward: a learned score of an image for a text (Xu et al. 2023, arXiv 2304.05977).
 
 It reads the samples and texts, and neither masks nor masked images. Scores have mean 0 and standard
-deviation 1 over the images of its training; higher is better.
+deviation 1 over the images of its training; higher is better. `preprocess` resizes as the original,
+which uses PIL's bicubic filter, without PIL's rounding to bytes.
 """
 # Shapes: P prompts, S samples of each, B = P S samples, L tokens, D features.
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +57,9 @@ def outline(name: str, weights: str = "", dtype: str = "float32") -> Reward:
   return _reward(name, dtype, network_shapes(IMAGE_REWARD), _no_tokens)
 
 
-def _reward(name: str, dtype: str, params: Params, tokenize) -> Reward:
+def _reward(
+  name: str, dtype: str, params: Params, tokenize: Callable[[Sequence[str]], Any]
+) -> Reward:
   return Reward(
     name,
     functools.partial(_score, ImageRewardNetwork(IMAGE_REWARD, jnp.dtype(dtype))),
@@ -99,7 +103,7 @@ def _find_weights(weights: str) -> Path:
   )
 
 
-def _load_tokenizer(folder: Path):
+def _load_tokenizer(folder: Path) -> Any:
   """Makes BERT's tokenizer with the two tokens that BLIP adds, of which no text has one."""
   if not (folder / "vocab.txt").is_file():
     folder = resolve(VOCABULARY, ("vocab.txt",))

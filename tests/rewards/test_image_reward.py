@@ -119,11 +119,12 @@ def tiny(monkeypatch):
 
 
 def test_score_and_feature_equal_transformers(stock, folder):
-  images = np.random.default_rng(0).uniform(size=(6, 32, 48, 3)).astype(np.float32)
+  images = np.random.default_rng(0).uniform(size=(6, 32, 47, 3)).astype(np.float32)
   tokenizer = transformers.BertTokenizer.from_pretrained(folder)
   options = {"padding": "max_length", "truncation": True, "max_length": 35}
   tokens = tokenizer(TEXTS, **options, return_tensors="pt")
   assert tokens["attention_mask"].sum(1).tolist() == [10, 2, 35]
+  # torchvision's crop, which the original uses, starts at round(7.5) = 8; transformers' at 7.
   cropped = np.moveaxis((images[:, :, 8:40] - CLIP_MEAN) / CLIP_STD, -1, 1)
   with torch.no_grad():
     pair = [tokens[name].repeat_interleave(2, 0) for name in ("input_ids", "attention_mask")]
@@ -135,6 +136,17 @@ def test_score_and_feature_equal_transformers(stock, folder):
   found = jax.jit(reward.function)(reward.params, images, images[:3], None, tokens)
   assert_parity(found[0], expected)
   assert_parity(found[1], features)
+
+
+def test_without_a_folder_the_files_are_those_of_the_hub(folder, tmp_path, monkeypatch):
+  local = load_reward(f"image-reward@{folder}")
+  (tmp_path / "ImageReward.pt").write_bytes((folder / "ImageReward.pt").read_bytes())
+  hub = {"THUDM/ImageReward": tmp_path, "google-bert/bert-base-uncased": folder}
+  monkeypatch.setattr(image_reward, "resolve", lambda name, files: hub[name])
+  published = load_reward("image-reward")
+  jax.tree.map(np.testing.assert_array_equal, published.params, local.params)
+  pairs = zip(published.tokenize(TEXTS), local.tokenize(TEXTS), strict=True)
+  assert all(np.array_equal(*pair) for pair in pairs)
 
 
 @pytest.mark.slow
@@ -157,6 +169,7 @@ def test_outline_has_the_shapes_of_the_loaded_reward_and_reads_nothing(folder):
   assert (outline.feature_dim, outline.licence) == (loaded.feature_dim, loaded.licence)
 
 
+@pytest.mark.slow
 def test_full_size_tensors_of_transformers_fill_the_network():
   with torch.device("meta"):
     stock = StockImageReward(IMAGE_REWARD)
