@@ -8,7 +8,12 @@ import importlib
 from types import ModuleType
 
 # Name of a reward -> its module in this room.
-TABLE = {"prefpaint": "prefpaint", "seam": "seam", "known-colour": "known_colour"}
+TABLE = {
+  "prefpaint": "prefpaint",
+  "image-reward": "image_reward",
+  "seam": "seam",
+  "known-colour": "known_colour",
+}
 
 
 def find(name: str) -> tuple[ModuleType, str] | None:
