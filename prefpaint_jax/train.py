@@ -9,7 +9,7 @@ well, and results then differ in their last bits, because sums run in a differen
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from prefpaint_jax.align.held_out import HeldOut
+from prefpaint_jax.align.loading import load_run
 from prefpaint_jax.align.optimizer import rate_of_iteration
+from prefpaint_jax.align.referee import Referee
 from prefpaint_jax.align.results import (
   print_comparison,
   print_results,
@@ -31,7 +33,6 @@ from prefpaint_jax.align.run import (
   Run,
   context_shapes,
   image_shapes,
-  make_run,
   reward_shapes,
 )
 from prefpaint_jax.align.score import describe_unusable, reward_inputs
@@ -45,17 +46,12 @@ from prefpaint_jax.align.settings import (
 from prefpaint_jax.align.stages import compile_iteration
 from prefpaint_jax.align.state import (
   Experience,
-  Frozen,
   TrainState,
   behaviour_params,
   current_params,
 )
-from prefpaint_jax.align.texts import Texts
-from prefpaint_jax.data.captions import check_guidance
 from prefpaint_jax.data.prompts import final_split, open_prompts, prompt_loader
 from prefpaint_jax.inpainter import open_policy
-from prefpaint_jax.preference.bound import check_condition
-from prefpaint_jax.rewards.objective import open_objective, warn_without_texts
 from prefpaint_jax.runtime import cli, sharding
 from prefpaint_jax.runtime.checkpoint import Checkpoints
 from prefpaint_jax.runtime.config_check import check_fields
@@ -69,48 +65,6 @@ from prefpaint_jax.runtime.workdir import open_workdir
 WRITES = ("checkpoints", "metrics.jsonl", "samples", "tensorboard")
 # Fields that a resumed run may change; it may also change those that end in _every.
 FREE = ("num_iterations", "samples_per_pass", "keep_checkpoints", "keep_best")
-
-
-def load_run(
-  config: ConfigDict, mesh: Mesh, step: int | None = None, has_texts: bool = False
-) -> Run:
-  """Loads the policy and the reward model of a config and places them on the mesh.
-
-  Args:
-    step: the checkpoint of the policy, if that is a run.
-    has_texts: prompts have texts.
-  """
-  trust = settings_from(config).trust
-  policy = open_policy(config.policy, config.dtype, step, config.remat)
-  objective = open_objective(config.reward, config.combine, config.dtype, config.bound or None)
-  warn_without_texts(objective.rewards, has_texts, config.prompts)
-  bound = objective.trusted and objective.trusted.bound
-  if trust.needs_bound and bound is None:
-    raise ValueError(
-      f"trust.norm={trust.norm!r} needs a bound, {config.reward} has none: give "
-      "--config.bound=FILE or --config.trust.norm=none"
-    )
-  guidance = policy.guidance(config.guidance_scale, None if has_texts else [""])
-  check_guidance(config.guidance_scale, guidance is not None, config.prompts)
-  if trust.needs_bound:
-    check_condition(bound.whitening, trust.norm)
-  frozen = Frozen(
-    vae=policy.params["vae"],
-    reward=objective.params,
-    whitening=None if bound is None else bound.whitening.astype(np.float32),
-    context=policy.empty_context,
-    base=None,
-    negative=guidance and guidance.negative,
-  )
-  base = policy.params.pop("unet")
-  run = make_run(config, mesh, policy.modules, objective, base, frozen, has_texts=has_texts)
-  if not has_texts:
-    return run
-  most = max(config.batch_size, config.num_samples)
-  modules, encoders = policy.modules, policy.text_params
-  return run._replace(
-    texts=Texts(modules, encoders, policy.tokenize, policy.empty_context, mesh, most)
-  )
 
 
 class Session(NamedTuple):
@@ -145,7 +99,9 @@ def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session
   is_new = checkpoints.latest() is None
   with waiting(f"loading {config.policy} (reward: {config.reward})"):
     has_texts = prompts.has_texts or prompts_of["eval_prompts"].has_texts
-    run = load_run(config, mesh, base_step(config.policy, workdir, is_new), has_texts)
+    step = base_step(config.policy, workdir, is_new)
+    policy = open_policy(config.policy, config.dtype, step, config.remat)
+    run = load_run(config, mesh, policy, has_texts)
 
   ### State: fresh, or exactly where an earlier run stopped.
   if is_new:
@@ -154,6 +110,10 @@ def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session
     state, position, _ = checkpoints.restore(run.state_shapes)
     loader.set_state(position)
   run = run if compares_with_base(config) else run._replace(begin=None)
+  start = int(state.iteration)
+  writer = MetricsWriter(workdir, process == 0)
+  # A run without a checkpoint writes the line of iteration 0 again.
+  earlier = writer.truncate(start or -1)
   sample_key, comparison_key, _ = jax.random.split(jax.random.key(config.seed), 3)
   held_out, final = (
     HeldOut(
@@ -164,12 +124,10 @@ def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session
       sample_key,
       comparison_key,
       config.simulated_preference,
+      referee,
     )
-    for found in prompts_of.values()
+    for found, referee in zip(prompts_of.values(), (Referee(earlier), None), strict=True)
   )
-  start = int(state.iteration)
-  writer = MetricsWriter(workdir, process == 0)
-  writer.truncate(start or -1)  # a run without a checkpoint writes the line of iteration 0 again
   images_per_iteration = config.batch_size * settings.samples_per_prompt
   rate = functools.partial(rate_of_iteration, config)
   log = IterationLog(writer, config.num_iterations, start, images_per_iteration, rate)
@@ -190,7 +148,7 @@ def iterate(
   loop_key = jax.random.split(jax.random.key(config.seed), 3)[2]
   shown = session.workdir, session.writer, held_out
   start = saved = int(state.iteration)
-  stopping = failed = False
+  stopping = failed = hacked = False
   if start < config.num_iterations:
     context = context_shapes(config, mesh, frozen) if run.has_texts else None
     read = reward_shapes(run.objective, config, mesh)
@@ -242,17 +200,30 @@ def iterate(
         checkpoints.save(done, state, loader.get_state(), {}, line)
         saved = done
       log.restart_clock()
-    if last or stopping:
+      if config.stop_on_hacking:  # process 0 has the lines of earlier iterations
+        verdict = np.array(line.get("referee/hacking", 0.0))
+        hacked = bool(multihost_utils.broadcast_one_to_all(verdict))
+    if last or stopping or hacked:
       break
   log.flush()
   check_state(int(state.iteration), state)
   checkpoints.wait()
-  if failed:
-    raise ValueError(
-      f"iteration {done}: {describe_unusable(score_line)}, max_nan_fraction is "
-      f"{config.max_nan_fraction:.0%}; the run was stopped"
-    )
+  if failed or hacked:
+    raise ValueError(why_ended(config, done, score_line, hacked))
   return state, saved, bool(stopping)
+
+
+def why_ended(config: ConfigDict, done: int, line: Mapping[str, float], hacked: bool) -> str:
+  """Returns the line of a run that ends before its last iteration."""
+  if hacked:
+    return (
+      f"iteration {done}: the reward rises while a judge falls, so the run was stopped; the best "
+      f"checkpoint by {config.keep_best} is the last good one: export it with --step=best"
+    )
+  return (
+    f"iteration {done}: {describe_unusable(line)}, max_nan_fraction is "
+    f"{config.max_nan_fraction:.0%}; the run was stopped"
+  )
 
 
 def train(config: ConfigDict, workdir: Path) -> TrainState:

@@ -17,7 +17,7 @@ from prefpaint_jax import plan, testing
 from prefpaint_jax.align.run import outline
 from prefpaint_jax.align.settings import check_batch
 from prefpaint_jax.kernels.attention import has_cudnn
-from prefpaint_jax.models import architectures, pipeline
+from prefpaint_jax.models import architectures, assembly
 from prefpaint_jax.planning import cost, stages
 from prefpaint_jax.planning.chips import GIB, GPUS, Chip, topology_devices
 from prefpaint_jax.rewards import prefpaint
@@ -158,11 +158,14 @@ def test_search_refuses_a_batch_that_the_chips_cannot_share():
   [
     ("stable-diffusion-v1-5/stable-diffusion-inpainting", 859_535_364),
     ("stabilityai/stable-diffusion-2-inpainting", 865_925_124),
+    pytest.param(
+      "diffusers/stable-diffusion-xl-1.0-inpainting-0.1", 2_567_478_084, marks=pytest.mark.slow
+    ),
   ],
 )
 def test_known_architectures_have_as_many_parameters_as_the_checkpoints(policy, parameters):
   configs, _ = architectures.read_architecture(policy)
-  modules = pipeline.make_modules(configs)
+  modules = assembly.make_modules(configs)
   unet = modules.shapes()["unet"]
   assert sum(x.size for x in jax.tree.leaves(unet)) == parameters
 

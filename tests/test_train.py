@@ -168,7 +168,8 @@ def test_iteration_0_is_the_base_against_itself(finished):
   first, second = finished.all_lines()[0], finished.all_lines()[2]
   assert first["held_out/reward_winrate"] == 0.5
   assert first["held_out/reward_gain"] == first["held_out/reward_gain_in_sd"] == 0.0
-  assert {key for key in second if key.startswith("held_out/")} == first.keys() - {"iteration"}
+  measured = ("held_out/", "referee/")
+  assert {key for key in second if key.startswith(measured)} == first.keys() - {"iteration"}
   assert second["held_out/reward_gain"] == pytest.approx(
     second["held_out/reward"] - first["held_out/reward"], abs=1e-6
   )
@@ -412,7 +413,9 @@ def test_batch_that_does_not_divide_over_the_devices_is_an_error(world, tmp_path
     ({"eta": 0.0}, "eta is 0.0; expected a number above 0"),
     ({"size": 9}, "images are 9x9: both sides must be multiples of 2"),
     ({"trust.norm": "l2"}, r"trust\.norm is 'l2'"),
-    ({"keep_best": "reward/men"}, "keep_best is 'reward/men'; expected one of held_out/reward, "),
+    ({"keep_best": "reward/men"}, "keep_best is 'reward/men'; expected '' or one of reward"),
+    ({"stop_on_hacking": True}, "stop_on_hacking needs judges that see the fall, and keep_best="),
+    ({"keep_best": "held_out/judge/mini"}, "keep_best is 'held_out/judge/mini'; expected ''"),
     (
       {"keep_best": "held_out/reward", "eval_every": 4},
       "eval_every=4 .* make checkpoint_every=2 a multiple of eval_every",

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from prefpaint_jax.align.referee import JUDGE, SAME_PROMPT, Referee
 from prefpaint_jax.align.run import Run
 from prefpaint_jax.align.score import reward_inputs
 from prefpaint_jax.data.examples import Prompt, concatenate, stack
@@ -18,7 +20,6 @@ from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.weights.names import Params
 
-SCORES = ("reward", "true_preference")
 # Suffixes of the metrics of a score, and their statistics (see `winrate`).
 STATISTICS = {
   "": "reward/mean",
@@ -45,6 +46,7 @@ class HeldOut:
     sample_key: jax.Array,
     comparison_key: jax.Array,
     simulated_preference: bool = False,
+    referee: Referee | None = None,
   ):
     """Prepares the evaluation.
 
@@ -54,7 +56,9 @@ class HeldOut:
       sample_key: noise of the samples that are shown.
       comparison_key: noise of the samples that are compared.
       simulated_preference: also score with the simulated annotators' preference.
+      referee: judges the metrics; None: nobody does.
     """
+    self._referee = referee
     self._run, self._mesh, self._prompts, self._chunk = run, mesh, prompts, chunk
     self._sample_key, self._comparison_key = sample_key, comparison_key
     self._simulated = simulated_preference
@@ -65,48 +69,66 @@ class HeldOut:
     return self._batch(0)
 
   @functools.cached_property
-  def _base_sample(self) -> tuple[np.ndarray, np.ndarray]:
+  def _base_sample(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     return self._inpaint(self._run.begin, self._shown, self._sample_key)
 
   def _batch(self, chunk: int) -> dict[str, np.ndarray]:
     first, number = chunk * self._chunk, len(self._prompts)
     return stack([self._prompts[(first + i) % number] for i in range(self._chunk)])
 
-  def _inpaint(self, params: Params, batch, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Returns samples [N, H, W, 3] and their rewards [N] of a batch, on every process."""
+  def _inpaint(
+    self, params: Params, batch, key: jax.Array
+  ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Returns samples [N, H, W, 3] and their scores [N] of a batch, on every process."""
     layout, frozen = sharding.batch_sharding(self._mesh), self._run.frozen
     images, masks = sharding.place(layout, (batch["image"], batch["mask"]))
-    texts, objective = self._run.texts, self._run.objective
+    texts = self._run.texts
     own = sharding.local_rows(self._mesh, len(masks))
     local = {name: values[own] for name, values in batch.items()}
     context = texts and texts([str(text) for text in local["text"]])
     samples = self._run.stages.inpaint(params, frozen, images, masks, key, context)
+    scores = self._scored(frozen.reward, self._run.judge_params, samples, images, masks, local)
+    return multihost_utils.process_allgather((samples, scores), tiled=True)
+
+  def _scored(self, params, judge_params, samples, images, masks, local) -> dict[str, jax.Array]:
+    """Returns the weighted sum of the rewards, and the scores of the judges."""
+    objective, judges = self._run.objective, self._run.judges
+    arrays = samples, images * (1.0 - masks), masks
     read = reward_inputs(objective, self._mesh, local, samples)
-    rewards = self._weighted(frozen.reward, samples, images * (1.0 - masks), masks, *read)
-    return multihost_utils.process_allgather((samples, rewards), tiled=True)
+    found = {"reward": objective.weighted(self._programs[0](params, *arrays, *read))}
+    if judges.rewards:
+      read = reward_inputs(judges, self._mesh, local, samples)
+      scores = self._programs[1](judge_params, *arrays, *read)
+      names = (f"{JUDGE}{judge.label}" for judge in judges.rewards)
+      found |= zip(names, scores, strict=True)
+    return found
 
   @functools.cached_property
-  def _weighted(self) -> Callable[..., jax.Array]:
-    return jax.jit(self._run.objective.weighted)
+  def _programs(self) -> tuple[Callable[..., list[jax.Array]], ...]:
+    return tuple(jax.jit(one.scores) for one in (self._run.objective, self._run.judges))
 
   def _scores(self, params: Params, chunk: int) -> dict[str, np.ndarray]:
     """Returns scores and drift measures [N, S] of a chunk."""
     batch, key = self._batch(chunk), jax.random.fold_in(self._comparison_key, chunk)
-    found = []
+    found, drawn = [], []
     for s in range(SAMPLES):
-      samples, rewards = self._inpaint(params, batch, jax.random.fold_in(key, s))
-      scores = {"reward": rewards}
+      samples, scores = self._inpaint(params, batch, jax.random.fold_in(key, s))
+      drawn.append(samples)
       if self._simulated:
         texts = [str(text) for text in batch["text"]]
         truth = simulation.true_preference(samples, batch["mask"], texts)
         scores["true_preference"] = truth["combined"]
       found.append(scores | drift.measure(samples, batch["mask"], batch["image"]))
-    return {name: np.stack([one[name] for one in found], axis=1) for name in found[0]}
+    results = {name: np.stack([one[name] for one in found], axis=1) for name in found[0]}
+    hole, between = batch["mask"], np.abs(drawn[0] - drawn[1]).mean(-1, keepdims=True)
+    apart = (hole * between).sum((1, 2, 3)) / hole.sum((1, 2, 3))
+    return results | {SAME_PROMPT: np.repeat(apart[:, None], SAMPLES, axis=1)}
 
   def sample(self, params: Params, iteration: int) -> np.ndarray:
     """Draws a grid, uint8: the first prompts, samples of the base policy and of `params`."""
-    samples, rewards = self._inpaint(params, self._shown, self._sample_key)
-    base_samples, base_rewards = self._base_sample
+    samples, scores = self._inpaint(params, self._shown, self._sample_key)
+    base_samples, base_scores = self._base_sample
+    rewards, base_rewards = scores["reward"], base_scores["reward"]
     # Grey tells the hole from black pixels.
     prompts = np.where(self._shown["mask"] > 0, 0.5, self._shown["image"])
     none = np.zeros(len(prompts), bool)
@@ -147,7 +169,7 @@ class HeldOut:
     policy, base = self.compare(params, count)
     line = {}
     for name, values in policy.items():
-      if name in SCORES:
+      if is_score(name):
         group = winrate.estimate(winrate.Scores(values, base[name]))
         missing = dict.fromkeys(("value", "low", "high"), np.nan)
         for suffix, statistic in STATISTICS.items():
@@ -158,4 +180,14 @@ class HeldOut:
         line[f"held_out/{name}/base"] = base_score["value"]
       else:
         line[f"held_out/drift/{name}"] = float(np.mean(values) - np.mean(base[name]))
+    if self._referee is not None:
+      verdict, warnings = self._referee.look(line, policy, base)
+      line |= verdict
+      for warning in warnings:
+        logging.warning("%s", warning)
     return line
+
+
+def is_score(name: str) -> bool:
+  """Returns whether a name is that of a score, and not of a measure."""
+  return name in ("reward", "true_preference") or name.startswith(JUDGE)

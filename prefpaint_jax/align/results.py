@@ -9,7 +9,8 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from prefpaint_jax.align.held_out import SAMPLES, HeldOut
+from prefpaint_jax.align.held_out import SAMPLES, HeldOut, is_score
+from prefpaint_jax.align.referee import JUDGE
 from prefpaint_jax.align.state import TrainState, current_params
 from prefpaint_jax.data.images import save_png
 from prefpaint_jax.data.prompts import final_split
@@ -28,9 +29,9 @@ def print_comparison(
   """Prints a line per score [N, S] of held-out prompts, policy against base."""
   count, split = config.final_prompts, final_split(config.prompts)
   print(f"{count} held-out prompts ({split}), policy against base, {SAMPLES} samples of each:")
-  for name in (name for name in TITLES if name in policy):
+  for name in filter(is_score, policy):
     group = winrate.estimate(winrate.Scores(policy[name], base[name]))
-    print(describe(TITLES[name], group))
+    print(describe(TITLES.get(name, name.removeprefix(JUDGE)), group))
 
 
 def print_results(config: ConfigDict, workdir: Path, iteration: int) -> None:

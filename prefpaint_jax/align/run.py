@@ -40,7 +40,10 @@ class Run(NamedTuple):
   begin: Params  # the trained parameters of the base policy
   frozen: Frozen
   has_texts: bool = False  # the rollout takes the contexts of the prompts' texts
-  texts: Texts | None = None  # which `train` sets
+  # `train` sets these:
+  texts: Texts | None = None
+  judges: Objective = Objective(())  # rewards that are never optimised
+  judge_params: tuple[Params, ...] = ()
 
   @property
   def parameters(self) -> dict[str, int]:

@@ -87,7 +87,7 @@ def score(
   valid = functools.reduce(jnp.logical_and, usable) & jnp.isfinite(features).all(-1)
   features = jnp.where(valid[:, None], features, 0.0)
   scores = [jnp.where(valid, one, 0.0) for one in scores]
-  total = sum(weight * one for weight, one in zip(objective.weights, scores, strict=True))
+  total = objective.weighted(scores)
   weigh = functools.partial(trust_weights, settings.trust)
   trust = in_chunks(weigh, 0, mesh, frozen.whitening, features)
   valid &= jnp.isfinite(trust)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -162,6 +163,16 @@ def check_config(config: ConfigDict) -> None:
         "number of prompts that the run samples at a time"
       )
   name, every = config.keep_best, config.eval_every
+  kept = ["reward/mean", "held_out/reward", "held_out/reward_winrate"]
+  for judge in config.judges:
+    kept += [f"held_out/judge/{Path(judge).name}{end}" for end in ("", "_winrate")]
+  if name and name not in kept:
+    raise ValueError(f"keep_best is {name!r}; expected '' or one of {', '.join(kept)}")
+  if config.stop_on_hacking and not (config.judges and name.startswith("held_out/judge/")):
+    raise ValueError(
+      "stop_on_hacking needs judges that see the fall, and keep_best=held_out/judge/NAME, whose "
+      "checkpoint is the last good one; give both"
+    )
   is_measured = bool(config.eval_prompts and every) and config.checkpoint_every % every == 0
   if name.startswith("held_out/") and not is_measured:
     raise ValueError(

@@ -63,24 +63,27 @@ class Objective(NamedTuple):
     arrays = images, masked_images, masks, texts
     return tuple(one.on_arrays(*arrays) if one.on_host else None for one in self.rewards)
 
-  def weighted(
+  def scores(
     self, params: Any, images: Any, masked_images: Any, masks: Any, tokens: Any, on_host: Any
-  ) -> Float[Array, " B"]:
-    """Computes the weighted sum of the scores, whatever the combination.
+  ) -> list[Float[Array, " B"]]:
+    """Computes the scores of each reward.
 
     Args:
       params: of the rewards.
       tokens, on_host: results of `tokenize` and `host_scores`.
     """
-    total = 0.0
-    for i, (reward, weight) in enumerate(zip(self.rewards, self.weights, strict=True)):
+    found = []
+    for i, reward in enumerate(self.rewards):
       if reward.on_host:
-        scores = on_host[i]
+        found.append(on_host[i])
       else:
         read = tokens and tokens[i]
-        scores, _ = reward.function(params[i], images, masked_images, masks, read)
-      total += weight * scores
-    return total
+        found.append(reward.function(params[i], images, masked_images, masks, read)[0])
+    return found
+
+  def weighted(self, scores: Sequence[Float[Array, " B"]]) -> Float[Array, " B"]:
+    """Computes the weighted sum of the scores, whatever the combination."""
+    return sum(weight * one for weight, one in zip(self.weights, scores, strict=True))
 
 
 def is_function(name: str) -> bool:
@@ -164,6 +167,19 @@ def open_objective(
   return _objective(names, combine, lambda name, own: _open(name, dtype, own and bound))
 
 
+def open_judges(names: Sequence[str], dtype: str = "float32") -> Objective:
+  """Loads rewards that only judge.
+
+  Raises:
+    ValueError: two have one label.
+  """
+  judges = tuple(load_reward(name, dtype) for name in names)
+  labels = [judge.label for judge in judges]
+  if twice := {label for label in labels if labels.count(label) > 1}:
+    raise ValueError(f"judges: two are called {min(twice)}; leave one out, or rename its folder")
+  return Objective(judges, (1.0,) * len(judges))
+
+
 def outline_objective(names: str, combine: str = "sum", dtype: str = "float32") -> Objective:
   """Makes the objective with shapes in the place of parameters; reads no weights."""
   return _objective(names, combine, lambda name, _: _open(name, dtype, abstract=True))
@@ -202,7 +218,7 @@ def combined(
     within = _standardised if objective.combine == "gdpo" else _win_rates
     known = valid.reshape(-1, S)
     scores = [within(one.reshape(-1, S), known).reshape(-1) for one in scores]
-  return sum(weight * one for weight, one in zip(objective.weights, scores, strict=True))
+  return objective.weighted(scores)
 
 
 def _standardised(scores: Float[Array, "P S"], known: Bool[Array, "P S"]) -> Float[Array, "P S"]:

@@ -49,7 +49,6 @@ ARGUMENTS: dict[str, Range] = {
 # Values that the code names too.
 COMBINATIONS = ("sum", "gdpo", "winrate")
 TRUST_NORMS = ("mahalanobis", "released", "constant", "none")
-KEEP_BEST = ("held_out/reward", "held_out/reward_winrate", "reward/mean")
 KINDS = ("outpainting", "warping", "box", "brush")
 FITS = ("crop", "pad", "random")
 AUGMENTATIONS = ("none", "mirror", "dihedral")
@@ -113,7 +112,9 @@ RL: dict[str, Range] = {
   "mesh.split_frozen": Boolean(),
   "checkpoint_every": COUNT_OR_NONE,
   "keep_checkpoints": COUNT,
-  "keep_best": Choice((*KEEP_BEST, "")),
+  "keep_best": Text(),
+  "judges": Several(Text(empty=False)),
+  "stop_on_hacking": Boolean(),
   "sample_every": COUNT_OR_NONE,
   "num_samples": COUNT,
   "eval_every": COUNT_OR_NONE,

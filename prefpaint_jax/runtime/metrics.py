@@ -55,8 +55,8 @@ class MetricsWriter:
     self._events: EventFile | None = None
     self._purge_step: int | None = None
 
-  def truncate(self, iteration: int) -> None:
-    """Deletes the lines after `iteration`, the one of the restored checkpoint.
+  def truncate(self, iteration: int) -> list[dict[str, Any]]:
+    """Deletes the lines after `iteration`, the one of the restored checkpoint; returns the others.
 
     Call it before the first write. A run that was killed after its latest checkpoint has written
     lines that the resumed run will write again; the last one may be incomplete.
@@ -65,14 +65,18 @@ class MetricsWriter:
     # TensorBoard hides events of earlier files from this step on.
     self._purge_step = iteration + 1
     if not self.is_writer or not path.exists():
-      return
+      return []
     *complete, _ = path.read_bytes().split(b"\n")
-    kept = []
+    kept, lines = [], []
     for number, line in enumerate(complete, 1):
-      done = parse_json(line, f"{path}, line {number}").get("iteration")
+      scalars = parse_json(line, f"{path}, line {number}")
+      done = scalars.get("iteration")
       check(f"{path}, line {number}: iteration", done, COUNT_OR_NONE)
-      kept += [line] if done <= iteration else []
+      if done <= iteration:
+        kept.append(line)
+        lines.append(scalars)
     write_text(path, "".join(line.decode() + "\n" for line in kept))
+    return lines
 
   def write(self, iteration: int, scalars: Mapping[str, Any]) -> None:
     """Writes a line of scalars (numbers or 0-d arrays); NaN and infinities become null."""

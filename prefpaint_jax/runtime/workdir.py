@@ -30,6 +30,8 @@ EARLIER = {
   "text_dropout": 0.0,
   "combine": "sum",
   "rewards": "",
+  "judges": [],
+  "stop_on_hacking": False,
 }
 
 

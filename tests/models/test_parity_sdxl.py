@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import assert_parity, channels_last, params_of, randomise, template_of
+from parity import assert_parity, channels_last, params_of, randomise, template_of, tensors_of
 from PIL import Image
 
 from prefpaint_jax import testing
+from prefpaint_jax.diffusion.ddim import ddim_steps
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.models import architectures
 from prefpaint_jax.models.assembly import make_modules
 from prefpaint_jax.models.clip import CLIPTextModel, SDXLTextModel
+from prefpaint_jax.models.conditioning import Context, Guidance, Prompts
 from prefpaint_jax.models.config import CLIPTextConfig, UNetConfig
 from prefpaint_jax.models.unet import UNet2DConditionModel
 
@@ -165,6 +167,20 @@ def test_pipeline_equals_stock_diffusers(both, text, guidance_scale, negative_te
   np.testing.assert_allclose(samples, expected, atol=1e-3)
 
 
+def test_sizes_of_an_image_that_is_not_square_are_in_the_order_of_stock_diffusers(both):
+  ours, stock = both
+  size = 8, 16
+  sizes = size, (0, 0), size, 6.0, 2.5, size, (0, 0), size
+  expected = stock._get_add_time_ids(
+    *sizes, torch.float32, stock.text_encoder_2.config.projection_dim
+  )
+  prompts = Prompts(jnp.zeros((1, *size, 1)), *(None,) * 4)
+  negative = Guidance(jnp.float32(5.0), Context(jnp.ones((1, 2, 28)), jnp.ones((1, 10))))
+  prompts = ours.modules.condition(prompts, Context(jnp.zeros((3, 2, 28))), negative)
+  np.testing.assert_array_equal(prompts.context.time_ids, np.repeat(expected[0], 3, axis=0))
+  np.testing.assert_array_equal(prompts.guidance.negative.time_ids, expected[1])
+
+
 @pytest.mark.parametrize("upcast", [True, False])
 def test_vae_in_bfloat16_encodes_in_the_precision_of_stock_diffusers(both, upcast):
   ours, stock = both
@@ -184,6 +200,50 @@ def test_vae_in_bfloat16_encodes_in_the_precision_of_stock_diffusers(both, upcas
   # Stock rounds the result to bfloat16; without the upcast, every layer rounds.
   error = np.abs(prompts.masked_latents - expected).max() / np.abs(expected).max()
   assert error <= 2**-7 if upcast else 2**-7 < error < 2**-4
+
+
+# scheduler_config.json of the published pipeline.
+EULER = {
+  "beta_end": 0.012,
+  "beta_schedule": "scaled_linear",
+  "beta_start": 0.00085,
+  "clip_sample": False,
+  "interpolation_type": "linear",
+  "num_train_timesteps": 1000,
+  "prediction_type": "epsilon",
+  "sample_max_value": 1.0,
+  "set_alpha_to_one": False,
+  "skip_prk_steps": True,
+  "steps_offset": 1,
+  "timestep_spacing": "leading",
+  "use_karras_sigmas": False,
+}
+
+
+def test_folder_that_stock_diffusers_wrote_loads_and_stock_opens_its_export(both, tmp_path):
+  ours, stock = both
+  euler = diffusers.EulerDiscreteScheduler.from_config(EULER)
+  written = diffusers.StableDiffusionXLInpaintPipeline(**stock.components | {"scheduler": euler})
+  written.save_pretrained(tmp_path / "stock")
+  loaded = Inpainter.from_pretrained(tmp_path / "stock")
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, ours.params)
+  loaded.save_pretrained(tmp_path / "export")
+  again = diffusers.AutoPipelineForInpainting.from_pretrained(tmp_path / "export")
+  assert type(again) is diffusers.StableDiffusionXLInpaintPipeline
+  assert again.tokenizer.pad_token == "<|endoftext|>" and again.tokenizer_2.pad_token == "!"
+  for part in loaded.params:
+    expected, found = (tensors_of(getattr(pipe, part)) for pipe in (stock, again))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+      np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+  # The sampler is DDIM at the noise levels and timesteps of the published scheduler.
+  ddim = diffusers.DDIMScheduler.from_config(euler.config)
+  for scheduler in (euler, ddim, again.scheduler):
+    scheduler.set_timesteps(STEPS)
+  steps = ddim_steps(loaded.modules.schedule, STEPS, 0.0)
+  for scheduler in (euler, ddim, again.scheduler):
+    np.testing.assert_array_equal(steps.timestep, scheduler.timesteps)
+  np.testing.assert_array_equal(loaded.modules.schedule.alphas_cumprod, ddim.alphas_cumprod)
 
 
 def test_export_of_import_is_bit_identical(both, tmp_path):

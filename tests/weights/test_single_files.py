@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.inpainter import Inpainter, open_policy
 from prefpaint_jax.models.architectures import random_params, read_architecture
 from prefpaint_jax.models.assembly import make_modules
 from prefpaint_jax.models.tokenizer import byte_tokenizer
@@ -211,7 +211,7 @@ def assert_same_model(found: Inpainter, expected: Inpainter) -> None:
 
 
 def test_single_file_has_the_networks_and_every_parameter_of_its_folder(world):
-  opened = Inpainter.from_pretrained(world.file)
+  opened = open_policy(str(world.file))
   assert_same_model(opened, world.inpainter)
   assert opened.tokenizer_files == {"tokenizer": byte_tokenizer()}
 

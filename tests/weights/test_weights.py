@@ -105,7 +105,10 @@ def older(name: str) -> str:
 
 @pytest.mark.parametrize(
   ("name", "generation"),
-  [(name, "today") for name in CHECKPOINTS]
+  [
+    pytest.param(name, "today", marks=[pytest.mark.slow] if name == "sdxl_inpainting_unet" else [])
+    for name in CHECKPOINTS
+  ]
   + [(name, "2022") for name in ("sd_vae", "clip_l_text", "openclip_h_text")],
 )
 def test_real_checkpoint_maps_one_to_one(name, generation):

@@ -3,7 +3,7 @@
 import pytest
 from ml_collections import ConfigDict
 
-from prefpaint_jax import train
+from prefpaint_jax.align import results
 
 
 @pytest.mark.parametrize(
@@ -18,9 +18,9 @@ from prefpaint_jax import train
 )
 def test_weights_that_spread_by_less_than_two_percent_are_named(norm, spread, warns, monkeypatch):
   lines = []
-  monkeypatch.setattr(train.logging, "warning", lambda text, *values: lines.append(text % values))
+  monkeypatch.setattr(results.logging, "warning", lambda text, *values: lines.append(text % values))
   line = {"trust/mean": 2.0, "trust/std": 2.0 * spread}
-  train.warn_of_equal_weights(ConfigDict({"norm": norm, "k": 0.05}), line)
+  results.warn_of_equal_weights(ConfigDict({"norm": norm, "k": 0.05}), line)
   assert len(lines) == warns
   if warns:
     expected = (
