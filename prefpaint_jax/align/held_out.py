@@ -99,7 +99,7 @@ class HeldOut:
     if judges.rewards:
       read = reward_inputs(judges, self._mesh, local, samples)
       scores = self._programs[1](judge_params, *arrays, *read)
-      names = (f"{JUDGE}{judge.label}" for judge in judges.rewards)
+      names = (f"{JUDGE}{judge.name}" for judge in judges.rewards)
       found |= zip(names, scores, strict=True)
     return found
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from prefpaint_jax.rewards.objective import label_rewards
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.runtime.config_check import check_values
 from prefpaint_jax.runtime.config_fields import RL
@@ -164,8 +164,8 @@ def check_config(config: ConfigDict) -> None:
       )
   name, every = config.keep_best, config.eval_every
   kept = ["reward/mean", "held_out/reward", "held_out/reward_winrate"]
-  for judge in config.judges:
-    kept += [f"held_out/judge/{Path(judge).name}{end}" for end in ("", "_winrate")]
+  for judge in label_rewards(config.judges):
+    kept += [f"held_out/judge/{judge}{end}" for end in ("", "_winrate")]
   if name and name not in kept:
     raise ValueError(f"keep_best is {name!r}; expected '' or one of {', '.join(kept)}")
   if config.stop_on_hacking and not (config.judges and name.startswith("held_out/judge/")):

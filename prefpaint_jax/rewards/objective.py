@@ -168,15 +168,9 @@ def open_objective(
 
 
 def open_judges(names: Sequence[str], dtype: str = "float32") -> Objective:
-  """Loads rewards that only judge.
-
-  Raises:
-    ValueError: two have one label.
-  """
-  judges = tuple(load_reward(name, dtype) for name in names)
-  labels = [judge.label for judge in judges]
-  if twice := {label for label in labels if labels.count(label) > 1}:
-    raise ValueError(f"judges: two are called {min(twice)}; leave one out, or rename its folder")
+  """Loads rewards that only judge; their names become their labels."""
+  loaded = load_rewards(names, dtype)
+  judges = tuple(dataclasses.replace(judge, name=label) for label, judge in loaded.items())
   return Objective(judges, (1.0,) * len(judges))
 
 

@@ -102,6 +102,7 @@ def test_export_names_a_scheduler_of_stock_and_reads_as_the_same_schedule(
   "field, stored",
   [("dtype", "float32"), (None, "float16"), ("torch_dtype", "float16"), (None, "bfloat16")],
 )
+@pytest.mark.slow
 def test_stock_computes_an_export_in_one_type(inpainter, tmp_path, open_stock, field, stored):
   torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
   base = of_scheduler(inpainter, _class_name="DDIMScheduler")

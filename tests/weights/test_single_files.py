@@ -274,6 +274,7 @@ def stock_from_single_file(world: World, folder: Path):
   return pipe
 
 
+@pytest.mark.slow
 def test_stock_reads_the_same_parameters_from_the_file(world, tmp_path):
   pytest.importorskip("torch", reason="parity needs torch: pip install torch")
   pipe = stock_from_single_file(world, tmp_path / "config")
