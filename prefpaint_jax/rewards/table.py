@@ -10,6 +10,11 @@ from types import ModuleType
 # Name of a reward -> its module in this room.
 TABLE = {
   "prefpaint": "prefpaint",
+  "aesthetic-v1": "aesthetic",
+  "aesthetic-v2": "aesthetic",
+  "clip-score": "clip_score",
+  "pickscore": "pickscore",
+  "hps-v2.1": "hps",
   "image-reward": "image_reward",
   "seam": "seam",
   "known-colour": "known_colour",
