@@ -36,6 +36,9 @@ def get_config(preset: str = "") -> ConfigDict:
   config.batch_size = 16  # prompts sampled at a time
   config.perturbed = 0  # additional candidates with random defects in the hole, for simulations
 
+  # Rewards that score the candidates: names as in docs/rewards.md; they may be added later.
+  config.rewards = ()  # their scores are written to scores.jsonl
+
   if preset == "mini":
     config.update(
       seed=1,  # crops that differ from the embedded prompts, which the policy is aligned on

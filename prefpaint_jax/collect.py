@@ -5,8 +5,9 @@
 
 Draws prompts from images and samples candidates for each with one or several policies. Writes the
 files that annotators and `prefpaint_jax.data.preferences` read to the workdir: images/, masks/,
-masks_color/, inpaint/ID_<k>.png, prompts.jsonl, candidates.jsonl, train.txt and test.txt. The same
-command resumes an interrupted run. With a larger number of prompts it adds prompts to the workdir.
+masks_color/, inpaint/ID_<k>.png, prompts.jsonl, candidates.jsonl, train.txt and test.txt. With
+`config.rewards` it also scores the candidates and writes scores.jsonl. The same command resumes an
+interrupted run. With a larger number of prompts it adds prompts to the workdir.
 """
 # Shapes: B prompts in a batch, H W pixels.
 
@@ -29,6 +30,8 @@ from prefpaint_jax.data.examples import SPLITS, Prompt, stack
 from prefpaint_jax.data.images import save_png, to_bytes
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.preference import simulation
+from prefpaint_jax.rewards import load_reward
+from prefpaint_jax.rewards.candidates import score_candidates
 from prefpaint_jax.runtime import cli, interrupts, sharding
 from prefpaint_jax.runtime.config_check import check_fields
 from prefpaint_jax.runtime.files import parse_json, write_text
@@ -42,7 +45,7 @@ from prefpaint_jax.runtime.workdir import open_workdir
 
 WRITES = (
   *("images", "masks", "masks_color", "inpaint"),
-  *("prompts.jsonl", "candidates.jsonl", "train.txt", "test.txt"),
+  *("prompts.jsonl", "candidates.jsonl", "train.txt", "test.txt", "scores.jsonl"),
 )
 
 
@@ -162,20 +165,25 @@ def collect(config: ConfigDict, workdir: Path) -> None:
   what = f"config.batch_size={config.batch_size} of config.size={config.size}"
   check_memory(64 * config.batch_size * config.size**2, what)
   sharding.check_batch(config.batch_size, sharding.make_mesh(devices=jax.local_devices()))
+  rewards = {name: load_reward(name, config.dtype) for name in config.rewards}
   drawn = _draw_prompts(config)
   has_texts = any(prompts.has_texts for prompts in drawn.values())
   check_guidance(config.guidance_scale, has_texts, config.pictures)
-  free = "num_prompts", "num_test_prompts"
+  free = "num_prompts", "num_test_prompts", "rewards"
   progress_file = "candidates.jsonl"
   with open_workdir(config, workdir, "collect", WRITES, free, progress_file) as write_config:
     is_complete = _collect(config, workdir, drawn, write_config)
+    if is_complete and config.rewards:
+      is_complete = score_candidates(workdir, rewards, config.batch_size)
   if not is_complete:
     print("stopped; finished prompts are saved, and the same command goes on")
     return
+  then = "write their scores to annotations.jsonl in this folder"
+  if config.rewards:
+    then = f"scores.jsonl has the scores of {', '.join(config.rewards)}"
   print(
     f"{workdir}: {sum(map(len, drawn.values()))} prompts with "
-    f"{config.samples_per_prompt + config.perturbed} candidates each; write their scores to "
-    "annotations.jsonl in this folder"
+    f"{config.samples_per_prompt + config.perturbed} candidates each; {then}"
   )
 
 

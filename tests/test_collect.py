@@ -1,6 +1,7 @@
 """Collecting candidates: the written files, the turns of the policies, and resuming."""
 
 import json
+import shutil
 import signal
 
 import jax
@@ -13,11 +14,22 @@ from prefpaint_jax import testing
 from prefpaint_jax.annotate import annotate
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.data.annotations import read_annotations
+from prefpaint_jax.data.preference_records import build_preferences
+from prefpaint_jax.data.preferences import open_preferences
 from prefpaint_jax.data.prompts import open_prompts
 from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.rewards import candidates, load_reward
+from prefpaint_jax.rewards.candidates import score_candidates
 from prefpaint_jax.runtime import interrupts
 
 TEXTS = {"0": "a “red” house", "1": "sea", "2": ""}  # by image
+
+REWARDS = """
+def says(images, texts):
+  return [len(text) or float("nan") for text in texts]
+
+says.host = True
+"""
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -94,6 +106,68 @@ def test_policies_sample_with_the_texts_and_the_guidance_of_the_config(world):
   list(command.sample_candidates([("a", policy)], batch, 0, jax.random.key(0), world[1]))
   assert [options["text"] for options in calls] == [["", "a red house"]] * 2
   assert {options["guidance_scale"] for options in calls} == {3.0}
+
+
+def test_killed_scoring_continues_and_scores_equal_the_rewards(world, tmp_path, monkeypatch):
+  """Also after lines of other rewards, of a prompt with few candidates, and of half a line."""
+  folder = tmp_path / "whole"
+  shutil.copytree(world[0] / "whole", folder)
+  (tmp_path / "mine.py").write_text(REWARDS)
+  says, seam = load_reward(f"{tmp_path}/mine.py:says"), load_reward("seam")
+  rewards = {"says": says, "seam": seam}
+  assert score_candidates(folder, rewards, 8)
+  file = folder / "scores.jsonl"
+  rows, whole = lines(file), file.read_bytes()
+  order = [line["candidate"] for line in lines(folder / "candidates.jsonl")]
+  assert [row["candidate"] for row in rows] == order
+  for row in rows[::7]:
+    name = row["image_id"]
+    text = TEXTS[name.rsplit("_", 1)[1]]
+    # A host reward of the text: NaN, written as null, where there is none.
+    assert row["scores"]["says"] == (len(text) if text else None)
+    sample = image_io.load_image(folder / "inpaint" / f"{row['candidate']}.png")
+    masked = image_io.load_image(folder / "masks_color" / f"{name}_mask_color.png")
+    mask = image_io.load_mask(folder / "masks" / f"{name}_mask.png")
+    assert row["scores"]["seam"] == pytest.approx(float(seam(sample, masked, [mask])[0]), abs=1e-5)
+
+  parts = whole.splitlines(keepends=True)
+  other = json.dumps(rows[-1] | {"scores": {"seam": 1.0}}).encode() + b"\n"
+  file.write_bytes(b"".join(parts[:40]) + other + parts[41][:20])
+  scored, score = [], candidates._score
+  monkeypatch.setattr(candidates, "_score", lambda *args: scored.append(args[2]) or score(*args))
+  assert score_candidates(folder, rewards, 8)
+  assert file.read_bytes() == whole
+  assert len(scored) == 3  # of four batches; the first has all its lines
+  monkeypatch.setattr(candidates, "_score", None)  # nothing is left to score
+  assert score_candidates(folder, rewards, 8)
+  assert file.read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_rewards_label_candidates_and_preferences_read_their_scores(world, tmp_path):
+  folder, config = world
+  config = config.copy_and_resolve_references()
+  config.update(num_prompts=8, num_test_prompts=3)
+  command.collect(config, tmp_path / "candidates")
+  config.rewards = ("seam", "known-colour")  # added to a workdir that is collected
+  command.collect(config, tmp_path / "candidates")
+  rows = lines(tmp_path / "candidates" / "scores.jsonl")
+  assert len(rows) == 33 and not (tmp_path / "candidates" / "annotations.jsonl").exists()
+  built = build_preferences(
+    tmp_path / "candidates", tmp_path / "built", rewards="known-colour*2,seam"
+  )
+  scores = {
+    name: np.array([row["scores"][name] for row in rows]) for name in ("seam", "known-colour")
+  }
+  standardised = {name: (x - x.mean()) / x.std() for name, x in scores.items()}
+  combined = 2 * standardised["known-colour"] + standardised["seam"]
+  by_prompt = dict(
+    zip([row["image_id"] for row in rows[::3]], combined.reshape(-1, 3), strict=True)
+  )
+  stored = open_preferences(built, "train")
+  assert len(stored)
+  for preference in stored:
+    np.testing.assert_allclose(preference["raw_scores"], by_prompt[preference["id"]], atol=1e-5)
 
 
 @pytest.mark.slow
@@ -219,6 +293,7 @@ def test_simulated_scores_can_be_read(world):
     ({"pictures": "mini"}, r"guidance_scale is 3, but mini has no texts to guide by; add captions"),
     ({"policies": ()}, r"config\.policies is empty"),
     ({"policies": ("nowhere",)}, "nowhere: no such folder"),
+    ({"rewards": ("seam@x",)}, "reward seam@x: it has no weights; give seam"),
     ({"kinds.holes": -1.0}, r"kinds\.holes is -1"),
     ({"batch_size": 3}, "batch_size 3 does not divide over 8 devices"),
   ],

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from prefpaint_jax import Inpainter, mini
+from prefpaint_jax.rewards import load_reward
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
@@ -100,6 +101,26 @@ def folder(tmp_path_factory) -> Path:
   (folder / "runs" / "reward" / "reward").symlink_to(mini.locate("mini", "reward"))
   Inpainter.from_pretrained("mini").save_pretrained(folder / "aligned")  # as `export` does
   return folder
+
+
+def test_the_rewards_of_the_docs_equal_their_definition(tmp_path):
+  programs = [text for place, text in snippets("python") if place.startswith("rewards.md")]
+  brightness = next(text for text in programs if text.startswith("# my_rewards.py"))
+  service = next(text for text in programs if "host = True" in text)
+  (tmp_path / "my_rewards.py").write_text(brightness)
+  (tmp_path / "service.py").write_text(
+    service + "\n\ndef ask_my_server(image, text):\n  return image[0, 0, 0] + len(text)\n"
+  )
+  rng = np.random.default_rng(0)
+  images = rng.uniform(size=(4, 6, 8, 3)).astype(np.float32)
+  masks = np.zeros((2, 6, 8, 1), np.float32)
+  masks[0, 2:4, 1:5], masks[1, :, 6:] = 1, 1
+  masked = images[::2] * (1 - masks)
+  scores = load_reward(f"{tmp_path}/my_rewards.py:brightness")(images, masked, masks)
+  expected = [images[i][masks[i // 2][..., 0] == 1].mean() for i in range(4)]
+  np.testing.assert_allclose(scores, expected, rtol=1e-5)
+  scores = load_reward(f"{tmp_path}/service.py:service")(images, masked, masks, ["a", "bcd"])
+  np.testing.assert_allclose(scores, images[:, 0, 0, 0] + [1, 1, 3, 3], rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 from prefpaint_jax.data import masks
 from prefpaint_jax.data.captions import check_text, read_captions
 from prefpaint_jax.data.examples import CRITERIA, MAX_SCORE, SPLITS, VALIDATION
+from prefpaint_jax.data.reward_scores import FILE as REWARD_SCORES
+from prefpaint_jax.data.reward_scores import read_scores
 
 _NUMBERS = ("kind", *CRITERIA)  # fields that may hold numbers; all others hold text
 _PROMPTS, _CANDIDATES, _ANNOTATIONS = "prompts.jsonl", "candidates.jsonl", "annotations.jsonl"
@@ -114,17 +116,23 @@ def read_ratings(
   prompts: Mapping[str, PromptEntry],
   candidates: Mapping[str, CandidateEntry],
   errors: list[str],
+  rewards: str = "",
 ) -> dict[str, dict[str, Rating]]:
   """Reads the scores of a folder in either layout.
+
+  Args:
+    rewards: names and weights of the rewards whose scores are read instead of people's.
 
   Returns:
     {candidate: {annotator: rating}}; the annotator is "" in the released layout.
   """
   own_layout = any((folder / name).exists() for name in (_PROMPTS, _CANDIDATES, _ANNOTATIONS))
+  if rewards:
+    rows = read_scores(folder, rewards, errors)
+  else:
+    rows = _read_annotated(folder, errors) if own_layout else _read_released(folder, errors)
   ratings = defaultdict(dict)
-  for where, image_id, name, annotator, scores in (
-    _read_annotated(folder, errors) if own_layout else _read_released(folder, errors)
-  ):
+  for where, image_id, name, annotator, scores in rows:
     if not _is_candidate_of(where, name, image_id, prompts, errors):
       continue
     before = ratings[name].get(annotator)
@@ -144,7 +152,10 @@ def _read_annotated(folder: Path, errors: list[str]) -> Iterator[tuple]:
   """Yields (FILE:LINE, image ID, candidate, annotator, three scores) of annotations.jsonl."""
   file = folder / _ANNOTATIONS
   if not file.exists():
-    raise ValueError(f"{file}: no such file; write one line of scores per annotator and candidate")
+    else_ = ", or give --config.rewards" if (folder / REWARD_SCORES).exists() else ""
+    raise ValueError(
+      f"{file}: no such file; write one line of scores per annotator and candidate{else_}"
+    )
   for where, row in _rows(file, ("image_id", "candidate", "annotator", *CRITERIA), errors):
     in_range = lambda score: _is_number(score) and 0 <= score <= MAX_SCORE  # False for NaN
     bad = [name for name in CRITERIA if not in_range(row[name])]

@@ -99,7 +99,9 @@ class BadAnnotations(ValueError):
     super().__init__("\n".join(lines))
 
 
-def read_annotations(folder: str | Path, weights: Mapping[str, float] = CRITERIA) -> Annotations:
+def read_annotations(
+  folder: str | Path, weights: Mapping[str, float] = CRITERIA, rewards: str = ""
+) -> Annotations:
   """Reads a folder of scores and decodes all of its images once to check them.
 
   The scores of several annotators are averaged. Candidates without a score are left out and
@@ -108,6 +110,8 @@ def read_annotations(folder: str | Path, weights: Mapping[str, float] = CRITERIA
   Args:
     folder: in one of the two layouts that the module describes.
     weights: of the criteria in the combined score; only their ratios matter.
+    rewards: names and weights of rewards, whose scores in scores.jsonl are read instead of people's
+      (see `data.reward_scores`).
 
   Raises:
     BadAnnotations: the folder has errors. The message lists them.
@@ -118,7 +122,7 @@ def read_annotations(folder: str | Path, weights: Mapping[str, float] = CRITERIA
   check_is_folder(folder, "a folder with masks/, inpaint/ and scores")
   prompts = read_prompts(folder, errors)
   candidates = read_candidates(folder, prompts, errors)
-  ratings = read_ratings(folder, prompts, candidates, errors)
+  ratings = read_ratings(folder, prompts, candidates, errors, rewards)
   lists = read_lists(folder, prompts, errors)
 
   scored = defaultdict(list)

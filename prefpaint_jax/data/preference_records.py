@@ -30,6 +30,7 @@ def build_preferences(
   output_dir: str | Path,
   weights: Mapping[str, float] = CRITERIA,
   test_share: float = 0.1,
+  rewards: str = "",
 ) -> Path:
   """Builds a tfds dataset from a folder of human scores.
 
@@ -40,6 +41,7 @@ def build_preferences(
     output_dir: the folder in which the dataset's folder is made.
     weights: of the criteria in the combined score; only their ratios matter.
     test_share: share of the images held out if `source` has neither train.txt nor test.txt.
+    rewards: see `read_annotations`.
 
   Returns:
     The dataset's folder.
@@ -49,9 +51,9 @@ def build_preferences(
   """
   if not 0 <= test_share < 1:
     raise ValueError(f"test_share is {test_share}; expected a share from 0 to below 1")
-  annotations = read_annotations(source, weights)
+  annotations = read_annotations(source, weights, rewards)
   splits = assign_splits(annotations, test_share)
-  metadata = describe(annotations, splits, weights)
+  metadata = describe(annotations, splits, weights) | {"rewards": rewards}
   return write_records(
     output_dir,
     "preferences",
@@ -235,11 +237,14 @@ def summary(metadata: Mapping[str, Any]) -> str:
   )
   left_out = metadata["left_out"]
   weights = ", ".join(f"{name} {weight:g}" for name, weight in metadata["weights"].items())
-  lines += [
-    f"combined score ({weights}): mean {metadata['mean']:.3f}, standard deviation "
-    f"{metadata['std']:.3f} over the training split",
+  agreement = (
     f"agreement of {metadata['annotators'] or 'an unknown number of'} annotators "
-    f"(Krippendorff's alpha, interval): {alphas}",
+    f"(Krippendorff's alpha, interval): {alphas}"
+  )
+  lines += [
+    f"combined score ({metadata.get('rewards') or weights}): mean {metadata['mean']:.3f}, standard "
+    f"deviation {metadata['std']:.3f} over the training split",
+    "each reward is standardised over all candidates" if metadata.get("rewards") else agreement,
     f"left out: {left_out['candidates']} candidates without a score, {left_out['prompts']} prompts "
     f"without a scored candidate, {left_out['unlisted']} prompts in no list",
   ]

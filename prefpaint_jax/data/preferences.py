@@ -35,6 +35,7 @@ from prefpaint_jax.runtime.config_fields import COUNT
 from prefpaint_jax.runtime.files import check_is_folder, read_json
 from prefpaint_jax.runtime.ranges import check
 from prefpaint_jax.runtime.text import print_next
+from prefpaint_jax.runtime.weighted_names import split_names
 from prefpaint_jax.runtime.workdir import open_workdir
 
 with epy.lazy_imports():
@@ -257,9 +258,11 @@ def main(config: ConfigDict, workdir: Path) -> None:
     raise ValueError("config.source is empty; give --config.source=FOLDER of scores")
   weights, test_share = config.weights.to_dict(), config.test_share
   writes, progress = ("preferences",), "preferences/*/metadata.json"
+  if config.rewards:
+    split_names(config.rewards)  # raises ValueError before the workdir is opened
   try:
     with open_workdir(config, workdir, "data.preferences", writes, progress=progress):
-      folder = build_preferences(config.source, workdir, weights, test_share)
+      folder = build_preferences(config.source, workdir, weights, test_share, config.rewards)
   except BadAnnotations as error:
     sys.exit(f"error: {error}")  # cli would print only one line
   print(summary(read_metadata(folder)))

@@ -15,6 +15,7 @@ TABLE = {
   "clip-score": "clip_score",
   "pickscore": "pickscore",
   "hps-v2.1": "hps",
+  "image-reward": "image_reward",
   "seam": "seam",
   "known-colour": "known_colour",
 }

@@ -166,9 +166,15 @@ COLLECT: dict[str, Range] = {
   "guidance_scale": GUIDANCE_SCALE,
   "batch_size": COUNT,
   "perturbed": Integer(0, 10**4),
+  "rewards": Several(Text(empty=False)),
 }
 
-PREFERENCES: dict[str, Range] = {"source": NAME, "weights.*": WEIGHT, "test_share": SHARE}
+PREFERENCES: dict[str, Range] = {
+  "source": NAME,
+  "rewards": Text(),
+  "weights.*": WEIGHT,
+  "test_share": SHARE,
+}
 
 REWARD: dict[str, Range] = {
   "seed": SEED,

@@ -29,6 +29,7 @@ EARLIER = {
   "guidance_scale": 1.0,
   "text_dropout": 0.0,
   "combine": "sum",
+  "rewards": "",
   "judges": [],
   "stop_on_hacking": False,
 }

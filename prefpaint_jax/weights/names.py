@@ -71,6 +71,14 @@ _KINDS = {
     ),
   ),
   "encoder_layer": Kind("model"),  # reward network
+  # ImageReward. The projections are those of BLIP's contrastive loss.
+  "blip": Kind(
+    "ImageReward",
+    drop=(
+      r"blip\.text_encoder\.embeddings\.position_ids",
+      r"blip\.(vision|text)_proj\.(weight|bias)",
+    ),
+  ),
 }
 
 
