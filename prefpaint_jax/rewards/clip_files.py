@@ -134,7 +134,9 @@ def from_open_clip(model: Any) -> dict[str, Any]:
 def _checked(config: Any, what: str, known: set[str]) -> dict[str, Any]:
   """Returns a part of an open_clip config with open_clip's defaults; all fields must be known."""
   defaults = {"mlp_ratio": 4, "head_width": 64, "quick_gelu": False}
-  config = {k: x for k, x in defaults.items() if k in known} | (config or {})
+  config = {k: x for k, x in defaults.items() if k in known} | (
+    config if isinstance(config, dict) else {}
+  )
   for found, error in ((known - config.keys(), "missing"), (config.keys() - known, "unknown")):
     if found:
       raise ValueError(
