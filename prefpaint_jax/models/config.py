@@ -218,8 +218,13 @@ class CLIPVisionConfig:
 
 
 def nested(config: dict[str, Any], part: str) -> dict[str, Any]:
-  """Returns the config of a half of a whole CLIP model, or the config itself."""
-  inner = config.get(part) or config
+  """Returns the config of a half of a whole CLIP model, or the config itself.
+
+  `text_config_dict` of older files, with defaults of the class, replaces `text_config`, as in
+  transformers.
+  """
+  older = config.get(f"{part}_dict")
+  inner = older if older is not None else config.get(part) or config
   if not isinstance(inner, dict):
     raise ValueError(f"CLIP config: {part} is {inner!r}; expected an object; download it again")
   outer = "quantization_config"

@@ -1,5 +1,7 @@
 """Rewards on CLIP embeddings equal their definitions, computed by torch with stock models."""
 
+import copy
+import dataclasses
 import json
 import logging
 import sys
@@ -8,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from prefpaint_jax.models.config import CLIPTextConfig, CLIPVisionConfig
 from prefpaint_jax.models.reward import CLIP_STD, preprocess
 from prefpaint_jax.rewards import load_reward
 from prefpaint_jax.rewards.objective import open_objective, outline_objective
@@ -184,6 +187,20 @@ def test_weights_in_a_name_of_a_file_are_split_from_the_weight(clip):
   objective = open_objective(f"clip-score@{clip[1]}*0.5,pickscore@{clip[1]}*2", "gdpo")
   assert [reward.name for reward in objective.rewards] == ["clip-score", "pickscore"]
   assert objective.weights == (0.5, 2.0)
+
+
+def test_configs_of_older_files_are_read_as_by_transformers():
+  config = {"projection_dim": 7, "text_config": world.TEXT, "vision_config": world.VISION}
+  config |= {"text_config_dict": {"hidden_size": 20, "num_attention_heads": 5}}
+  config |= {"vision_config_dict": {"num_hidden_layers": 3, "hidden_act": "gelu"}}
+  theirs = transformers.CLIPConfig(**copy.deepcopy(config))
+  for ours, half in (
+    (CLIPTextConfig.from_dict(config), theirs.text_config),
+    (CLIPVisionConfig.from_dict(config), theirs.vision_config),
+  ):
+    found = dataclasses.asdict(ours) | {"projection_dim": 7, "use_attention_mask": None}
+    expected = half.to_dict() | {"projection_dim": theirs.projection_dim}
+    assert found == {name: expected.get(name) for name in found}
 
 
 # --------------------------------------------------------------------------------------- bad files
