@@ -158,7 +158,7 @@ def iterate(
       write_sample(*shown, state)
   if start == 0 and config.eval_every and config.eval_prompts:
     with waiting(f"evaluating {config.eval_prompts} held-out prompts"):
-      session.writer.write(0, held_out.metrics(current_params(state), config.eval_prompts))
+      session.writer.write(0, held_out.metrics(current_params(state), config.eval_prompts, 0))
   log.restart_clock()
   for iteration in range(start, config.num_iterations):
     rollout_key, timestep_key = jax.random.split(jax.random.fold_in(loop_key, iteration))
@@ -191,7 +191,9 @@ def iterate(
     samples_now, saves_now = is_due(config.sample_every), is_due(config.checkpoint_every)
     measures_now = config.eval_prompts and config.eval_every and done % config.eval_every == 0
     if log.synchronous or samples_now or saves_now or measures_now:
-      measure = lambda now=state: held_out.metrics(current_params(now), config.eval_prompts)
+      measure = functools.partial(
+        held_out.metrics, current_params(state), config.eval_prompts, done
+      )
       line = log.flush(measure if measures_now else dict)
       if samples_now:
         write_sample(*shown, state)
@@ -209,16 +211,19 @@ def iterate(
   check_state(int(state.iteration), state)
   checkpoints.wait()
   if failed or hacked:
-    raise ValueError(why_ended(config, done, score_line, hacked))
+    raise ValueError(why_ended(config, done, score_line, hacked, held_out.referee.last_good))
   return state, saved, bool(stopping)
 
 
-def why_ended(config: ConfigDict, done: int, line: Mapping[str, float], hacked: bool) -> str:
+def why_ended(
+  config: ConfigDict, done: int, line: Mapping[str, float], hacked: bool, last_good: int | None
+) -> str:
   """Returns the line of a run that ends before its last iteration."""
   if hacked:
+    kept = f"--step=best is the best checkpoint by {config.keep_best}"
     return (
-      f"iteration {done}: the reward rises while a judge falls, so the run was stopped; the best "
-      f"checkpoint by {config.keep_best} is the last good one: export it with --step=best"
+      f"iteration {done}: the reward rises while a judge falls, so the run was stopped; the judge "
+      f"was best at {f'iteration {last_good}: {kept}' if last_good else 'the base policy'}"
     )
   return (
     f"iteration {done}: {describe_unusable(line)}, max_nan_fraction is "

@@ -43,7 +43,8 @@ def world(request, tmp_path_factory) -> dict[str, str]:
   captions.write_text("".join(json.dumps(row) + "\n" for row in texts))
   (folder / "mine.py").write_text(REWARDS)
   names = f"{folder}/mine.py:length*0.5,{fields['reward']},{folder}/mine.py:grey"
-  return fields | {"reward": names}
+  judges = f"{folder}/mine.py:length", fields["reward"]
+  return fields | {"reward": names, "judges": judges}
 
 
 def run(world: dict[str, str], workdir: Path, **changes):
@@ -90,4 +91,7 @@ def test_resumed_run_with_texts_equals_an_uninterrupted_one(world, tmp_path, siz
   means = {name: lines[1][f"reward/{name}/mean"] for name in ("length", label, "grey")}
   total = 0.5 * means["length"] + means[label] + means["grey"]
   assert lines[1]["reward/mean"] == pytest.approx(total, rel=1e-4)
+  judged = {name for name in lines[1] if name.startswith("held_out/judge/")}
+  assert {"held_out/judge/length_gain", f"held_out/judge/{label}_gain/low"} <= judged
+  assert "referee/hacking" in lines[1]
   assert means["grey"] > 0 and means["length"] > 0

@@ -58,7 +58,7 @@ class HeldOut:
       simulated_preference: also score with the simulated annotators' preference.
       referee: judges the metrics; None: nobody does.
     """
-    self._referee = referee
+    self.referee = referee
     self._run, self._mesh, self._prompts, self._chunk = run, mesh, prompts, chunk
     self._sample_key, self._comparison_key = sample_key, comparison_key
     self._simulated = simulated_preference
@@ -160,7 +160,7 @@ class HeldOut:
       base.append(self._base_scores(chunk))
     return concatenate(policy), concatenate(base)
 
-  def metrics(self, params: Params, count: int) -> dict[str, float]:
+  def metrics(self, params: Params, count: int, iteration: int) -> dict[str, float]:
     """Returns `held_out/*`: scores, WinRates and gains against the base, changes of measures.
 
     NAME/low and NAME/high are the ends of the 95 % interval of a score, a WinRate or a gain, and
@@ -180,8 +180,8 @@ class HeldOut:
         line[f"held_out/{name}/base"] = base_score["value"]
       else:
         line[f"held_out/drift/{name}"] = float(np.mean(values) - np.mean(base[name]))
-    if self._referee is not None:
-      verdict, warnings = self._referee.look(line, policy, base)
+    if self.referee is not None:
+      verdict, warnings = self.referee.look(iteration, line, policy, base)
       line |= verdict
       for warning in warnings:
         logging.warning("%s", warning)

@@ -30,7 +30,7 @@ def load_run(config: ConfigDict, mesh: Mesh, policy: Any, has_texts: bool = Fals
   if trust.needs_bound and bound is None:
     raise ValueError(
       f"trust.norm={trust.norm!r} needs a bound, {config.reward} has none: give "
-      "--config.bound=FILE or --config.trust.norm=none"
+      "--config.bound=FILE for a learned reward, or --config.trust.norm=none"
     )
   guidance = policy.guidance(config.guidance_scale, None if has_texts else [""])
   check_guidance(config.guidance_scale, guidance is not None, config.prompts)

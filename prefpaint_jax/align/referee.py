@@ -18,6 +18,8 @@ COLLAPSE = 0.5  # share of the base policy's distance below which diversity has 
 class Referee:
   """Holds the measurements of a run so far; `look` judges a new one.
 
+  `last_good` is the iteration at which the judge that falls was best; None: no judge falls.
+
   The verdict has three parts, each 0 or 1 in the metrics `referee/*`:
 
   - hacking: the objective's gain is above that of an earlier measurement (its interval excludes
@@ -28,6 +30,7 @@ class Referee:
 
   def __init__(self, lines: Iterable[Mapping[str, Any]] = ()):
     """Starts with the lines of metrics.jsonl, so that a resumed run judges alike."""
+    self.last_good: int | None = None
     number = lambda value: np.nan if value is None else value
     self._lines = [
       {name: number(value) for name, value in line.items()}
@@ -37,7 +40,8 @@ class Referee:
 
   def look(
     self,
-    line: Mapping[str, float],
+    iteration: int,
+    line: dict[str, float],
     policy: Mapping[str, np.ndarray],
     base: Mapping[str, np.ndarray],
   ) -> tuple[dict[str, float], list[str]]:
@@ -56,7 +60,7 @@ class Referee:
       "drift": list(_drifted(policy, base)),
       "diversity": list(_collapsed(policy, base)),
     }
-    self._lines.append(line)
+    self._lines.append(line | {"iteration": iteration})
     metrics = {f"referee/{name}": float(bool(warnings)) for name, warnings in found.items()}
     return metrics, [warning for warnings in found.values() for warning in warnings]
 
@@ -70,6 +74,7 @@ class Referee:
       falls = line[f"{name}/high"] < best.get(f"{name}/low", -np.inf)
       rises = line[f"{gain}/low"] > best[gain]
       if falls and rises:
+        self.last_good = int(best["iteration"])
         yield (
           f"the reward's gain rises from {best[gain]:+.3g} to {line[gain]:+.3g} while the judge "
           f"{judge} falls from {best[name]:+.3g} to {line[name]:+.3g}: the policy may exploit the "

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from packaging.version import InvalidVersion, Version
 
 from prefpaint_jax.diffusion.schedule import Schedule
-from prefpaint_jax.models.clip import CLIPTextModel, SDXLTextModel
+from prefpaint_jax.models.clip import CLIPTextModel, PooledTextModel
 from prefpaint_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from prefpaint_jax.models.pipeline import Modules
 from prefpaint_jax.models.unet import UNet2DConditionModel
@@ -61,7 +61,7 @@ def make_modules(
   if is_xl:
     unmasked = {n: dataclasses.replace(c, use_attention_mask=None) for n, c in encoders.items()}
     text_encoders = {
-      name: SDXLTextModel(config, name == "text_encoder_2", compute_dtype)
+      name: PooledTextModel(config, name == "text_encoder_2", compute_dtype)
       for name, config in unmasked.items()
     }
   else:

@@ -153,12 +153,12 @@ class CLIPTextModel(nn.Module):
     return TextTransformer(self.config, self.dtype, name="text_model")(input_ids, mask)[0]
 
 
-class SDXLTextModel(nn.Module):
-  """A text encoder of SDXL: ids [B, L] -> penultimate hidden state [B, L, D], and pooled [B, P].
+class PooledTextModel(nn.Module):
+  """A text encoder: ids [B, L] -> penultimate hidden state [B, L, D], and pooled [B, P].
 
-  Only the second encoder (transformers' CLIPTextModelWithProjection) has a `projection`, of the
-  last hidden state of the token that ends the text; pooled is None for the first one. XLA removes
-  the first encoder's last layer, whose output nothing uses.
+  With `projection` (transformers' CLIPTextModelWithProjection: SDXL's second encoder, rewards) the
+  pooled text is that of the last hidden state of the token that ends the text; without (SDXL's
+  first encoder) it is None, and XLA removes the last layer, whose output nothing uses.
   """
 
   config: CLIPTextConfig

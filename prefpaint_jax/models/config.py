@@ -189,7 +189,9 @@ class CLIPTextConfig:
   @classmethod
   def from_dict(cls, config: dict[str, Any]) -> "CLIPTextConfig":
     """Reads the config of a text encoder, or the `text_config` of a whole CLIP model."""
-    return _checked_clip(fields.read(cls, nested(config, "text_config"), TEXT), "text encoder")
+    outer = {k: config[k] for k in ("projection_dim",) if k in config}
+    inner = nested(config, "text_config") | outer
+    return _checked_clip(fields.read(cls, inner, TEXT), "text encoder")
 
 
 @dataclasses.dataclass(frozen=True)

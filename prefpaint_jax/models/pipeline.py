@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from prefpaint_jax.diffusion.schedule import Schedule
-from prefpaint_jax.models.clip import CLIPTextModel, SDXLTextModel
+from prefpaint_jax.models.clip import CLIPTextModel, PooledTextModel
 from prefpaint_jax.models.conditioning import Context, Guidance, Prompts
 from prefpaint_jax.models.unet import UNet2DConditionModel
 from prefpaint_jax.models.vae import AutoencoderKL
@@ -42,10 +42,10 @@ class Modules:
 
   unet: UNet2DConditionModel
   vae: AutoencoderKL
-  text_encoder: CLIPTextModel | SDXLTextModel
+  text_encoder: CLIPTextModel | PooledTextModel
   schedule: Schedule
   mask_latents: str = "cells"
-  text_encoder_2: SDXLTextModel | None = None  # of SDXL
+  text_encoder_2: PooledTextModel | None = None  # of SDXL
   zero_negative: bool = False  # guidance without a negative text leads away from a context of zeros
 
   def __post_init__(self):

@@ -7,6 +7,7 @@ embeds both as channels of one image.
 # T tokens (1 or 2), D features.
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -127,11 +128,15 @@ class RewardNetwork(nn.Module):
     return (reward - config.shift) / config.scale, z
 
 
-def preprocess(images: jax.Array, size: int) -> jax.Array:
+def preprocess(images: jax.Array, size: int, offset: Callable[[float], int] = round) -> jax.Array:
   """Resizes, crops and normalises images as CLIP does: [B, H, W, 3] -> [B, size, size, 3].
 
   The input is in [0, 1]. An antialiased bicubic filter resizes the shorter side to `size`, then the
   centre is cropped.
+
+  Args:
+    offset: makes a whole number of the first row and column. `round` (OpenAI's transform by
+      torchvision) rounds a half to the even number; `int` is that of transformers.
   """
   B, H, W, _ = images.shape
   if (size, size) != (H, W):
@@ -139,8 +144,7 @@ def preprocess(images: jax.Array, size: int) -> jax.Array:
     # ratio could round just below an integer and lose a pixel.
     height, width = (size * side // min(H, W) for side in (H, W))
     images = jax.image.resize(images, (B, height, width, 3), "cubic", antialias=True)
-    # torchvision rounds a half to the even number, as Python does.
-    top, left = round((height - size) / 2), round((width - size) / 2)
+    top, left = offset((height - size) / 2), offset((width - size) / 2)
     images = jnp.clip(images[:, top : top + size, left : left + size], 0.0, 1.0)
   return (images - CLIP_MEAN) / CLIP_STD
 

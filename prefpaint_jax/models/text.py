@@ -15,25 +15,26 @@ from prefpaint_jax.models.config import CLIPTextConfig
 from prefpaint_jax.runtime.text import first_line
 
 
-def load_tokenizer(content: Mapping[str, bytes], name: str) -> Any:
-  """Makes the tokenizer of transformers from its files.
+def load_tokenizer(content: Mapping[str, bytes], name: str, kind: str = "CLIPTokenizer") -> Any:
+  """Makes a tokenizer of transformers from its files.
 
   Args:
     content: file name -> content.
     name: of the tokenizer, for the message.
+    kind: its class.
 
   Raises:
     ValueError: the files cannot be read.
   """
   # Without it transformers warns that torch is not installed; the tokenizer does not need torch.
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-  from transformers import CLIPTokenizer  # slow to import
+  import transformers  # slow to import
 
   with tempfile.TemporaryDirectory(prefix="tokenizer") as folder:
     for file, data in content.items():
       (Path(folder) / file).write_bytes(data)
     try:
-      return CLIPTokenizer.from_pretrained(folder)
+      return getattr(transformers, kind).from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises many types
       raise ValueError(
         f"{name}: cannot be read ({first_line(error)}); copy that of the base model"
@@ -64,7 +65,7 @@ def tokenize(
       f"expected ids below {config.vocab_size}, the rows of the text encoder; use the tokenizer of "
       "this text encoder, or add the token's embedding to it"
     )
-  return ids, np.asarray(tokens["attention_mask"]) if config.use_attention_mask else None
+  return ids, np.asarray(tokens["attention_mask"], np.int32) if config.use_attention_mask else None
 
 
 @functools.cache  # the policies of a run and its repetitions encode a text many times

@@ -8,7 +8,17 @@ import importlib
 from types import ModuleType
 
 # Name of a reward -> its module in this room.
-TABLE = {"prefpaint": "prefpaint", "seam": "seam", "known-colour": "known_colour"}
+TABLE = {
+  "prefpaint": "prefpaint",
+  "aesthetic-v1": "aesthetic",
+  "aesthetic-v2": "aesthetic",
+  "clip-score": "clip_score",
+  "pickscore": "pickscore",
+  "hps-v2.1": "hps",
+  "image-reward": "image_reward",
+  "seam": "seam",
+  "known-colour": "known_colour",
+}
 
 
 def find(name: str) -> tuple[ModuleType, str] | None:

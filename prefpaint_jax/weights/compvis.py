@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from prefpaint_jax.runtime.text import first_line
+from prefpaint_jax.weights import open_clip
 from prefpaint_jax.weights.files import load_file
 from prefpaint_jax.weights.names import Upgrade
 
@@ -68,16 +69,7 @@ _VAE: Upgrade = (
   (r"\.norm_out\.", ".conv_norm_out."),
 )
 _CLIP: Upgrade = ((r"^transformer\.", ""),)
-_OPEN_CLIP: Upgrade = (
-  (r"^model\.positional_embedding$", "text_model.embeddings.position_embedding.weight"),
-  (r"^model\.token_embedding\.", "text_model.embeddings.token_embedding."),
-  (r"^model\.ln_final\.", "text_model.final_layer_norm."),
-  (r"^model\.transformer\.resblocks\.", "text_model.encoder.layers."),
-  (r"\.attn\.", ".self_attn."),
-  (r"\.ln_([12])\.", r".layer_norm\1."),
-  (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-  (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-)
+_OPEN_CLIP: Upgrade = open_clip.text_rules(OPEN_CLIP)
 
 
 class UNetBlocks(NamedTuple):
@@ -156,14 +148,10 @@ def convert(part: str, tensors: Tensors, what: str) -> Tensors:
     name = found_name
     for pattern, replacement in rules:
       name = re.sub(pattern, replacement, name)
-    if fused := re.fullmatch(r"(text_model\..*)\.in_proj_(weight|bias)", name):
-      # If the tensor is not three equal parts, `to_tree` reports the parts of a wrong shape.
-      split = np.array_split(tensor, 3)
-      new = {f"{fused[1]}.{x}_proj.{fused[2]}": y for x, y in zip("qkv", split, strict=True)}
-    elif part == "vae" and re.search(r"attentions\.0\.to_.*weight$", name) and tensor.ndim == 4:
+    if part == "vae" and re.search(r"attentions\.0\.to_.*weight$", name) and tensor.ndim == 4:
       new = {name: tensor[..., 0, 0]}
     else:
-      new = {name: tensor}
+      new = open_clip.split_fused(name, tensor) if part == "text_encoder" else {name: tensor}
     if twice := converted.keys() & new:
       raise ValueError(
         f"{what}: {PREFIXES[part]}{found_name} is a second {min(twice)} of the {part}; download "

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from prefpaint_jax.weights import open_clip
+
 Params = dict[str, Any]  # a tree of arrays, as nested dictionaries
 Upgrade = Sequence[tuple[str, str]]  # (regex, replacement), applied in order by re.sub
 
@@ -49,6 +51,8 @@ _KINDS = {
       )
     ),
   ),
+  # A whole CLIP model: both towers, their projections and the scale of the cosine.
+  "logit_scale": Kind("model", drop=(r"(text|vision)_model\.embeddings\.position_ids",)),
   # Text encoder. transformers 5 saves it without the prefix "text_model." of earlier versions. The
   # model does not use `position_ids` (0, 1, 2, ...), or the vision half of a whole CLIP model.
   "text_model": Kind(
@@ -67,6 +71,14 @@ _KINDS = {
     ),
   ),
   "encoder_layer": Kind("model"),  # reward network
+  # ImageReward. The projections are those of BLIP's contrastive loss.
+  "blip": Kind(
+    "ImageReward",
+    drop=(
+      r"blip\.text_encoder\.embeddings\.position_ids",
+      r"blip\.(vision|text)_proj\.(weight|bias)",
+    ),
+  ),
 }
 
 
@@ -180,22 +192,8 @@ def first_names(names: Sequence[str], count: int = 4) -> str:
 
 
 # The released reward: OpenAI's CLIP, the fusion layer (`vit_block`) and the head (`mlp`).
-_VISION = "clip.vision_model"
 _RELEASED_RENAMES: Upgrade = (
-  (r"^clip_model\.visual\.conv1\.", f"{_VISION}.embeddings.patch_embedding."),
-  (r"^clip_model\.visual\.class_embedding$", f"{_VISION}.embeddings.class_embedding"),
-  (
-    r"^clip_model\.visual\.positional_embedding$",
-    f"{_VISION}.embeddings.position_embedding.weight",
-  ),
-  (r"^clip_model\.visual\.ln_pre\.", f"{_VISION}.pre_layrnorm."),
-  (r"^clip_model\.visual\.ln_post\.", f"{_VISION}.post_layernorm."),
-  (r"^clip_model\.visual\.proj$", "clip.visual_projection.weight"),
-  (r"^clip_model\.visual\.transformer\.resblocks\.", f"{_VISION}.encoder.layers."),
-  (r"\.attn\.", ".self_attn."),
-  (r"\.ln_([12])\.", r".layer_norm\1."),
-  (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-  (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+  *open_clip.vision_rules("clip_model.", "clip."),
   (r"^vit_block\.transformer_encoder\.layers\.0\.", "encoder_layer."),
 )
 _RELEASED_UNUSED = re.compile(
@@ -248,12 +246,8 @@ def convert_released_reward(
       tensor = tensor.T
     if not _REWARD_NAMES.fullmatch(name):
       unknown.append(old_name)
-    elif fused := re.fullmatch(r"(.*)\.in_proj_(weight|bias)", name):
-      # If the tensor is not three equal parts, `to_tree` reports the parts of a wrong shape.
-      for part, values in zip("qkv", np.array_split(tensor, 3), strict=True):
-        converted[f"{fused[1]}.{part}_proj.{fused[2]}"] = values
     else:
-      converted[name] = tensor
+      converted |= open_clip.split_fused(name, tensor)
   if unknown:
     raise ValueError(
       f"{what}: {len(unknown)} unknown tensors: {first_names(unknown)};"

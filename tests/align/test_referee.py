@@ -26,8 +26,8 @@ BEGIN = dict.fromkeys(line(0, 0), 0.0)
 
 def verdict(lines, policy=BASE):
   referee = Referee()
-  for one in lines:
-    metrics, warnings = referee.look(one, policy, BASE)
+  for iteration, one in enumerate(lines):
+    metrics, warnings = referee.look(iteration, one, policy, BASE)
   return metrics, warnings
 
 
@@ -53,8 +53,10 @@ def test_hacking_is_a_reward_that_rises_while_a_judge_falls(lines, hacked):
 
 def test_resumed_run_judges_as_an_uninterrupted_one():
   lines = [BEGIN, line(0.5, 0.5), line(0.8, 0.1)]
-  resumed = Referee([{"iteration": 1, "reward/mean": 0.1}, *lines[:2]])
-  assert resumed.look(lines[2], BASE, BASE) == verdict(lines)
+  written = [one | {"iteration": i} for i, one in enumerate(lines)]
+  resumed = Referee([{"iteration": 1, "reward/mean": 0.1}, *written[:2]])
+  assert resumed.look(2, lines[2], BASE, BASE) == verdict(lines)
+  assert resumed.last_good == 1
 
 
 def test_measure_that_leaves_the_spread_of_the_base_is_drift():

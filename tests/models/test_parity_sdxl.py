@@ -14,7 +14,7 @@ from prefpaint_jax.diffusion.ddim import ddim_steps
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.models import architectures
 from prefpaint_jax.models.assembly import make_modules
-from prefpaint_jax.models.clip import CLIPTextModel, SDXLTextModel
+from prefpaint_jax.models.clip import CLIPTextModel, PooledTextModel
 from prefpaint_jax.models.conditioning import Context, Guidance, Prompts
 from prefpaint_jax.models.config import CLIPTextConfig, UNetConfig
 from prefpaint_jax.models.unet import UNet2DConditionModel
@@ -72,7 +72,7 @@ def test_penultimate_and_pooled_outputs_equal_transformers(projection, eos):
   config = transformers.CLIPTextConfig(**TEXT, eos_token_id=eos, hidden_act="gelu")
   kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
   theirs = randomise(kind(config))
-  ours = SDXLTextModel(CLIPTextConfig.from_dict(theirs.config.to_dict()), projection)
+  ours = PooledTextModel(CLIPTextConfig.from_dict(theirs.config.to_dict()), projection)
   ids = np.array([[57, 3, 4, 58, 58, 58], [57, 5, 58, 0, 0, 0]])
   params = params_of(theirs, template_of(ours, jnp.zeros((1, 6), jnp.int32)))
   with torch.no_grad():
@@ -93,7 +93,7 @@ def test_last_layer_of_the_first_encoder_is_not_computed():
     params = template_of(module, ids)
     return jax.jit(module.apply).lower({"params": params}, ids).as_text().count("dot_general")
 
-  first, whole = SDXLTextModel(config, projection=False), CLIPTextModel(config)
+  first, whole = PooledTextModel(config, projection=False), CLIPTextModel(config)
   assert 3 * products(first) == 2 * products(whole)  # two of three layers
 
 

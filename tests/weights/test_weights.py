@@ -13,7 +13,7 @@ import pytest
 from parity import params_of, randomise, template_of, tensors_of
 
 from prefpaint_jax.models import architectures
-from prefpaint_jax.models.clip import CLIPTextModel, CLIPVisionModelWithProjection, SDXLTextModel
+from prefpaint_jax.models.clip import CLIPTextModel, CLIPVisionModelWithProjection, PooledTextModel
 from prefpaint_jax.models.config import (
   CLIPTextConfig,
   CLIPVisionConfig,
@@ -51,7 +51,7 @@ def text_template(config: dict):
 
 
 def projected_text_template(config: dict):
-  model = SDXLTextModel(CLIPTextConfig.from_dict(config), projection=True)
+  model = PooledTextModel(CLIPTextConfig.from_dict(config), projection=True)
   return template_of(model, jnp.zeros((1, 2), jnp.int32))
 
 
