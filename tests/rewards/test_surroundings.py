@@ -78,6 +78,7 @@ def test_invisible_fillings_score_best_and_visible_ones_lower(name):
   assert scores[0] > -0.4 and scores[1:].max() < scores[0] - 0.2
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_other_samples_and_are_nan_for_nan(samples):
   images, known, masks = samples
   for name in ("seam", "known-colour"):
