@@ -441,7 +441,7 @@ def test_damaged_and_too_small_images_are_named(tmp_path):
   (tmp_path / "cut.jpg").unlink()
   Image.fromarray(textured(0, 2, 300)).save(tmp_path / "line.png")
   refuse(
-    "image line: mask: the size is 1x32",
+    "image line: mask: the size is 32x1 pixels",
     lambda: opened(tmp_path, "train", 1, 32, fit="pad", kinds=MARKS),
   )
   Image.fromarray(textured(0, 300, 2)).save(tmp_path / "line.png")
