@@ -32,11 +32,9 @@ grey.host = True
 """
 
 
-@pytest.fixture(scope="module", params=[1, "xl"], ids=["sd1", "sdxl"])
-def world(request, tmp_path_factory) -> dict[str, str]:
+def write_world(folder: Path, generation) -> dict[str, str]:
   """Returns the fields of a tiny run with texts."""
-  folder = tmp_path_factory.mktemp("world")
-  fields = testing.write_tiny_world(folder, train=16, test=8, generation=request.param)
+  fields = testing.write_tiny_world(folder, train=16, test=8, generation=generation)
   ids = [path.name.removesuffix("_mask.png") for path in Path(fields["prompts"]).glob("masks/*")]
   texts = [{"id": id_, "text": ["warm", "a cold sky", ""][i % 3]} for i, id_ in enumerate(ids)]
   captions = Path(fields["prompts"]) / "captions.jsonl"
@@ -74,8 +72,15 @@ def run(world: dict[str, str], workdir: Path, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(1, 1), (4, 2)])
-def test_resumed_run_with_texts_equals_an_uninterrupted_one(world, tmp_path, sizes, monkeypatch):
+@pytest.mark.parametrize(
+  ("generation", "sizes"),
+  [(1, (1, 1)), ("xl", (1, 1)), ("xl", (4, 2))],
+  ids=["sd1", "xl", "xl_4x2"],
+)
+def test_resumed_run_with_texts_equals_an_uninterrupted_one(
+  generation, sizes, tmp_path, monkeypatch
+):
+  world = write_world(tmp_path, generation)
   if sizes == (1, 1):
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from alignment_world import TEXTS, contexts, make_settings, one_rollout, world
+from alignment_world import TEXTS, contexts, make_settings, one_rollout, quick_jit, world
 
 from prefpaint_jax import testing
 from prefpaint_jax.align import texts as texts_lib
@@ -71,9 +71,12 @@ def test_guided_prediction_is_the_sum_of_two_predictions():
   B, latents = len(prompts.mask), trajectory.latents[0]
   own = contexts(sharding.make_mesh(devices=jax.devices()[:1]), "float32", 4)
   own = Context(jnp.tile(own.tokens, (B // 4, 1, 1)))
-  predict = lambda context, guidance=None: modules.predict(
-    params, modules.condition(prompts, context, guidance), latents, jnp.full(B, 501)
-  )
+
+  @quick_jit
+  def predict(context, guidance=None):
+    conditioned = modules.condition(prompts, context, guidance)
+    return modules.predict(params, conditioned, latents, jnp.full(B, 501))
+
   with_text, without = predict(own), predict(frozen.context)
   guided = predict(own, Guidance(jnp.float32(3.0), frozen.context))
   assert np.abs(with_text - without).max() > 0.01

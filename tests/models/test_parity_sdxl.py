@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEPS = 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_unet_with_pooled_text_and_sizes_equals_diffusers(dtype):
   config = architectures.tiny_configs("xl")["unet"] | {"layers_per_block": 2}
@@ -181,6 +182,7 @@ def test_sizes_of_an_image_that_is_not_square_are_in_the_order_of_stock_diffuser
   np.testing.assert_array_equal(prompts.guidance.negative.time_ids, expected[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("upcast", [True, False])
 def test_vae_in_bfloat16_encodes_in_the_precision_of_stock_diffusers(both, upcast):
   ours, stock = both
@@ -220,6 +222,7 @@ EULER = {
 }
 
 
+@pytest.mark.slow
 def test_folder_that_stock_diffusers_wrote_loads_and_stock_opens_its_export(both, tmp_path):
   ours, stock = both
   euler = diffusers.EulerDiscreteScheduler.from_config(EULER)

@@ -59,7 +59,7 @@ DAMAGED = [  # content of a config.json, and the start of the error after its na
   ({"lora": {"rank": -3}}, ": lora.rank is -3; expected an integer from 0 to 1024"),
   ({"lora": [8]}, ": lora is [8]; expected an object of fields"),
   ({"ema_decay": "much"}, ": ema_decay is 'much'; expected a number"),
-  ({"keep_best": None}, ": keep_best is None; expected one of"),
+  ({"keep_best": None}, ": keep_best is None; expected a text"),
   ({"mask_latents": "all"}, ": mask_latents is 'all'; expected one of"),
   ({"policy": None, "seed": math.nan}, ": seed is nan; expected an integer"),
   ({"seed": 0}, ": no field 'policy'"),
