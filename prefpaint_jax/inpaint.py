@@ -165,7 +165,11 @@ def _inpaint(pairs: Sequence[Pair]) -> None:
 
 def _write(output: Path, samples: np.ndarray, rewards: np.ndarray | None) -> Iterator[str]:
   """Writes samples [S, H, W, 3], or the best of them, and yields a line for each file."""
-  kept = [int(np.nanargmax(rewards))] if _BEST.value else range(len(samples))
+  kept = range(len(samples))
+  if _BEST.value:
+    if not np.isfinite(rewards).any():
+      raise ValueError(f"--reward={_REWARD.value}: no sample has a finite reward; give another one")
+    kept = [int(np.argmax(np.where(np.isfinite(rewards), rewards, -np.inf)))]
   for name, i in zip(_files(output), kept, strict=True):
     text = {} if rewards is None else {"reward": f"{rewards[i]:.4f}"}
     message = [str(name), *(f"{field} {value}" for field, value in text.items())]

@@ -98,7 +98,7 @@ def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session
   checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_best)
   is_new = checkpoints.latest() is None
   with waiting(f"loading {config.policy} (reward: {config.reward})"):
-    has_texts = prompts.has_texts or prompts_of["eval_prompts"].has_texts
+    has_texts = any(found.has_texts for found in (prompts, *prompts_of.values()))
     step = base_step(config.policy, workdir, is_new)
     policy = open_policy(config.policy, config.dtype, step, config.remat)
     run = load_run(config, mesh, policy, has_texts)
@@ -148,7 +148,7 @@ def iterate(
   loop_key = jax.random.split(jax.random.key(config.seed), 3)[2]
   shown = session.workdir, session.writer, held_out
   start = saved = int(state.iteration)
-  stopping = failed = hacked = False
+  stopping = failed = hacked = last_good = False
   if start < config.num_iterations:
     context = context_shapes(config, mesh, frozen) if run.has_texts else None
     read = reward_shapes(run.objective, config, mesh)
@@ -203,20 +203,20 @@ def iterate(
         saved = done
       log.restart_clock()
       if config.stop_on_hacking:  # process 0 has the lines of earlier iterations
-        verdict = np.array(line.get("referee/hacking", 0.0))
-        hacked = bool(multihost_utils.broadcast_one_to_all(verdict))
+        verdict = line.get("referee/hacking", 0.0), held_out.referee.last_good or 0
+        hacked, last_good = multihost_utils.broadcast_one_to_all(np.array(verdict, np.int32))
     if last or stopping or hacked:
       break
   log.flush()
   check_state(int(state.iteration), state)
   checkpoints.wait()
   if failed or hacked:
-    raise ValueError(why_ended(config, done, score_line, hacked, held_out.referee.last_good))
+    raise ValueError(why_ended(config, done, score_line, hacked, last_good))
   return state, saved, bool(stopping)
 
 
 def why_ended(
-  config: ConfigDict, done: int, line: Mapping[str, float], hacked: bool, last_good: int | None
+  config: ConfigDict, done: int, line: Mapping[str, float], hacked: bool, last_good: int
 ) -> str:
   """Returns the line of a run that ends before its last iteration."""
   if hacked:

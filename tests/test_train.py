@@ -414,7 +414,7 @@ def test_batch_that_does_not_divide_over_the_devices_is_an_error(world, tmp_path
     ({"size": 9}, "images are 9x9: both sides must be multiples of 2"),
     ({"trust.norm": "l2"}, r"trust\.norm is 'l2'"),
     ({"keep_best": "reward/men"}, "keep_best is 'reward/men'; expected '' or one of reward"),
-    ({"stop_on_hacking": True}, "stop_on_hacking needs judges that see the fall, and keep_best="),
+    ({"stop_on_hacking": True}, "stop_on_hacking needs judges, keep_best=held_out/judge/NAME and"),
     ({"keep_best": "held_out/judge/mini"}, "keep_best is 'held_out/judge/mini'; expected ''"),
     (
       {"keep_best": "held_out/reward", "eval_every": 4},

@@ -10,7 +10,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from prefpaint_jax.align.referee import JUDGE, SAME_PROMPT, Referee
+from prefpaint_jax.align.referee import JUDGE, SAME_PROMPT, Referee, is_score
 from prefpaint_jax.align.run import Run
 from prefpaint_jax.align.score import reward_inputs
 from prefpaint_jax.data.examples import Prompt, concatenate, stack
@@ -56,7 +56,7 @@ class HeldOut:
       sample_key: noise of the samples that are shown.
       comparison_key: noise of the samples that are compared.
       simulated_preference: also score with the simulated annotators' preference.
-      referee: judges the metrics; None: nobody does.
+      referee: judges the metrics; None: no referee.
     """
     self.referee = referee
     self._run, self._mesh, self._prompts, self._chunk = run, mesh, prompts, chunk
@@ -183,11 +183,6 @@ class HeldOut:
     if self.referee is not None:
       verdict, warnings = self.referee.look(iteration, line, policy, base)
       line |= verdict
-      for warning in warnings:
+      for warning in warnings if jax.process_index() == 0 else ():  # it has all earlier lines
         logging.warning("%s", warning)
     return line
-
-
-def is_score(name: str) -> bool:
-  """Returns whether a name is that of a score, and not of a measure."""
-  return name in ("reward", "true_preference") or name.startswith(JUDGE)

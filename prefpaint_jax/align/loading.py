@@ -25,7 +25,6 @@ def load_run(config: ConfigDict, mesh: Mesh, policy: Any, has_texts: bool = Fals
   """
   trust = settings_from(config).trust
   objective = open_objective(config.reward, config.combine, config.dtype, config.bound or None)
-  warn_without_texts(objective.rewards, has_texts, config.prompts)
   bound = objective.trusted and objective.trusted.bound
   if trust.needs_bound and bound is None:
     raise ValueError(
@@ -47,6 +46,7 @@ def load_run(config: ConfigDict, mesh: Mesh, policy: Any, has_texts: bool = Fals
   base = policy.params.pop("unet")
   run = make_run(config, mesh, policy.modules, objective, base, frozen, has_texts=has_texts)
   judges = open_judges(config.judges, config.dtype)
+  warn_without_texts((*objective.rewards, *judges.rewards), has_texts, config.prompts)
   placed = sharding.place(sharding.replicated(mesh), judges.params)
   run = run._replace(judges=judges, judge_params=placed)
   if not has_texts:

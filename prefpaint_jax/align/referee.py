@@ -15,6 +15,11 @@ SAME_PROMPT = "distance"  # measure: distance between the samples of a prompt
 COLLAPSE = 0.5  # share of the base policy's distance below which diversity has collapsed
 
 
+def is_score(name: str) -> bool:
+  """Returns whether a name is that of a score, and not of a measure."""
+  return name in ("reward", "true_preference") or name.startswith(JUDGE)
+
+
 class Referee:
   """Holds the measurements of a run so far; `look` judges a new one.
 
@@ -29,7 +34,7 @@ class Referee:
   """
 
   def __init__(self, lines: Iterable[Mapping[str, Any]] = ()):
-    """Starts with the lines of metrics.jsonl, so that a resumed run judges alike."""
+    """Starts with the lines of metrics.jsonl, so that a resumed run gets the same verdicts."""
     self.last_good: int | None = None
     number = lambda value: np.nan if value is None else value
     self._lines = [
@@ -68,10 +73,13 @@ class Referee:
     gain = "held_out/reward_gain"
     for name in line:
       judge = name.removeprefix(f"held_out/{JUDGE}").removesuffix("_gain")
-      if name != f"held_out/{JUDGE}{judge}_gain" or not self._lines:
+      if name != f"held_out/{JUDGE}{judge}_gain":
         continue
-      best = max(self._lines, key=lambda earlier, name=name: earlier.get(f"{name}/low", -np.inf))
-      falls = line[f"{name}/high"] < best.get(f"{name}/low", -np.inf)
+      known = [x for x in self._lines if np.isfinite([x.get(f"{name}/low", np.nan), x[gain]]).all()]
+      if not known:
+        continue
+      best = max(known, key=lambda earlier, name=name: earlier[f"{name}/low"])
+      falls = line[f"{name}/high"] < best[f"{name}/low"]
       rises = line[f"{gain}/low"] > best[gain]
       if falls and rises:
         self.last_good = int(best["iteration"])
@@ -84,8 +92,7 @@ class Referee:
 
 def _drifted(policy: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> Iterable[str]:
   for name, values in policy.items():
-    is_measure = "reward" not in name and "preference" not in name and not name.startswith(JUDGE)
-    if not is_measure or name in (SAME_PROMPT, "known_pixels"):
+    if is_score(name) or name in (SAME_PROMPT, "known_pixels"):
       continue
     change, spread = np.mean(values) - np.mean(base[name]), np.std(base[name])
     if abs(change) > spread:

@@ -9,8 +9,8 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from prefpaint_jax.align.held_out import SAMPLES, HeldOut, is_score
-from prefpaint_jax.align.referee import JUDGE
+from prefpaint_jax.align.held_out import SAMPLES, HeldOut
+from prefpaint_jax.align.referee import JUDGE, is_score
 from prefpaint_jax.align.state import TrainState, current_params
 from prefpaint_jax.data.images import save_png
 from prefpaint_jax.data.prompts import final_split

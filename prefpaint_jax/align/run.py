@@ -98,7 +98,8 @@ def make_run(
     adapters = lambda key: lora.init(key, base, config.lora.rank, config.lora.targets)
     key = jax.random.key(config.seed)
     begin = jax.eval_shape(adapters, key) if abstract else adapters(key)
-    # The networks round the sum of the base and the adapters, so the base needs no more bits.
+    # The networks round the sum of base and adapters anyway. An export adds the adapters to the
+    # unrounded base, so its kernels differ from these by at most one rounding.
     round_params = modules.round_params
     rounded = jax.eval_shape(round_params, base) if abstract else round_params(base)
     frozen = frozen._replace(base=rounded)

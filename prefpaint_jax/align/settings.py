@@ -168,10 +168,12 @@ def check_config(config: ConfigDict) -> None:
     kept += [f"held_out/judge/{judge}{end}" for end in ("", "_winrate")]
   if name and name not in kept:
     raise ValueError(f"keep_best is {name!r}; expected '' or one of {', '.join(kept)}")
-  if config.stop_on_hacking and not (config.judges and name.startswith("held_out/judge/")):
+  if config.stop_on_hacking and not (
+    name.startswith("held_out/judge/") and config.checkpoint_every == every
+  ):
     raise ValueError(
-      "stop_on_hacking needs judges that see the fall, and keep_best=held_out/judge/NAME, whose "
-      "checkpoint is the last good one; give both"
+      "stop_on_hacking needs judges, keep_best=held_out/judge/NAME and checkpoint_every equal to "
+      "eval_every, so that a checkpoint from before the fall is kept; give them"
     )
   is_measured = bool(config.eval_prompts and every) and config.checkpoint_every % every == 0
   if name.startswith("held_out/") and not is_measured:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefpaint_jax.rewards.reward import Reward
+from prefpaint_jax.rewards.reward import Reward, check_shape
 from prefpaint_jax.runtime.text import first_line
 
 INPUTS = ("images", "masked_images", "masks", "texts")
@@ -77,7 +77,10 @@ def _call(
     "masks": rows(masks),
     "texts": jax.tree.map(rows, texts) if repeated is None else repeated,
   }
-  return function(**{name: inputs[name] for name in wanted}), None
+  scores = function(**{name: inputs[name] for name in wanted})
+  if numpy is jnp:  # those on the host are checked when they are arrays
+    check_shape(function.__name__, jnp.shape(scores), images.shape[0])
+  return scores, None
 
 
 def _run(file: str) -> Any:
@@ -85,9 +88,10 @@ def _run(file: str) -> Any:
   path = Path(file)
   if not path.is_file():
     raise ValueError(f"reward {file}: no such file; give FILE.py:FUNCTION")
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  sys.path.insert(0, str(path.parent.resolve()))  # so that it can import its neighbours
+  folder = str(path.parent.resolve())
+  spec = importlib.util.spec_from_file_location(f"reward of {path.resolve()}", path)
+  module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+  sys.path.insert(0, folder)  # so that it can import its neighbours
   try:
     spec.loader.exec_module(module)
   except Exception as error:
@@ -95,5 +99,5 @@ def _run(file: str) -> Any:
       f"reward {file}: cannot be run ({type(error).__name__}: {first_line(error)}); correct it"
     ) from error
   finally:
-    sys.path.pop(0)
+    sys.path.remove(folder)
   return module

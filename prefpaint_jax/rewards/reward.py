@@ -91,8 +91,12 @@ class Reward:
     if self.on_host:
       return self.on_arrays(images, masked_images, masks, texts), None
     tokens = self.tokenize(texts) if self.tokenize else None
-    scores, features = self._program(self.params, images, masked_images, masks, tokens)
+    scores, features = self._program(self._placed, images, masked_images, masks, tokens)
     return self._checked(scores, B), None if features is None else np.asarray(features)
+
+  @functools.cached_property
+  def _placed(self) -> Params:
+    return jax.device_put(self.params)  # once, not in every call
 
   @functools.cached_property
   def _program(self) -> Callable[..., tuple[jax.Array, jax.Array | None]]:
@@ -118,10 +122,13 @@ class Reward:
 
   def _checked(self, scores: Any, B: int) -> np.ndarray:
     """Returns scores as float32 [B]; raises ValueError if they have another shape."""
-    scores = np.asarray(scores, np.float32)
-    if scores.shape != (B,):
-      raise ValueError(
-        f"reward {self.name}: returned an array of {list(scores.shape)}; expected {[B]}, a score "
-        "for each sample"
-      )
-    return scores
+    check_shape(self.name, np.shape(scores), B)
+    return np.asarray(scores, np.float32)
+
+
+def check_shape(name: str, shape: Sequence[int], B: int) -> None:
+  """Raises ValueError if the scores of a reward are not one for each of B samples."""
+  if tuple(shape) != (B,):
+    raise ValueError(
+      f"reward {name}: returned an array of {list(shape)}; expected {[B]}, a score for each sample"
+    )
