@@ -72,8 +72,13 @@ OPTIONS = {
   "remat": {"dtype": "bfloat16", "behaviour_dtype": "bfloat16", "remat": True},
   "hole_kl": {"dtype": "float32", "log_prob_region": "hole", "kl_weight": 0.1},
   "few_samples": {"dtype": "bfloat16", "behaviour_dtype": "bfloat16", "samples_per_pass": 2},
-  "texts": {"dtype": "float32", "texts": True, "text_dropout": 0.5},
-  "guided": {"dtype": "float32", "texts": True, "guidance_scale": 3.0, "kl_weight": 0.1},
+  "guided": {
+    "dtype": "float32",
+    "texts": True,
+    "text_dropout": 0.5,
+    "guidance_scale": 3.0,
+    "kl_weight": 0.1,
+  },
   "guided_split": {
     "dtype": "bfloat16",
     "texts": True,

@@ -142,9 +142,15 @@ def test_losses_gradients_and_rewards_of_every_mesh_equal_one_device(sizes):
 # device has 16 and 2 samples.
 MICRO = {
   "groups": {},
-  "kl_and_accumulation": {"moved": 0.003, "kl_weight": 0.5, "gradient_accumulation": 2},
   "adapters_and_kl": {"moved": 0.01, "kl_weight": 0.5, "rank": 2},
-  "guided_texts": {"texts": True, "guidance_scale": 2.0, "text_dropout": 0.3, "kl_weight": 0.5},
+  "guided_texts_and_kl_and_accumulation": {
+    "moved": 0.003,
+    "kl_weight": 0.5,
+    "gradient_accumulation": 2,
+    "texts": True,
+    "guidance_scale": 2.0,
+    "text_dropout": 0.3,
+  },
 }
 
 

@@ -87,7 +87,7 @@ class Ours:
       self.prompts = self._encode(self.frozen, *self._images())
     if stage == "update":
       _, self.trajectory, samples = self._rollout()
-      self.scores, _ = self.stages.score(self.frozen, self.prompts, samples)
+      self.scores, _ = self.stages.score(self.frozen, self.prompts, samples, None, None)
     jax.block_until_ready(self.frozen)
 
   def _images(self) -> tuple[jax.Array, jax.Array]:
@@ -95,7 +95,7 @@ class Ours:
 
   def _rollout(self):
     key = worlds.rollout_key()
-    return self.stages.rollout(self.state.params, self.frozen, *self._images(), key)
+    return self.stages.rollout(self.state.params, self.frozen, *self._images(), key, None)
 
   def _update(self, prompts, trajectory, scores) -> None:
     for indices in self.stages.draw_timesteps(worlds.timestep_key()):
@@ -123,7 +123,7 @@ class Ours:
     return {"images": samples, "log_probs": trajectory.log_probs}
 
   def score(self) -> Outputs:
-    scores, _ = self.stages.score(self.frozen, self.prompts, self.samples)
+    scores, _ = self.stages.score(self.frozen, self.prompts, self.samples, None, None)
     return {"reward": scores.reward, "trust": scores.trust, "advantages": scores.advantages}
 
   def update(self) -> Outputs:
@@ -135,7 +135,7 @@ class Ours:
       compile_iteration(self.stages, self.state, self.frozen, *self._images())
       self.is_compiled = True
     prompts, trajectory, samples = self._rollout()
-    scores, _ = self.stages.score(self.frozen, prompts, samples)
+    scores, _ = self.stages.score(self.frozen, prompts, samples, None, None)
     self._update(prompts, trajectory, scores)
     return {"images": samples, "reward": scores.reward, "params": self.state.params}
 
