@@ -3,6 +3,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from prefpaint_jax.align.referee import JUDGE, SAME_PROMPT, Referee, is_score
 from prefpaint_jax.align.run import Run
-from prefpaint_jax.align.score import reward_inputs
+from prefpaint_jax.align.score import reward_inputs, reward_scores
 from prefpaint_jax.data.examples import Prompt, concatenate, stack
 from prefpaint_jax.data.grids import image_grid
 from prefpaint_jax.evaluation import drift, winrate
@@ -95,17 +96,23 @@ class HeldOut:
     objective, judges = self._run.objective, self._run.judges
     arrays = samples, images * (1.0 - masks), masks
     read = reward_inputs(objective, self._mesh, local, samples)
-    found = {"reward": objective.weighted(self._programs[0](params, *arrays, *read))}
+    found = {"reward": objective.weighted(self._programs[0](params, *arrays, *read)[0])}
     if judges.rewards:
       read = reward_inputs(judges, self._mesh, local, samples)
-      scores = self._programs[1](judge_params, *arrays, *read)
+      scores, _ = self._programs[1](judge_params, *arrays, *read)
       names = (f"{JUDGE}{judge.name}" for judge in judges.rewards)
       found |= zip(names, scores, strict=True)
     return found
 
   @functools.cached_property
-  def _programs(self) -> tuple[Callable[..., list[jax.Array]], ...]:
-    return tuple(jax.jit(one.scores) for one in (self._run.objective, self._run.judges))
+  def _programs(self) -> tuple[Callable[..., Any], ...]:
+    """`reward_scores` of the objective and of the judges, compiled at their first call."""
+    run, mesh = self._run, self._mesh
+    chunk = run.settings.decode_batch
+    return tuple(
+      jax.jit(functools.partial(reward_scores, one, chunk, mesh=mesh))
+      for one in (run.objective, run.judges)
+    )
 
   def _scores(self, params: Params, chunk: int) -> dict[str, np.ndarray]:
     """Returns scores and drift measures [N, S] of a chunk."""

@@ -13,7 +13,6 @@ from prefpaint_jax.align.texts import Texts
 from prefpaint_jax.data.captions import check_guidance
 from prefpaint_jax.preference.bound import check_condition
 from prefpaint_jax.rewards.objective import open_judges, open_objective, warn_without_texts
-from prefpaint_jax.runtime import sharding
 
 
 def load_run(config: ConfigDict, mesh: Mesh, policy: Any, has_texts: bool = False) -> Run:
@@ -44,11 +43,11 @@ def load_run(config: ConfigDict, mesh: Mesh, policy: Any, has_texts: bool = Fals
     negative=guidance and guidance.negative,
   )
   base = policy.params.pop("unet")
-  run = make_run(config, mesh, policy.modules, objective, base, frozen, has_texts=has_texts)
   judges = open_judges(config.judges, config.dtype)
   warn_without_texts((*objective.rewards, *judges.rewards), has_texts, config.prompts)
-  placed = sharding.place(sharding.replicated(mesh), judges.params)
-  run = run._replace(judges=judges, judge_params=placed)
+  run = make_run(
+    config, mesh, policy.modules, objective, base, frozen, has_texts=has_texts, judges=judges
+  )
   if not has_texts:
     return run
   most = max(config.batch_size, config.num_samples)

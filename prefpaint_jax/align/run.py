@@ -26,9 +26,11 @@ from prefpaint_jax.models.architectures import read_architecture
 from prefpaint_jax.models.assembly import make_modules
 from prefpaint_jax.models.conditioning import Context
 from prefpaint_jax.models.pipeline import Modules
-from prefpaint_jax.rewards.objective import Objective, outline_objective
+from prefpaint_jax.rewards.objective import Objective, open_judges, outline_objective
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.weights.names import Params
+
+NO_JUDGES = Objective((), ())
 
 
 class Run(NamedTuple):
@@ -40,10 +42,9 @@ class Run(NamedTuple):
   begin: Params  # the trained parameters of the base policy
   frozen: Frozen
   has_texts: bool = False  # the rollout takes the contexts of the prompts' texts
-  # `train` sets these:
-  texts: Texts | None = None
-  judges: Objective = Objective(())  # rewards that are never optimised
+  judges: Objective = NO_JUDGES
   judge_params: tuple[Params, ...] = ()
+  texts: Texts | None = None  # which `train` sets
 
   @property
   def parameters(self) -> dict[str, int]:
@@ -78,6 +79,7 @@ def make_run(
   frozen: Frozen,
   *,
   has_texts: bool = False,
+  judges: Objective = NO_JUDGES,
   abstract: bool = False,
 ) -> Run:
   """Places the trees of a run on the mesh and makes its stages.
@@ -86,6 +88,7 @@ def make_run(
     base: the UNet's parameters.
     frozen: the other trees; its `base` is filled in here.
     has_texts: prompts have texts, whose contexts the rollout takes.
+    judges: rewards that are never optimised.
     abstract: the trees are shapes, and so are those of the result.
   """
   settings = settings_from(config)
@@ -108,12 +111,13 @@ def make_run(
   place = lambda tree, rules: put(tree, sharding.specs(tree, rules, mesh))
   split, whole = sharding.DEFAULT_RULES, ((r"", P()),)
   begin = place(begin, split)
-  frozen = place(frozen, split if config.mesh.split_frozen else whole)
+  rules = split if config.mesh.split_frozen else whole
+  frozen, judge_params = place((frozen, judges.params), rules)
   if settings.kl_weight and not settings.lora:
     frozen = frozen._replace(base=begin)
   sampler = Sampler(modules, settings, steps)
   stages = make_stages(sampler, objective, optimizer_from(config), mesh, begin, has_texts)
-  return Run(settings, objective, stages, begin, frozen, has_texts)
+  return Run(settings, objective, stages, begin, frozen, has_texts, judges, judge_params)
 
 
 def check_dtype(dtype: str, device: Any) -> None:
@@ -187,6 +191,14 @@ def outline(config: ConfigDict, mesh: Mesh) -> tuple[Run, Modules, str]:
     negative=context if config.guidance_scale != 1 else None,
   )
   run = make_run(
-    config, mesh, modules, objective, shapes["unet"], frozen, has_texts=has_texts, abstract=True
+    config,
+    mesh,
+    modules,
+    objective,
+    shapes["unet"],
+    frozen,
+    has_texts=has_texts,
+    judges=open_judges(config.judges, config.dtype, abstract=True),
+    abstract=True,
   )
   return run, modules, source

@@ -43,6 +43,47 @@ def trust_weights(
   )
 
 
+def reward_scores(
+  objective: Objective,
+  chunk: int,
+  params: tuple[Params, ...],
+  samples: Float[Array, "B H W 3"],
+  masked_images: Float[Array, "P H W 3"],
+  masks: Float[Array, "P H W 1"],
+  texts: tuple[Any, ...] | None = None,
+  on_host: tuple[Float[Array, " B"] | None, ...] | None = None,
+  mesh: Mesh | None = None,
+) -> tuple[list[Float[Array, " B"]], Float[Array, "B D"]]:
+  """Computes the scores of each reward, and the features of the one that gives the trust weight.
+
+  Args:
+    chunk: prompts that a device scores at a time, each with its S = B / P samples; 0: all.
+    params: of the rewards.
+    texts: what each reward reads of the P texts; None: no reward reads texts.
+    on_host: scores of the rewards that run on the host; None: there is none.
+  """
+  S = len(samples) // len(masks)
+  # Chunks hold whole prompts, so that the masked image of a prompt is embedded once.
+  grouped = samples.reshape(-1, S, *samples.shape[1:])
+  rewards, trusted = objective.rewards, objective.trusted
+  texts = texts or (None,) * len(rewards)
+
+  def evaluate(params: tuple[Params, ...], images: jax.Array, known: jax.Array, masks, texts):
+    flat = images.reshape(-1, *images.shape[2:])
+    scores, features = [], jnp.zeros((len(flat), 0))
+    for reward, own, read in zip(rewards, params, texts, strict=True):
+      if not reward.on_host:
+        found, z = reward.function(own, flat, known, masks, read)
+        scores.append(found.astype(jnp.float32).reshape(-1, S))
+        features = z if reward is trusted else features
+    return scores, features.reshape(*images.shape[:2], features.shape[-1])
+
+  found, features = in_chunks(evaluate, chunk, mesh, params, grouped, masked_images, masks, texts)
+  found = iter(found)
+  scores = [on_host[i] if one.on_host else next(found).reshape(-1) for i, one in enumerate(rewards)]
+  return scores, features.reshape(len(samples), features.shape[-1])
+
+
 def score(
   objective: Objective,
   settings: Settings,
@@ -60,29 +101,12 @@ def score(
     on_host: scores of the rewards that run on the host; None: there is none.
   """
   S = settings.samples_per_prompt
-  # Chunks hold whole prompts, so that the masked image of a prompt is embedded once.
-  grouped = samples.reshape(-1, S, *samples.shape[1:])
-
-  rewards, trusted = objective.rewards, objective.trusted
-  texts = texts or (None,) * len(rewards)
-
-  def evaluate(params: tuple[Params, ...], images: jax.Array, known: jax.Array, masks, texts):
-    flat = images.reshape(-1, *images.shape[2:])
-    scores, features = [], jnp.zeros((len(flat), 0))
-    for reward, own, read in zip(rewards, params, texts, strict=True):
-      if not reward.on_host:
-        found, z = reward.function(own, flat, known, masks, read)
-        scores.append(found.astype(jnp.float32).reshape(-1, S))
-        features = z if reward is trusted else features
-    return scores, features.reshape(*images.shape[:2], features.shape[-1])
-
-  chunk = -(-settings.decode_batch // S)
   first = lambda x: x.reshape(-1, S, *x.shape[1:])[:, 0]
   known, masks = first(prompts.masked_image), first(prompts.mask)
-  found, features = in_chunks(evaluate, chunk, mesh, frozen.reward, grouped, known, masks, texts)
-  found = iter(found)
-  scores = [on_host[i] if one.on_host else next(found).reshape(-1) for i, one in enumerate(rewards)]
-  features = features.reshape(len(samples), features.shape[-1])
+  chunk = -(-settings.decode_batch // S)
+  scores, features = reward_scores(
+    objective, chunk, frozen.reward, samples, known, masks, texts, on_host, mesh
+  )
   usable = [ppo.usable(one) for one in scores]
   valid = functools.reduce(jnp.logical_and, usable) & jnp.isfinite(features).all(-1)
   features = jnp.where(valid[:, None], features, 0.0)
@@ -97,8 +121,8 @@ def score(
   )
   result = Scores(total, valid, trust, advantages)
   metrics = _metrics(result, S)
-  parts = zip(rewards, scores, usable, strict=True)
-  for reward, own, finite in parts if len(rewards) > 1 else ():
+  parts = zip(objective.rewards, scores, usable, strict=True)
+  for reward, own, finite in parts if len(scores) > 1 else ():
     mean = ppo.masked_mean(own, valid)
     metrics[f"reward/{reward.name}/mean"] = mean
     metrics[f"reward/{reward.name}/std"] = jnp.sqrt(ppo.masked_mean((own - mean) ** 2, valid))

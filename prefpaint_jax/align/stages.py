@@ -62,7 +62,7 @@ def make_stages(
 
   Args:
     params: arrays or shapes of the trained parameters.
-    has_texts: each prompt has a context of its own; otherwise all share that of the empty text.
+    has_texts: each prompt has its own context; otherwise all share the context of the empty text.
   """
   settings = sampler.settings
   init = functools.partial(init_state, sampler, optimizer)

@@ -1,4 +1,4 @@
-"""Contexts of the texts of prompts: computed on the device, and kept for texts that come again."""
+"""Contexts of the texts of prompts, computed on the device; those of recent texts are kept."""
 # Shapes: B prompts of all processes.
 
 import collections

@@ -105,17 +105,7 @@ def tiny_configs(generation: Generation = 1) -> dict[str, dict[str, Any]]:
     "eos_token_id": 513,
     "pad_token_id": 513,
   }
-  scheduler = {
-    "_class_name": "DDIMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "prediction_type": "v_prediction" if second else "epsilon",
-  }
+  scheduler = single_file.SCHEDULER | {"prediction_type": "v_prediction" if second else "epsilon"}
   configs = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "scheduler": scheduler}
   return configs | (_xl_changes(configs, _TINY_XL) if generation == "xl" else {})
 
@@ -200,7 +190,13 @@ def full_size_configs(generation: Generation = 1) -> dict[str, dict[str, Any]]:
       "attention_head_dim": [5, 10, 20, 20],
       "use_linear_projection": True,
     }
-    configs["text_encoder"] |= {"hidden_size": 1024, "num_attention_heads": 16}
+    configs["text_encoder"] |= {
+      "hidden_size": 1024,
+      "intermediate_size": 4096,
+      "num_hidden_layers": 23,
+      "num_attention_heads": 16,
+      "hidden_act": "gelu",
+    }
   elif generation == "xl":
     configs["vae"] |= {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": False}
     configs |= _xl_changes(configs, _FULL_XL)

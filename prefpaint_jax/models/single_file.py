@@ -21,7 +21,7 @@ _HUB = {
   2: "stabilityai/stable-diffusion-2-inpainting",
 }
 _HEAD_DIM = 64  # of CLIP, and of the UNet of version 2
-_SCHEDULER = {
+SCHEDULER = {
   "_class_name": "DDIMScheduler",
   "num_train_timesteps": 1000,
   "beta_start": 0.00085,
@@ -93,7 +93,7 @@ def _configs(parts: dict[str, compvis.Tensors], path: Path) -> tuple[int, dict[s
       "unet": _unet_config(parts["unet"], second),
       "vae": _vae_config(parts["vae"]),
       "text_encoder": _text_config(parts["text_encoder"], second),
-      "scheduler": dict(_SCHEDULER),
+      "scheduler": dict(SCHEDULER),
     }
   except (KeyError, IndexError) as error:  # a missing tensor, or one of fewer dimensions
     raise ValueError(

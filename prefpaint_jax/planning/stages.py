@@ -170,7 +170,7 @@ def _measure_stages(
   key = sharding.with_shardings(jax.eval_shape(jax.random.key, 0), replicated)
   indices = jax.eval_shape(stages.draw_timesteps, key)[0]
   context = context_shapes(config, mesh, frozen) if run.has_texts else None
-  live = [state, frozen, images, masks, context]
+  live = [state, frozen, run.judge_params, images, masks, context]
   # A run that compares with the base policy keeps its parameters; with a KL term `frozen.base` is
   # the same arrays.
   if compares_with_base(config) and frozen.base is not run.begin:

@@ -63,24 +63,6 @@ class Objective(NamedTuple):
     arrays = images, masked_images, masks, texts
     return tuple(one.on_arrays(*arrays) if one.on_host else None for one in self.rewards)
 
-  def scores(
-    self, params: Any, images: Any, masked_images: Any, masks: Any, tokens: Any, on_host: Any
-  ) -> list[Float[Array, " B"]]:
-    """Computes the scores of each reward.
-
-    Args:
-      params: of the rewards.
-      tokens, on_host: results of `tokenize` and `host_scores`.
-    """
-    found = []
-    for i, reward in enumerate(self.rewards):
-      if reward.on_host:
-        found.append(on_host[i])
-      else:
-        read = tokens and tokens[i]
-        found.append(reward.function(params[i], images, masked_images, masks, read)[0])
-    return found
-
   def weighted(self, scores: Sequence[Float[Array, " B"]]) -> Float[Array, " B"]:
     """Computes the weighted sum of the scores, whatever the combination."""
     return sum(weight * one for weight, one in zip(self.weights, scores, strict=True))
@@ -167,10 +149,16 @@ def open_objective(
   return _objective(names, combine, lambda name, own: _open(name, dtype, own and bound))
 
 
-def open_judges(names: Sequence[str], dtype: str = "float32") -> Objective:
-  """Loads rewards that only judge; their names become their labels."""
-  loaded = load_rewards(names, dtype)
-  judges = tuple(dataclasses.replace(judge, name=label) for label, judge in loaded.items())
+def open_judges(names: Sequence[str], dtype: str = "float32", abstract: bool = False) -> Objective:
+  """Loads rewards that only judge; their names become their labels.
+
+  Args:
+    abstract: makes shapes in the place of parameters; reads no weights.
+  """
+  judges = tuple(
+    dataclasses.replace(_open(name, dtype, abstract=abstract), name=label)
+    for name, label in zip(names, label_rewards(names), strict=True)
+  )
   return Objective(judges, (1.0,) * len(judges))
 
 
