@@ -58,7 +58,7 @@ def main() -> None:
   if _LORA.value:
     given = {"dtype": _DTYPE.value != "float32", "evaluation": _EVALUATION.value}
     for name in (name for name, value in (given | {"push_to": _PUSH_TO.value}).items() if value):
-      raise ValueError(f"--{name} is of whole policies; leave it out, or leave out --lora")
+      raise ValueError(f"--{name} applies to whole policies; leave it out, or leave out --lora")
     _export_adapters(output if output.suffix == ".safetensors" else output / adapters.FILE_NAME)
     return
   files.check_output_folder(output)

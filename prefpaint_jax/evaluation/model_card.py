@@ -194,8 +194,9 @@ def _figures(evaluation: dict[str, Any], iteration: int) -> str:
   seen = about.get("policy_iteration", iteration)
   checkpoint = f" of the checkpoint of iteration {seen}" if seen != iteration else ""
   number, _, prompts = about["prompts"].partition(" of ")
+  policy, baseline = (f"`{_public(about[side])}`" for side in ("policy", "baseline"))
   heading = (
-    f"`evaluate`{checkpoint} against `{_public(about['baseline'])}`, {number} prompts "
+    f"`evaluate` of {policy}{checkpoint} against {baseline}, {number} prompts "
     f"({_public(prompts)}), {about['samples_per_prompt']} samples of each, {about['sampler']}.\n"
     "In brackets: 95 % bootstrap intervals over prompts."
   )
@@ -208,9 +209,9 @@ def _is_hub_name(name: str) -> bool:
 
 def _public(name: str) -> str:
   """Replaces the paths in a list of names by their last parts; hub names stay whole."""
-  parts = (part.strip() for part in str(name).split(","))
-  kept = lambda part: _is_hub_name(part.split("*")[0])
-  return ", ".join(part if kept(part) else Path(part).name for part in parts)
+  parts = (part.strip().rpartition("@") for part in str(name).split(","))
+  kept = lambda path: path if _is_hub_name(path.split("*")[0]) else Path(path).name
+  return ", ".join(f"{head}{at}{kept(path)}" for head, at, path in parts)
 
 
 def _licence(base: Path) -> str | None:

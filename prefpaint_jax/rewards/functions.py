@@ -17,7 +17,7 @@ import functools
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefpaint_jax.rewards.reward import Reward, check_shape
+from prefpaint_jax.rewards.reward import Reward, check_shape, failed
 from prefpaint_jax.runtime.text import first_line
 
 INPUTS = ("images", "masked_images", "masks", "texts")
@@ -54,7 +54,32 @@ def load_function(name: str) -> Reward:
       f"function of a list of texts that returns arrays, or {function_name}.host = True"
     )
   call = functools.partial(_call, function, wanted, np if on_host else jnp)
+  if tokenize and not on_host:
+    like = _tokenize(function_name, tokenize, None, [""])
+    tokenize = functools.partial(_tokenize, function_name, tokenize, like)
   return Reward(function_name, call, tokenize=tokenize, on_host=on_host, source=file)
+
+
+def _tokenize(name: str, tokenize: Callable[..., Any], like: Any, texts: Sequence[str]) -> Any:
+  """Calls a user's function of P texts and checks that it makes P rows like those of `like`.
+
+  Raises:
+    ValueError: the function fails, or rows differ in shape or dtype, with which one compiled
+      program could not read all texts.
+  """
+  try:
+    found = jax.tree.map(np.asarray, tokenize(list(texts)))
+  except Exception as error:  # whatever the user's code raises
+    raise failed(name, error) from error
+  kinds = lambda tree: jax.tree.map(lambda x: (x.shape[1:], str(x.dtype)), tree)
+  rows = {x.shape[:1] for x in jax.tree.leaves(found)}
+  if rows != {(len(texts),)} or (like is not None and kinds(found) != kinds(like)):
+    shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(found))
+    raise ValueError(
+      f"reward {name}: tokenize makes {shapes} of {len(texts)} texts; expected a row for each "
+      "text, of a shape and dtype that do not depend on the texts; pad or cut them"
+    )
+  return found
 
 
 def _call(
@@ -77,9 +102,14 @@ def _call(
     "masks": rows(masks),
     "texts": jax.tree.map(rows, texts) if repeated is None else repeated,
   }
-  scores = function(**{name: inputs[name] for name in wanted})
-  if numpy is jnp:  # those on the host are checked when they are arrays
-    check_shape(function.__name__, jnp.shape(scores), images.shape[0])
+  wanted_inputs = {name: inputs[name] for name in wanted}
+  if numpy is np:  # `Reward.on_arrays` checks the scores
+    return function(**wanted_inputs), None
+  try:
+    scores = function(**wanted_inputs)
+  except Exception as error:  # whatever the user's code raises while JAX traces it
+    raise failed(function.__name__, error) from error
+  check_shape(function.__name__, jnp.shape(scores), images.shape[0])
   return scores, None
 
 

@@ -53,7 +53,7 @@ def load(name: str, weights: str = "", dtype: str = "float32") -> Reward:
 
 def outline(name: str, weights: str = "", dtype: str = "float32") -> Reward:
   """Makes ImageReward of shapes; its `tokenize` returns the ids and the mask of no text."""
-  del weights  # of any weights, the shapes are the same
+  del weights  # the shapes do not depend on them
   return _reward(name, dtype, network_shapes(IMAGE_REWARD), _no_tokens)
 
 

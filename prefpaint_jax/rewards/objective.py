@@ -51,7 +51,7 @@ class Objective(NamedTuple):
     return any(reward.on_host for reward in self.rewards)
 
   def tokenize(self, texts: Sequence[str]) -> tuple[Any, ...] | None:
-    """Computes what the rewards read of P texts; None if no reward reads texts."""
+    """Tokenizes P texts for each reward that reads texts; None if no reward does."""
     if not any(reward.tokenize for reward in self.rewards):
       return None
     return tuple(reward.tokenize and reward.tokenize(texts) for reward in self.rewards)

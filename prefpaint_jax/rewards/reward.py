@@ -11,6 +11,7 @@ import numpy as np
 
 from prefpaint_jax.data.images import load_images
 from prefpaint_jax.preference.bound import Bound
+from prefpaint_jax.runtime.text import first_line
 from prefpaint_jax.weights.names import Params
 
 LIKE = "the same number of samples for each masked image"
@@ -91,7 +92,10 @@ class Reward:
     if self.on_host:
       return self.on_arrays(images, masked_images, masks, texts), None
     tokens = self.tokenize(texts) if self.tokenize else None
-    scores, features = self._program(self._placed, images, masked_images, masks, tokens)
+    try:
+      scores, features = self._program(self._placed, images, masked_images, masks, tokens)
+    except ValueError as error:  # JAX adds lines to an error of a function that it traces
+      raise ValueError(first_line(error)) from error
     return self._checked(scores, B), None if features is None else np.asarray(features)
 
   @functools.cached_property
@@ -114,16 +118,19 @@ class Reward:
       scores, _ = self.function(self.params, images, masked_images, masks, texts)
       scores = np.asarray(scores, np.float32)
     except Exception as error:  # whatever the user's code raises
-      found = str(error).strip().splitlines()
-      raise ValueError(
-        f"reward {self.name}: failed with {type(error).__name__}: {found[0] if found else ''}"
-      ) from error
+      raise failed(self.name, error) from error
     return self._checked(scores, len(images))
 
   def _checked(self, scores: Any, B: int) -> np.ndarray:
     """Returns scores as float32 [B]; raises ValueError if they have another shape."""
     check_shape(self.name, np.shape(scores), B)
     return np.asarray(scores, np.float32)
+
+
+def failed(name: str, error: Exception) -> ValueError:
+  """Returns the one-line error of a reward whose code raises `error`."""
+  found = str(error).strip().splitlines()
+  return ValueError(f"reward {name}: failed with {type(error).__name__}: {''.join(found[:1])}")
 
 
 def check_shape(name: str, shape: Sequence[int], B: int) -> None:

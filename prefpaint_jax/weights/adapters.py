@@ -214,7 +214,7 @@ def _group(
       others.append(name)
   if others or not (pairs or texts):
     found = (
-      f"{len(others)} tensors that are none, such as {first_names(others)}" if others else "none"
+      f"{len(others)} tensors of another kind, such as {first_names(others)}" if others else "none"
     )
     raise ValueError(
       f"{path}: expected LoRA adapters of a UNet, has {found}; give the file of a LoRA"

@@ -56,6 +56,17 @@ def reads(images, texts):
   return images
 
 number = 3
+
+def fails(images):
+  raise RuntimeError("wrong colour\\nmore")
+
+def one_score(images):
+  return images.mean()
+
+def long_texts(images, texts):
+  return texts.sum(-1)
+
+long_texts.tokenize = lambda texts: np.array([[len(text)] * max(map(len, texts)) for text in texts])
 """
 
 
@@ -148,6 +159,19 @@ def test_failures_of_functions_are_one_line(mine, samples):
     ValueError, match=r"\Areward column: returned an array of \[6, 1\]; expected \[6\]"
   ):
     load_reward(f"{mine}:column")(*samples)
+
+
+@pytest.mark.parametrize(
+  ("function", "message"),
+  [
+    ("fails", "failed with RuntimeError: wrong colour"),
+    ("one_score", r"returned an array of \[\]; expected \[6\], a score for each sample"),
+    ("long_texts", r"tokenize makes .* of 3 texts; expected a row for each text, of a shape"),
+  ],
+)
+def test_failures_of_compiled_functions_are_one_line(mine, samples, function, message):
+  with pytest.raises(ValueError, match=rf"\Areward {function}: {message}[^\n]*\Z"):
+    load_reward(f"{mine}:{function}")(*samples, ["a", "bc", "d"])
 
 
 def test_mini_reward_equals_the_reward_model(samples):

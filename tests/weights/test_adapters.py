@@ -164,7 +164,11 @@ def edited(tensors, name: str, change) -> dict[str, np.ndarray]:
 META = {"unet.r": RANK, "unet.lora_alpha": 1}
 WRONG = {  # tensors, metadata, error
   "no tensors": ({}, {}, "expected LoRA adapters of a UNet, has none; give"),
-  "a whole UNet": ({"conv_in.weight": np.ones(3)}, {}, "1 tensors that are none, such as conv_in"),
+  "a whole UNet": (
+    {"conv_in.weight": np.ones(3)},
+    {},
+    "1 tensors of another kind, such as conv_in",
+  ),
   "a transformer": (
     peft("transformer.x_embedder"),
     {},
