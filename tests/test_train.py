@@ -508,7 +508,10 @@ def test_export_has_a_model_card_with_the_samples_of_the_run(world, finished, ex
   [
     (["--push_to=model"], "--push_to is 'model'; expected a hub name owner/name"),
     (["--evaluation=none"], "none: no such file"),
-    (["--lora=kohya", "--push_to=a/b"], "--push_to applies to whole policies; leave it out, or leave out --lora"),
+    (
+      ["--lora=kohya", "--push_to=a/b"],
+      "--push_to applies to whole policies; leave it out",
+    ),
     (["--push_to=a/b"], "a/b: not uploaded"),
   ],
 )

@@ -8,6 +8,7 @@ import weakref
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import Mesh
 
 from prefpaint_jax.runtime import compilation
 from prefpaint_jax.runtime.compilation import Program, fast_jit
@@ -43,6 +44,62 @@ def test_an_unknown_option_does_not_cost_the_others(monkeypatch):
   jit = fast_jit.__wrapped__()
   assert jit.keywords["compiler_options"] == known
   assert jit(lambda x: 2 * x)(1.0) == 2.0
+
+
+def test_several_cpu_devices_do_without_the_kernels_that_race():
+  options = lambda count: fast_jit(Mesh(jax.local_devices()[:count], "some")).keywords[
+    "compiler_options"
+  ]
+  assert options(1).keys() - options(2).keys() <= set(compilation.ONE_DEVICE_ONLY["cpu"])
+  assert not options(2).keys() & set(compilation.ONE_DEVICE_ONLY["cpu"])
+  assert not fast_jit().keywords["compiler_options"].keys() - options(2).keys()
+
+
+CHAINS = """
+import jax, numpy as np
+from prefpaint_jax.align.rollout import in_chunks
+from prefpaint_jax.diffusion import ddim
+from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.runtime import sharding
+from prefpaint_jax.runtime.compilation import fast_jit
+
+inpainter = Inpainter.from_pretrained("mini")
+modules, B = inpainter.modules, 256
+steps = ddim.ddim_steps(modules.schedule, 10, 1.0)
+noise = jax.random.normal(jax.random.key(0), modules.latent_shape(B, 32, 32))
+images, masks = np.full((B, 32, 32, 3), 0.5, np.float32), np.ones((B, 32, 32, 1), np.float32)
+context = inpainter.encode_text(["warm light", "cold light"] * (B // 2))
+encoded = modules.encode_prompts(inpainter.params["vae"], images, masks, context)
+
+def run(devices):
+  mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+  prompts = jax.device_put(encoded, sharding.batch_sharding(mesh))
+  params = jax.device_put(inpainter.params["unet"], sharding.replicated(mesh))
+
+  def chain(params, prompts, noise):
+    def predict(latents, timestep):
+      some = lambda shared, own, latents: modules.predict(shared[0], own, latents, shared[1])
+      return in_chunks(some, 0, mesh, (params, timestep), prompts, latents)
+    return ddim.sample(predict, modules.schedule, steps, noise, jax.random.key(1))
+
+  first = jax.device_put(noise, sharding.batch_sharding(mesh))
+  return np.asarray(fast_jit(mesh)(chain)(params, prompts, first))
+
+print(np.abs(run(1) - run(4)).max())
+"""
+
+
+@pytest.mark.slow
+def test_a_chain_on_four_devices_equals_that_on_one():
+  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  ended = subprocess.run(
+    [sys.executable, "-c", CHAINS],
+    env=os.environ | flags,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert float(ended.stdout) < 1e-4
 
 
 @pytest.mark.parametrize("platforms, accelerated", [("cpu", True), ("", False), ("", True)])
