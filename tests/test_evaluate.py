@@ -230,7 +230,8 @@ def test_a_signal_keeps_finished_batches_and_damaged_ones_are_computed_again(
   [
     ({"policy": ""}, r"config\.policy is empty"),
     ({"judges": (), "simulated_preference": False}, r"config\.judges is empty"),
-    ({"judges": ("nowhere",)}, "nowhere: no such folder"),
+    ({"judges": ("nowhere",)}, "reward 'nowhere': no such reward; give one of prefpaint"),
+    ({"judges": ("seam,seem",)}, "reward 'seem': no such reward; did you mean seam?"),
     ({"kind": "brush"}, "none of the 20 prompts of 'test' is of kind brush"),
     ({"kind": "hole"}, "kind is 'hole'; expected one of outpainting"),
     ({"guidance_scale": 3.0}, "guidance_scale is 3, but .* has no texts to guide by; add captions"),

@@ -24,6 +24,7 @@ from prefpaint_jax.rewards import prefpaint, table
 from prefpaint_jax.rewards.functions import load_function
 from prefpaint_jax.rewards.reward import Reward
 from prefpaint_jax.runtime.compilation import enable_cache
+from prefpaint_jax.runtime.suggestions import suggest
 from prefpaint_jax.runtime.weighted_names import split_names
 
 
@@ -126,6 +127,7 @@ def _open(name: str, dtype: str, bound: str | None = None, *, abstract: bool = F
     return load_function(name)
   found = table.find(name)
   if found is None:
+    _check_name(name)
     return prefpaint.outline(name, dtype) if abstract else prefpaint.load(name, dtype, bound)
   module, weights = found
   if module is prefpaint:
@@ -133,6 +135,16 @@ def _open(name: str, dtype: str, bound: str | None = None, *, abstract: bool = F
     return prefpaint.outline(weights, dtype) if abstract else prefpaint.load(weights, dtype, bound)
   load = getattr(module, "outline", module.load) if abstract else module.load
   return load(name, weights, dtype)
+
+
+def _check_name(name: str) -> None:
+  """Raises ValueError, with the nearest name, for what is neither a name nor may be a folder."""
+  if "/" in name or "\\" in name or name == "mini" or Path(name).exists():
+    return
+  nearest = suggest(name, (*table.TABLE, "mini"))
+  expected = f"one of {', '.join(table.TABLE)}, mini, a folder, a hub name, or FILE.py:FUNCTION"
+  advice = f"did you mean {nearest}?" if nearest else f"give {expected}"
+  raise ValueError(f"reward {name!r}: no such reward; {advice}")
 
 
 def open_objective(

@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from prefpaint_jax.runtime.config_fields import CONFIGS
-from prefpaint_jax.runtime.ranges import Range, check, shorten
+from prefpaint_jax.runtime.ranges import Range, Several, Text, check, shorten
 from prefpaint_jax.runtime.suggestions import suggest
 
 
@@ -15,7 +15,7 @@ def check_fields(config: ConfigDict, name: str) -> None:
   """Checks that a config has the fields of a command, each in its range.
 
   Args:
-    config: the config.
+    config: the config; "a,b" in a tuple of texts becomes "a" and "b", as a shell would give them.
     name: file in configs/ that the command takes, a name of CONFIGS.
 
   Raises:
@@ -28,7 +28,12 @@ def check_fields(config: ConfigDict, name: str) -> None:
     _refuse(missing, unknown, fields, name)
   table = CONFIGS[name][0]
   for field, value in fields.items():
-    check(f"config.{field}", value, table.get(field) or table[_section(field)])
+    allowed = table.get(field) or table[_section(field)]
+    check(f"config.{field}", value, allowed)
+    if isinstance(allowed, Several) and isinstance(allowed.item, Text):
+      value = tuple(part.strip() for text in value for part in text.split(","))
+      check(f"config.{field}", value, allowed)
+      config.update_from_flattened_dict({field: value})
 
 
 def check_values(
