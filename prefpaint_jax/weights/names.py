@@ -79,6 +79,7 @@ _KINDS = {
       r"blip\.(vision|text)_proj\.(weight|bias)",
     ),
   ),
+  "lin0": Kind("lpips", drop=(r"classifier\..*",)),  # the classifier's last layers
 }
 
 
