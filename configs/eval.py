@@ -23,6 +23,8 @@ def get_config(preset: str = "") -> ConfigDict:
   config.policy_step = config_dict.placeholder(str)
   config.baseline = "stable-diffusion-v1-5/stable-diffusion-inpainting"  # what it is compared with
   config.baseline_step = config_dict.placeholder(int)  # an iteration of a workdir; None: the latest
+  # More policies for the same comparison with the baseline: names as of policy, latest checkpoints.
+  config.rivals = ()
   config.judges = ("kd5678/prefpaintReward",)  # rewards by name, as docs/rewards.md lists them
   config.simulated_preference = False  # judge by the simulated annotators too (mini world)
 
@@ -37,6 +39,14 @@ def get_config(preset: str = "") -> ConfigDict:
   config.eta = 1.0  # scale of the noise of each DDIM step; 0: none
   config.guidance_scale = 1.0  # of the texts of the prompts; 1: no guidance
   config.batch_size = 4  # prompts that are sampled at a time, S times each
+
+  # Known pixels. Without a protocol or blending, samples keep them exactly.
+  config.protocol = (
+    ""  # brushnet: its JPEG, PSNR, MSE and LPIPS, of whole samples; "": the true ones
+  )
+  config.blended = False  # blend samples and images across the hole's border, over 10 pixels
+  # squeeze@FOLDER or alex@FOLDER, with torchvision's and lpips' weights; "": no LPIPS
+  config.lpips = ""
 
   # Report.
   config.gallery = 18  # prompts in the report: largest, median and smallest gains

@@ -3,9 +3,10 @@
   python -m prefpaint_jax.evaluate --config=configs/eval.py:mini --workdir=runs/eval \\
     --config.policy=runs/mini
 
-Policy and baseline draw S samples of every prompt from the same seeds, and every judge scores them.
-Where the true content of the hole is known, samples are also compared with it. Writes report.html,
-eval.json (docs/evaluation.md explains its keys) and examples.png.
+Policy, baseline and rivals draw S samples of every prompt from the same seeds, and every judge
+scores them. Known pixels, and the hole where its true content is known, are compared with the
+prompt's image. Writes report.html, eval.json (docs/evaluation.md explains its keys), table.tex and
+examples.png.
 The same command resumes an interrupted evaluation.
 """
 # Shapes: N prompts, S samples of each.
@@ -29,13 +30,22 @@ from prefpaint_jax.data.captions import check_guidance
 from prefpaint_jax.data.images import save_png
 from prefpaint_jax.evaluation import batches as batch_files
 from prefpaint_jax.evaluation import drift as drift_lib
-from prefpaint_jax.evaluation import gallery, report, tables, winrate, witnesses
+from prefpaint_jax.evaluation import (
+  fidelity,
+  gallery,
+  policy_table,
+  report,
+  tables,
+  winrate,
+  witnesses,
+)
 from prefpaint_jax.evaluation.examination import examine
 from prefpaint_jax.evaluation.winrate import Scores
+from prefpaint_jax.models.lpips import load as load_lpips
 from prefpaint_jax.rewards.objective import load_rewards, warn_without_texts
 from prefpaint_jax.runtime import cli, interrupts, sharding
 from prefpaint_jax.runtime.config_check import check_fields
-from prefpaint_jax.runtime.files import atomic_path, read_json, write_json
+from prefpaint_jax.runtime.files import atomic_path, read_json, write_json, write_text
 from prefpaint_jax.runtime.memory import check_memory
 from prefpaint_jax.runtime.metrics import progress
 from prefpaint_jax.runtime.runs import PINNED, pin_steps
@@ -55,9 +65,17 @@ def check(config: ConfigDict) -> None:
   images = config.batch_size * config.samples_per_prompt
   what = f"config.batch_size={config.batch_size} with {images} samples of config.size={config.size}"
   check_memory(64 * images * config.size**2, what)
+  if twice := [name for i, name in enumerate(config.rivals) if name in config.rivals[:i]]:
+    raise ValueError(f"config.rivals has {twice[0]} twice; expected different policies; keep one")
   if not config.judges and not config.simulated_preference:
     raise ValueError("config.judges is empty; give at least one reward")
   sharding.check_batch(config.batch_size, sharding.make_mesh(devices=jax.local_devices()))
+
+
+def all_policies(config: ConfigDict) -> dict[str, tuple[str, int | str | None]]:
+  """Returns name and asked checkpoint of the policies by side: SIDES, "rival0", "rival1", ..."""
+  policies = {side: (config[side], config[f"{side}_step"]) for side in SIDES}
+  return policies | {f"rival{i}": (name, None) for i, name in enumerate(config.rivals)}
 
 
 def choose_prompts(config: ConfigDict) -> tuple[Sequence[examples.Prompt], list[int]]:
@@ -96,14 +114,15 @@ def run_batches(config: ConfigDict, workdir: Path) -> tuple[dict[str, np.ndarray
   prompts, chosen = choose_prompts(config)
   judges = load_rewards(config.judges, config.dtype)
   warn_without_texts(judges.values(), prompts.has_texts, config.prompts)
-  asked = {side: (config[side], config[f"{side}_step"]) for side in SIDES}
+  lpips = load_lpips(config.lpips, config.size) if config.lpips else None
+  asked = all_policies(config)
   if process == 0 and not any(folder.glob("*.npz")):
     (workdir / PINNED).unlink(missing_ok=True)
   steps = pin_steps(workdir / PINNED, asked)
-  with waiting(f"loading {config.policy} and {config.baseline}"):
+  with waiting(f"loading {' and '.join(name for name, _ in asked.values())}"):
     policies = {
-      side: inpainter.open_policy(config[side], config.dtype, steps[side]).place(mesh)
-      for side in SIDES
+      side: inpainter.open_policy(name, config.dtype, steps[side]).place(mesh)
+      for side, (name, _) in asked.items()
     }
 
   folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +143,7 @@ def run_batches(config: ConfigDict, workdir: Path) -> tuple[dict[str, np.ndarray
       batch = examples.stack([prompts[i] for i in indices])
       what, size = "compiling, and sampling the first batch", batch["mask"].shape
       with waiting(what, size, number == missing[0][0]):
-        results = examine(policies, judges, batch, jax.random.fold_in(key, number), config)
+        results = examine(policies, judges, batch, jax.random.fold_in(key, number), config, lpips)
       with atomic_path(file_of(number)) as partial, partial.open("wb") as output:
         np.savez_compressed(output, **{name: values[:new] for name, values in results.items()})
       bar.update()
@@ -143,7 +162,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
   Returns:
     "judges": the summary of `winrate.summarise`; "witnesses": the result of `witnesses.compare`;
-    "drift": the result of `drift.drift`. Empty if the command was asked to stop.
+    "drift": the result of `drift.drift`; "fidelity": the result of `fidelity.compare`; "rivals", if
+    there are any: the same four by name. Empty if the command was asked to stop.
   """
   check(config)
   if not config.split:
@@ -153,7 +173,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     config,
     workdir,
     "evaluate",
-    writes=("batches", "eval.json", "report.html", "examples.png"),
+    writes=("batches", "eval.json", "report.html", "table.tex", "examples.png"),
     free=("gallery",),
     progress="batches/*.npz",
     is_writer=jax.process_index() == 0,
@@ -169,22 +189,32 @@ def _evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       print("stopped; finished batches are saved, and the same command goes on")
     return {}
   results, number = done
-  sides = {side: batch_files.of_side(results, side, "score") for side in SIDES}
-  scores = {
-    label: Scores(sides["policy"][label], sides["baseline"][label]) for label in sides["policy"]
-  }
-  evaluation = {
-    "judges": winrate.summarise(scores, results["kind"]),
-    "witnesses": witnesses.compare(
-      *(batch_files.of_side(results, side, "witness") for side in SIDES),
-      results["truth"],
-      results["complete"],
-    ),
-    "drift": drift_lib.drift(*(batch_files.of_side(results, side, "measure") for side in SIDES)),
-  }
+  evaluation = compare(results, "policy", config.protocol)
+  if config.rivals:
+    evaluation["rivals"] = {
+      name: compare(results, f"rival{i}", config.protocol) for i, name in enumerate(config.rivals)
+    }
   if jax.process_index() == 0:
-    write_results(config, workdir, results, number, scores, evaluation)
+    write_results(config, workdir, results, number, evaluation)
   return evaluation
+
+
+def scores_of(results: Mapping[str, np.ndarray], side: str) -> dict[str, Scores]:
+  """Returns the scores of a side and of the baseline, by judge."""
+  policy, baseline = (batch_files.of_side(results, one, "score") for one in (side, "baseline"))
+  return {label: Scores(policy[label], baseline[label]) for label in policy}
+
+
+def compare(results: Mapping[str, np.ndarray], side: str, protocol: str) -> dict[str, Any]:
+  """Compares a side with the baseline: "judges", "witnesses", "drift" and "fidelity"."""
+  both = lambda part: (batch_files.of_side(results, one, part) for one in (side, "baseline"))
+  found = witnesses.compare(*both("witness"), results["truth"], results["complete"])
+  return {
+    "judges": winrate.summarise(scores_of(results, side), results["kind"]),
+    "witnesses": found,
+    "drift": drift_lib.drift(*both("measure")),
+    "fidelity": fidelity.compare(*both("fidelity"), protocol),
+  }
 
 
 def write_results(
@@ -192,31 +222,34 @@ def write_results(
   workdir: Path,
   results: Mapping[str, np.ndarray],
   number: int,
-  scores: Mapping[str, Scores],
   evaluation: Mapping[str, Any],
 ) -> None:
-  """Writes eval.json, report.html and examples.png, and prints the tables.
+  """Writes eval.json, report.html, table.tex and examples.png, and prints the tables.
 
   Args:
-    results: results of `run_batches`, for the gallery.
+    results: results of `run_batches`.
     number: N.
-    scores: scores by judge.
     evaluation: result of `evaluate`.
   """
   steps = read_json(workdir / PINNED)
-  names = {side: tables.full_name(config[side], steps[side]) for side in SIDES}
+  policies, scores = all_policies(config), scores_of(results, "policy")
+  names = {side: tables.full_name(name, steps[side]) for side, (name, _) in policies.items()}
   titles = {label: tables.judge_title(label) for label in scores}
   about = {}
   for side in SIDES:
     about[side] = config[side]
     if steps[side] is not None:
       about[f"{side}_iteration"] = steps[side]
+  if config.rivals:
+    about["rivals"] = ", ".join(name for side, name in names.items() if side not in SIDES)
   about |= {
     "judges": ", ".join(titles.values()),
     "prompts": f"{number} of {config.prompts}, {config.split}",
     "samples_per_prompt": config.samples_per_prompt,
     "sampler": f"DDIM, {config.num_steps} steps, eta {config.eta:g}, "
     f"guidance scale {config.guidance_scale:g}",
+    **({"protocol": config.protocol} if config.protocol else {}),
+    **({"blended": "across the border of the hole"} if config.blended else {}),
     "seed": config.seed,
     "command": " ".join(["python -m prefpaint_jax.evaluate", *sys.argv[1:]]),
   }
@@ -232,20 +265,27 @@ def write_results(
     [image if known else None for image, known in pairs],
     results["text"].tolist(),
   )
-  save_png(workdir / "examples.png", gallery.draw_examples(shown, **names))
-  summary, found, drift = (evaluation[name] for name in ("judges", "witnesses", "drift"))
+  sides = {side: names[side] for side in SIDES}
+  save_png(workdir / "examples.png", gallery.draw_examples(shown, **sides))
+  ordered = {side: names[side] for side in ("baseline", *names)}  # the baseline is the first row
+  rows = policy_table.make_table(results, ordered, config.protocol)
+  write_text(workdir / "table.tex", policy_table.to_latex(rows))
+  compared = [evaluation, *evaluation.get("rivals", {}).values()]
+  summaries = [one["judges"] for one in compared]
+  rows = policy_table.add_win_rates(rows, summaries) if config.rivals else []
+  summary, *others = (evaluation[part] for part in ("judges", "witnesses", "drift", "fidelity"))
   report.write_report(
     workdir / "report.html",
     f"Policy {names['policy']} against baseline {names['baseline']}",
     about,
     named(summary),
     named(scores),
-    found,
-    drift,
+    *others,
     gallery.make_gallery(shown, each=config.gallery // 3),
+    rows,
   )
-  print(tables.describe_evaluation(named(summary), found, drift), end="\n\n")
-  print(f"wrote {workdir / 'report.html'}, examples.png, and eval.json with all numbers")
+  print(tables.describe_evaluation(named(summary), *others, rows), end="\n\n")
+  print(f"wrote {workdir / 'report.html'}, examples.png, table.tex, and eval.json with all numbers")
 
 
 if __name__ == "__main__":

@@ -175,10 +175,12 @@ def test_the_report_shows_the_texts_of_a_folder(world, tmp_path):
 
 def test_a_batch_of_an_earlier_version_is_computed_again(tmp_path):
   now = {"complete": np.ones(2, bool), "text": np.array(["", "a"])}
+  now["policy/fidelity/mse"] = np.zeros((2, 3))
   np.savez(tmp_path / "now.npz", **now)
-  np.savez(tmp_path / "earlier.npz", complete=now["complete"])
   assert read_batch(tmp_path / "now.npz").keys() == now.keys()
-  assert read_batch(tmp_path / "earlier.npz") is None
+  for name in ("text", "policy/fidelity/mse"):  # which earlier versions did not write
+    np.savez(tmp_path / "earlier.npz", **{key: x for key, x in now.items() if key != name})
+    assert read_batch(tmp_path / "earlier.npz") is None
 
 
 @pytest.mark.slow

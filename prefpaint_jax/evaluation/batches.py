@@ -23,8 +23,9 @@ def read_batch(file: Path) -> dict[str, np.ndarray] | None:
   """Reads the results of one batch; None if the file is missing, damaged or incomplete."""
   try:
     with np.load(file) as arrays:
-      # Earlier versions did not write "original" and "text", nor did they sample with texts.
-      return {name: arrays[name] for name in arrays.files} if "text" in arrays else None
+      # Earlier versions did not write "original", "text" and the fidelity.
+      is_whole = {"text", "policy/fidelity/mse"} <= set(arrays.files)
+      return {name: arrays[name] for name in arrays.files} if is_whole else None
   except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
     return None
 

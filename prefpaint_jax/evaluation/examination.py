@@ -2,13 +2,14 @@
 # Shapes: b prompts of a batch, S samples of each, H W pixels, h w of a thumbnail.
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from prefpaint_jax.evaluation import drift as drift_lib
-from prefpaint_jax.evaluation import gallery, tables, witnesses
+from prefpaint_jax.evaluation import fidelity, gallery, tables, witnesses
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.rewards.reward import Reward
 
@@ -19,20 +20,23 @@ def examine(
   batch: Mapping[str, np.ndarray],
   key: jax.Array,
   config: ConfigDict,
+  lpips: Callable[[np.ndarray, np.ndarray], Any] | None = None,
 ) -> dict[str, np.ndarray]:
   """Samples and scores one batch of prompts.
 
   Args:
-    policies: inpainters by side, "policy" and "baseline".
+    policies: inpainters by side: "policy", "baseline", and "rival0", ... if there are any.
     judges: rewards by label.
     batch: b prompts (see `examples.stack`).
-    key: PRNG key, the same for both sides.
+    key: PRNG key, the same for all sides.
+    config: the config of the command.
+    lpips: LPIPS of images and others; None: not measured.
 
   Returns:
     SIDE/score/JUDGE [b, S], SIDE/measure/NAME [b, S], SIDE/measure/diversity [b],
-    SIDE/witness/NAME [b, S, ...], SIDE/picture [b, h, w, 3] (thumbnails of the first samples),
-    id, kind, complete and text [b], truth [b, 12] (moments of the images), prompt and original
-    [b, h, w, 3].
+    SIDE/witness/NAME [b, S, ...], SIDE/fidelity/NAME [b, S], SIDE/picture [b, h, w, 3] (thumbnails
+    of the first samples), id, kind, complete and text [b], truth [b, 12] (moments of the images),
+    prompt and original [b, h, w, 3].
   """
   S = config.samples_per_prompt
   images, masks = batch["image"], batch["mask"]
@@ -47,10 +51,16 @@ def examine(
     "original": np.stack([gallery.thumbnail(image) for image in images]),
   }
   sampler = {name: config[name] for name in ("num_steps", "eta", "guidance_scale")}
+  if config.protocol or config.blended:
+    sampler["paste_back"] = False  # the known pixels of the samples count
   by_prompt = lambda x: np.asarray(x).reshape(-1, S, *np.shape(x)[1:])
   texts = batch["text"].tolist()
   for side, policy in policies.items():
     samples = policy(images, masks, key=key, text=texts, num_samples=S, **sampler)
+    if config.blended:
+      samples = fidelity.blend(samples, repeated_masks, repeated_images, config.protocol)
+    if config.protocol == fidelity.BRUSHNET:
+      samples = fidelity.through_jpeg(samples)
     features = None
     for label, judge in judges.items():
       rewards, z = judge.score(samples, images * (1.0 - masks), masks, texts)
@@ -65,6 +75,8 @@ def examine(
     results |= {f"{side}/measure/{name}": by_prompt(values) for name, values in measures.items()}
     found = witnesses.measure(samples, repeated_masks, repeated_images)
     results |= {f"{side}/witness/{name}": by_prompt(values) for name, values in found.items()}
+    kept = fidelity.measure(samples, repeated_masks, repeated_images, config.protocol, lpips)
+    results |= {f"{side}/fidelity/{name}": by_prompt(values) for name, values in kept.items()}
     if features is not None:
       results[f"{side}/measure/diversity"] = drift_lib.diversity(features)
     results[f"{side}/picture"] = np.stack([gallery.thumbnail(image) for image in samples[::S]])

@@ -1,10 +1,12 @@
 """The report of an evaluation: one HTML file with style, drawings and images, without scripts.
 
-The numbers come from `winrate`, `witnesses` and `drift`; this module computes only the histograms.
+The numbers come from `winrate`, `witnesses`, `drift` and `fidelity`; this module computes only the
+histograms.
 """
 # Shapes: N prompts, S samples of each, H W pixels.
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -13,7 +15,13 @@ from typing import Any
 from prefpaint_jax.evaluation.drift import MEASURES
 from prefpaint_jax.evaluation.gallery import Example, render
 from prefpaint_jax.evaluation.histogram import histograms
-from prefpaint_jax.evaluation.tables import LABELS, show_typeset, typeset
+from prefpaint_jax.evaluation.tables import (
+  FIDELITY_COLUMNS,
+  LABELS,
+  fidelity_rows,
+  show_typeset,
+  typeset,
+)
 from prefpaint_jax.evaluation.winrate import VISIBLE_GAIN, Scores, best_of_warning, verdict
 from prefpaint_jax.evaluation.witnesses import MEASURES as MEANINGS
 from prefpaint_jax.runtime.files import write_text
@@ -36,7 +44,9 @@ def write_report(
   scores: Mapping[str, Scores],
   witnesses: Mapping[str, Any] | None = None,
   drift: Mapping[str, Any] | None = None,
+  fidelity: Mapping[str, Any] | None = None,
   gallery: Mapping[str, Sequence[Example]] | None = None,
+  policies: Sequence[Sequence[str]] = (),
 ) -> None:
   """Writes the report. The file is complete or does not exist.
 
@@ -48,7 +58,9 @@ def write_report(
     scores: scores by judge, for the histograms.
     witnesses: result of `witnesses.compare`.
     drift: result of `drift.drift`.
+    fidelity: result of `fidelity.compare`.
     gallery: examples by section (see `gallery.make_gallery`); each adds at most 0.4 MB to the file.
+    policies: rows of the table of all policies, with a row of titles (see `policy_table`).
   """
   measures = drift["measures"] if drift else {}
   flagged = [name.replace("_", " ") for name, found in measures.items() if found["flagged"]]
@@ -56,9 +68,11 @@ def write_report(
   body = [
     _header(title, about),
     f'<section class="cards">{"".join(cards)}</section><p class="note">{_READING}</p>',
+    f"<section><h2>All policies</h2>{_table(policies)}</section>" if policies else "",
     *(_judge(name, groups, scores[name]) for name, groups in summary.items()),
     _witnesses(witnesses) if witnesses else "",
     _drift(drift) if drift else "",
+    _fidelity(fidelity) if fidelity else "",
     render(gallery) if gallery else "",
   ]
   page = f"""<!DOCTYPE html>
@@ -192,6 +206,31 @@ def _drift(table: Mapping[str, Any]) -> str:
     f"<thead><tr><td></td>{columns}</tr></thead>"
     f'<tbody>{"".join(rows)}</tbody></table></div><p class="note">{escape(table["rule"])}</p>'
     "</section>"
+  )
+
+
+def _fidelity(table: Mapping[str, Any]) -> str:
+  """Renders the table of the known pixels."""
+  rows = [["", *FIDELITY_COLUMNS, "left out"], *fidelity_rows(table)]
+  return (
+    f"<section><h2>Known pixels</h2>{_table(rows)}"
+    f'<p class="note">{escape(table["rule"])}</p></section>'
+  )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+  """Renders rows of text, with a row of titles; an interval in brackets is small."""
+  titles, *others = rows
+  head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles[1:])
+  body = ""
+  for name, *cells in others:
+    cells = (escape(typeset(cell)) for cell in cells)
+    small = (re.sub(r" (\[.*\])$", r"<small>\1</small>", cell) for cell in cells)
+    cells = "".join(f"<td>{cell}</td>" for cell in small)
+    body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
+  return (
+    f'<div class="scroll" tabindex="0"><table><thead><tr><td>{escape(titles[0])}</td>{head}</tr>'
+    f"</thead><tbody>{body}</tbody></table></div>"
   )
 
 

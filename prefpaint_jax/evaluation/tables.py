@@ -1,6 +1,6 @@
 """The numbers of an evaluation as text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefpaint_jax.evaluation.winrate import best_of_warning, verdict
@@ -86,6 +86,8 @@ def describe_evaluation(
   judges: Mapping[str, Mapping[str, Mapping[str, Any]]],
   witnesses: Mapping[str, Any],
   drift: Mapping[str, Any],
+  fidelity: Mapping[str, Any],
+  policies: Sequence[Sequence[str]] = (),
 ) -> str:
   """Formats all tables of an evaluation, with the verdict and the warning of each judge.
 
@@ -93,6 +95,8 @@ def describe_evaluation(
     judges: result of `winrate.summarise`.
     witnesses: result of `witnesses.compare`.
     drift: result of `drift.drift`.
+    fidelity: result of `fidelity.compare`.
+    policies: rows of the table of all policies (see `policy_table`); none: no table.
   """
   parts = []
   for judge, groups in judges.items():
@@ -100,7 +104,9 @@ def describe_evaluation(
     if warning := best_of_warning(groups):
       lines.append(f"warning: {warning}")
     parts.append("\n".join(lines))
-  return "\n\n".join([*parts, describe_witnesses(witnesses), describe_drift(drift)])
+  parts += [describe_witnesses(witnesses), describe_drift(drift), describe_fidelity(fidelity)]
+  parts += ["\n".join(align_columns(policies))] if policies else []
+  return "\n\n".join(parts)
 
 
 def describe_drift(table: Mapping[str, Any]) -> str:
@@ -122,6 +128,30 @@ def describe_witnesses(table: Mapping[str, Any]) -> str:
     sides = [f"{found[side]:.4f}" for side in ("baseline", "policy")]
     rows.append([name, *sides, f"{value} [{low}, {high}]"])
   return "\n".join(align_columns(rows)) + "\n" + table["rule"]
+
+
+def describe_fidelity(table: Mapping[str, Any]) -> str:
+  """Formats the result of `fidelity.compare` as lines."""
+  rows = [["known pixels", *FIDELITY_COLUMNS, "left out"], *fidelity_rows(table)]
+  return "\n".join(align_columns(rows)) + "\n" + table["rule"]
+
+
+FIDELITY_COLUMNS = ("baseline", "policy", "change")
+
+
+def fidelity_rows(table: Mapping[str, Any]) -> list[list[str]]:
+  """Formats the measures of `fidelity.compare`: name, three intervals, prompts that are left out.
+
+  The intervals are dashes if no prompt has a finite measure.
+  """
+  rows = []
+  for name, found in table["measures"].items():
+    cells = []
+    for column in FIDELITY_COLUMNS:
+      numbers = [f"{found[column][key]:.4g}" for key in _INTERVAL] if column in found else []
+      cells.append("{} [{}, {}]".format(*numbers) if numbers else "–")
+    rows.append([name, *cells, str(found["left_out"] or "")])
+  return rows
 
 
 _INTERVAL = ("value", "low", "high")

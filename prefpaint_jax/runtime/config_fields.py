@@ -51,6 +51,7 @@ COMBINATIONS = ("sum", "gdpo", "winrate")
 TRUST_NORMS = ("mahalanobis", "released", "constant", "none")
 KINDS = ("outpainting", "warping", "box", "brush")
 FITS = ("crop", "pad", "random")
+PROTOCOLS = ("brushnet",)
 AUGMENTATIONS = ("none", "mirror", "dihedral")
 
 RL: dict[str, Range] = {
@@ -233,6 +234,7 @@ EVAL: dict[str, Range] = {
   "policy_step": Optional(Step()),
   "baseline": NAME,
   "baseline_step": Optional(Step()),
+  "rivals": Several(Text(empty=False)),
   "judges": Several(Text(empty=False)),
   "simulated_preference": Boolean(),
   "prompts": NAME,
@@ -245,6 +247,9 @@ EVAL: dict[str, Range] = {
   "eta": ETA,
   "guidance_scale": GUIDANCE_SCALE,
   "batch_size": COUNT,
+  "protocol": Choice((*PROTOCOLS, "")),
+  "blended": Boolean(),
+  "lpips": NAME,
   "gallery": Integer(0, 10**4),
 }
 

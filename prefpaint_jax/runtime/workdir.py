@@ -32,6 +32,10 @@ EARLIER = {
   "rewards": "",
   "judges": [],
   "stop_on_hacking": False,
+  "rivals": [],
+  "protocol": "",
+  "blended": False,
+  "lpips": "",
 }
 
 
