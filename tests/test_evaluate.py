@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from lpips_world import by_definition, write_files
 from PIL import Image
 from preference_world import load_config
 
@@ -14,7 +15,7 @@ from prefpaint_jax import evaluate, testing
 from prefpaint_jax.data.examples import stack
 from prefpaint_jax.data.images import save_png, to_bytes
 from prefpaint_jax.data.prompts import open_prompts
-from prefpaint_jax.evaluation import tables
+from prefpaint_jax.evaluation import fidelity, tables
 from prefpaint_jax.evaluation.batches import read_batch
 from prefpaint_jax.inpainter import Inpainter
 from prefpaint_jax.models import architectures
@@ -184,6 +185,44 @@ def test_a_batch_of_an_earlier_version_is_computed_again(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_papers_protocol_scores_whole_samples_from_jpeg_for_every_rival(world, tmp_path):
+  write_files(tmp_path)
+  fields = {"size": 24, "num_prompts": 8, "rivals": (world["aligned"], world["policy"])}
+  fields |= {"protocol": "brushnet", "blended": True, "lpips": str(tmp_path)}
+  config = config_of(world, **fields, policy=world["aligned"], judges=(world["reward"],))
+  result = evaluate.evaluate(config, tmp_path / "out")
+  twin, base = (result["rivals"][world[name]] for name in ("aligned", "policy"))
+  for part in ("judges", "witnesses", "drift", "fidelity"):
+    assert twin[part] == result[part]  # a policy has the same seeds as its rival
+  assert all(found["change"]["value"] == 0 for found in base["fidelity"]["measures"].values())
+  prompts = open_prompts(world["prompts"], "test", 24)
+  batch = stack([prompts[i] for i in range(8)])
+  images, masks = batch["image"], batch["mask"]
+  policy = Inpainter.from_pretrained(world["aligned"])
+  key = jax.random.fold_in(jax.random.key(0), 0)
+  options = {"num_steps": 2, "eta": 1.0, "num_samples": 3, "paste_back": False}
+  samples = policy(images, masks, key=key, **options)[::3]  # the first of each prompt
+  saved = fidelity.through_jpeg(fidelity.blend(samples, masks, images, "brushnet"))
+  mse = (((saved - images) * (1 - masks)) ** 2).sum((1, 2, 3)) / (1 - masks).sum((1, 2, 3))
+  found = {name: x["policy"]["value"] for name, x in result["fidelity"]["measures"].items()}
+  assert found["mse"] == pytest.approx(mse.mean(), rel=1e-3)
+  assert found["psnr"] == pytest.approx((-10 * np.log10(mse)).mean(), rel=1e-3)
+  pair = (2 * x * (1 - masks) - 1 for x in (saved, images))
+  assert found["lpips"] == pytest.approx(by_definition("squeeze", *pair).mean(), rel=1e-2)
+  score = RewardModel.from_pretrained(world["reward"]).score(saved, images * (1 - masks))[0].mean()
+  lines = (tmp_path / "out" / "table.tex").read_text().splitlines()
+  cells = [line.removesuffix(r" \\").split(" & ") for line in lines if " & " in line]
+  assert [len(row) for row in cells] == [6] * 5 and cells[0][-3:] == ["PSNR", "LPIPS", "MSE"]
+  assert cells[1][1:] == cells[4][1:] and cells[2][1:] == cells[3][1:]
+  assert float(cells[2][1].strip("$")) == pytest.approx(score, rel=1e-2)
+  assert "All policies" in (tmp_path / "out" / "report.html").read_text()
+  stored = json.loads((tmp_path / "out" / "eval.json").read_text())
+  assert list(stored["rivals"]) == [world["aligned"], world["policy"]]
+  (tmp_path / "out" / "batches" / "00000.npz").unlink()
+  assert evaluate.evaluate(config, tmp_path / "out") == result
+
+
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(world, whole, tmp_path, monkeypatch):
   class Killed(Exception):
     pass
@@ -241,6 +280,9 @@ def test_a_signal_keeps_finished_batches_and_damaged_ones_are_computed_again(
     ({"samples_per_prompt": 0}, "samples_per_prompt is 0"),
     ({"samples_per_prompt": 1}, "samples_per_prompt is 1; expected an integer from 2"),
     ({"batch_size": 3}, "batch_size 3 does not divide over 8 devices"),
+    ({"rivals": ("a", "b", "a")}, "rivals has a twice; expected different policies; keep one"),
+    ({"protocol": "editbench"}, "protocol is 'editbench'; expected one of brushnet"),
+    ({"lpips": "vgg@nowhere"}, "lpips is 'vgg@nowhere'; expected one of squeeze, alex"),
     ({"split": "val"}, r"val\.txt: no such list"),
   ],
 )
