@@ -10,7 +10,16 @@ import pytest
 from PIL import Image
 
 from prefpaint_jax.data.masks import OUTPAINTING, WARPING
-from prefpaint_jax.evaluation import drift, gallery, histogram, report, tables, winrate, witnesses
+from prefpaint_jax.evaluation import (
+  drift,
+  fidelity,
+  gallery,
+  histogram,
+  report,
+  tables,
+  winrate,
+  witnesses,
+)
 from prefpaint_jax.evaluation.winrate import Scores
 
 VOID = {"meta", "img"}
@@ -82,6 +91,10 @@ def evaluation():
       },
     },
     "drift": drift.drift(measures["policy"], measures["baseline"], {"seam": np.full(30, 0.125)}),
+    "fidelity": fidelity.compare(
+      *({"psnr": np.full((30, 2), x), "mse": np.full((30, 2), 0.5)} for x in (25.5, np.inf))
+    ),
+    "policies": [["policy", "PSNR"], ["<u>base</u>", "-25.5 [-26, -25]"]],
     "gallery": {
       "Largest <gains>": [example()],
       "Near the median": [example(seed=1, known=False)._replace(text="a <u>text</u> & more")] * 2,
@@ -128,6 +141,8 @@ def test_page_has_every_value_of_the_tables(page, evaluation):
   assert {"0.3100", "0.2900", "−0.0200", "[−0.0300, +0.0100]", witnesses.RULE} <= texts
   assert "0.1250" in texts and evaluation["drift"]["rule"] in texts
   assert page.texts.count("flagged") == 1  # contrast
+  assert {"psnr", "mse", "0.5", "[0.5, 0.5]", "–", "30", fidelity.RULE} <= texts
+  assert {"All policies", "PSNR", "<u>base</u>", "−25.5", "[−26, −25]"} <= texts
 
 
 def test_headline_names_the_preferred_side(page):
