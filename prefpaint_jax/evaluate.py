@@ -112,9 +112,9 @@ def run_batches(config: ConfigDict, workdir: Path) -> tuple[dict[str, np.ndarray
   folder, key = workdir / "batches", jax.random.key(config.seed)
   mesh = sharding.make_mesh(devices=jax.local_devices())
   prompts, chosen = choose_prompts(config)
+  lpips = load_lpips(config.lpips, config.size) if config.lpips else None
   judges = load_rewards(config.judges, config.dtype)
   warn_without_texts(judges.values(), prompts.has_texts, config.prompts)
-  lpips = load_lpips(config.lpips, config.size) if config.lpips else None
   asked = all_policies(config)
   if process == 0 and not any(folder.glob("*.npz")):
     (workdir / PINNED).unlink(missing_ok=True)

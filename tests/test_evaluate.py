@@ -158,6 +158,29 @@ def test_both_sides_sample_and_are_judged_with_the_texts_of_the_prompts(world, t
   assert features.shape[-1] and results["policy/measure/diversity"].shape == (2,)
 
 
+@pytest.mark.parametrize("blended", [False, True])
+def test_judges_score_whole_samples_from_jpeg_with_the_protocol(tmp_path, blended):
+  images, masks = testing.tiny_prompts(2, size=24)
+  batch = {"id": np.array(["a", "b"]), "kind": np.zeros(2, np.int32), "complete": np.ones(2, bool)}
+  batch |= {"image": images, "mask": masks, "text": np.array(["", ""])}
+  samples = np.random.default_rng(0).uniform(size=(6, 24, 24, 3)).astype(np.float32)
+  (tmp_path / "mine.py").write_text(
+    JUDGE.replace("len(text) for text in texts", "*images.mean((1, 2, 3))")
+  )
+  judges = load_rewards([f"{tmp_path}/mine.py:says"])
+  config = config_of({"aligned": "", "policy": "", "prompts": "", "reward": "", "other": ""})
+  config.update(protocol="brushnet", blended=blended, simulated_preference=False)
+  asked = []
+  policy = lambda *_, **options: asked.append(options) or samples
+  results = evaluate.examine({"policy": policy}, judges, batch, jax.random.key(0), config)
+  assert asked[0]["paste_back"] is False
+  repeated = (np.repeat(x, 3, axis=0) for x in (masks, images))
+  whole = fidelity.blend(samples, *repeated, "brushnet") if blended else samples
+  expected = fidelity.through_jpeg(whole).mean((1, 2, 3)).reshape(2, 3)
+  np.testing.assert_allclose(results["policy/score/says"], expected, rtol=1e-6)
+  assert results["policy/fidelity/mse"].shape == (2, 3)
+
+
 @pytest.mark.slow
 def test_the_report_shows_the_texts_of_a_folder(world, tmp_path):
   images, masks = testing.tiny_prompts(8)

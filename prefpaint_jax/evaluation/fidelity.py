@@ -23,19 +23,18 @@ from prefpaint_jax.data.images import to_bytes
 from prefpaint_jax.evaluation.winrate import bootstrap_means
 
 BRUSHNET = "brushnet"
-MEASURES = {
-  "psnr": "peak signal-to-noise ratio of the known pixels, in dB; higher is better",
-  "mse": "mean squared error of the known pixels; lower is better",
-  "lpips": "LPIPS of the known region, with a black hole; lower is better",
-}
+MEASURES = ("psnr", "mse", "lpips")  # in the order of the tables
+_READING = (
+  "PSNR (dB) is better if higher, MSE and LPIPS if lower. Brackets are 95 % bootstrap intervals "
+  "over prompts"
+)
 RULE = (
-  "Known pixels of the samples against those of the prompts. Brackets are 95 % bootstrap intervals "
-  "over prompts. PSNR is infinite where no known pixel changes; such prompts are left out of it."
+  f"Known pixels of the samples against those of the prompts. {_READING}. PSNR is infinite where "
+  "no known pixel changes; such prompts are left out of it."
 )
 BRUSHNET_RULE = (
   "Known pixels of the samples against those of the prompts, by BrushNet's protocol: its MSE is 3 "
-  "times the mean squared error, its PSNR 4.77 dB lower. Brackets are 95 % bootstrap intervals "
-  "over prompts, with one sample of each."
+  f"times the mean squared error, its PSNR 4.77 dB lower. {_READING}, with one sample of each."
 )
 
 _RADIUS, _SIGMA = 10, 3.5  # cv2.GaussianBlur of 21x21 pixels and sigma 0

@@ -150,7 +150,7 @@ def fidelity_rows(table: Mapping[str, Any]) -> list[list[str]]:
     for column in FIDELITY_COLUMNS:
       numbers = [f"{found[column][key]:.4g}" for key in _INTERVAL] if column in found else []
       cells.append("{} [{}, {}]".format(*numbers) if numbers else "–")
-    rows.append([name, *cells, str(found["left_out"] or "")])
+    rows.append([name.upper(), *cells, str(found["left_out"] or "")])
   return rows
 
 

@@ -65,4 +65,4 @@ def test_win_rates_follow_the_means_and_the_baseline_has_none():
 
 def test_a_measure_of_no_finite_prompt_is_shown_as_dashes():
   table = {"rule": "rule", "measures": {"psnr": {"prompts": 0, "left_out": 3}}}
-  assert tables.describe_fidelity(table).splitlines()[1].split() == ["psnr", "–", "–", "–", "3"]
+  assert tables.describe_fidelity(table).splitlines()[1].split() == ["PSNR", "–", "–", "–", "3"]

@@ -94,7 +94,7 @@ def evaluation():
     "fidelity": fidelity.compare(
       *({"psnr": np.full((30, 2), x), "mse": np.full((30, 2), 0.5)} for x in (25.5, np.inf))
     ),
-    "policies": [["policy", "PSNR"], ["<u>base</u>", "-25.5 [-26, -25]"]],
+    "policies": [["policy", "CLIP"], ["<u>base</u>", "-25.5 [-26, -25]"]],
     "gallery": {
       "Largest <gains>": [example()],
       "Near the median": [example(seed=1, known=False)._replace(text="a <u>text</u> & more")] * 2,
@@ -141,8 +141,8 @@ def test_page_has_every_value_of_the_tables(page, evaluation):
   assert {"0.3100", "0.2900", "−0.0200", "[−0.0300, +0.0100]", witnesses.RULE} <= texts
   assert "0.1250" in texts and evaluation["drift"]["rule"] in texts
   assert page.texts.count("flagged") == 1  # contrast
-  assert {"psnr", "mse", "0.5", "[0.5, 0.5]", "–", "30", fidelity.RULE} <= texts
-  assert {"All policies", "PSNR", "<u>base</u>", "−25.5", "[−26, −25]"} <= texts
+  assert {"PSNR", "MSE", "0.5", "[0.5, 0.5]", "–", "30", fidelity.RULE} <= texts
+  assert {"All policies", "CLIP", "<u>base</u>", "−25.5", "[−26, −25]"} <= texts
 
 
 def test_headline_names_the_preferred_side(page):

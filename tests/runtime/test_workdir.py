@@ -52,6 +52,22 @@ def test_run_of_an_earlier_version_had_no_guidance(tmp_path):
     pass
 
 
+def test_evaluation_of_an_earlier_version_had_two_policies_and_no_protocol(tmp_path):
+  config = load_config("eval")
+  (tmp_path / "batches").mkdir()
+  (tmp_path / "batches" / "00000.npz").write_text("saved")
+  new = ("rivals", "protocol", "blended", "lpips")
+  earlier = {name: value for name, value in config.to_dict().items() if name not in new}
+  (tmp_path / "config.json").write_text(json.dumps({"command": "evaluate"} | earlier))
+  opened = lambda: open_workdir(config, tmp_path, "evaluate", (), progress="batches/*.npz")
+  config.protocol = "brushnet"
+  with pytest.raises(ValueError, match='protocol was "", now "brushnet"'), opened():
+    pass
+  config.protocol = ""
+  with opened():
+    pass
+
+
 def test_config_of_a_model_is_not_replaced(tmp_path):
   (tmp_path / "config.json").write_text('{"hidden_size": 8, "architectures": ["CLIPModel"]}')
   before = contents(tmp_path)
