@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from prefpaint_jax.align.referee import JUDGE, SAME_PROMPT, Referee, is_score
 from prefpaint_jax.align.run import Run
-from prefpaint_jax.align.score import reward_inputs, reward_scores
+from prefpaint_jax.align.score import feature_norm, reward_inputs, reward_scores
+from prefpaint_jax.align.settings import measures_novelty
 from prefpaint_jax.data.examples import Prompt, concatenate, stack
 from prefpaint_jax.data.grids import image_grid
 from prefpaint_jax.evaluation import drift, winrate
@@ -92,11 +93,16 @@ class HeldOut:
     return multihost_utils.process_allgather((samples, scores), tiled=True)
 
   def _scored(self, params, judge_params, samples, images, masks, local) -> dict[str, jax.Array]:
-    """Returns the weighted sum of the rewards, and the scores of the judges."""
+    """Returns the weighted reward, the judges' scores, and the features with their norm."""
     objective, judges = self._run.objective, self._run.judges
     arrays = samples, images * (1.0 - masks), masks
     read = reward_inputs(objective, self._mesh, local, samples)
-    found = {"reward": objective.weighted(self._programs[0](params, *arrays, *read)[0])}
+    scores, features = self._programs[0](params, *arrays, *read)
+    found = {"reward": objective.weighted(scores)}
+    if self._run.frozen.whitening is not None:
+      norm = self._programs[2](self._run.frozen.whitening, features)
+      is_novelty = measures_novelty(self._run.settings.trust, objective)
+      found |= {"features": features, "novelty" if is_novelty else "feature_norm": norm}
     if judges.rewards:
       read = reward_inputs(judges, self._mesh, local, samples)
       scores, _ = self._programs[1](judge_params, *arrays, *read)
@@ -106,13 +112,20 @@ class HeldOut:
 
   @functools.cached_property
   def _programs(self) -> tuple[Callable[..., Any], ...]:
-    """`reward_scores` of the objective and of the judges, compiled at their first call."""
+    """`reward_scores` of objective and judges, and `feature_norm`; compiled when first called."""
     run, mesh = self._run, self._mesh
     chunk = run.settings.decode_batch
-    return tuple(
+    scored = (
       jax.jit(functools.partial(reward_scores, one, chunk, mesh=mesh))
       for one in (run.objective, run.judges)
     )
+    return *scored, jax.jit(functools.partial(feature_norm, run.settings.trust))
+
+  def features(self, params: Params, count: int) -> np.ndarray:
+    """Returns the features [count or more, D] of one sample of each of the first prompts."""
+    keys = (jax.random.fold_in(self._comparison_key, i) for i in range(-(-count // self._chunk)))
+    drawn = (self._inpaint(params, self._batch(i), key)[1] for i, key in enumerate(keys))
+    return np.concatenate([scores["features"] for scores in drawn])
 
   def _scores(self, params: Params, chunk: int) -> dict[str, np.ndarray]:
     """Returns scores and drift measures [N, S] of a chunk."""
@@ -121,6 +134,7 @@ class HeldOut:
     for s in range(SAMPLES):
       samples, scores = self._inpaint(params, batch, jax.random.fold_in(key, s))
       drawn.append(samples)
+      scores.pop("features", None)
       if self._simulated:
         texts = [str(text) for text in batch["text"]]
         truth = simulation.true_preference(samples, batch["mask"], texts)

@@ -32,6 +32,7 @@ EARLIER = {
   "rewards": "",
   "judges": [],
   "stop_on_hacking": False,
+  "trust.reference": 256,
 }
 
 
