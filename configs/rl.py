@@ -52,7 +52,9 @@ def get_config(preset: str = "") -> ConfigDict:
 
   # Reward: the trust weight exp(b - k norm) of each sample, and advantages.
   config.trust = ConfigDict()
-  config.trust.norm = "mahalanobis"  # mahalanobis (paper), released, constant or none
+  # mahalanobis (paper) or released (bound of the reward), novelty, ensemble, constant or none.
+  config.trust.norm = "mahalanobis"
+  config.trust.reference = 256  # samples of the base policy that novelty is relative to; 0: none
   # Slope: how fast the weight falls with the norm. The paper has 0.05 for a norm that is ten times
   # larger. With the released V, 0.5 gives about the
   # weights of the released code; 0.05 gives all samples the same weight within 1 to 2 %.

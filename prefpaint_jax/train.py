@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from prefpaint_jax.align.held_out import HeldOut
 from prefpaint_jax.align.loading import load_run
+from prefpaint_jax.align.novelty import with_novelty
 from prefpaint_jax.align.optimizer import rate_of_iteration
 from prefpaint_jax.align.referee import Referee
 from prefpaint_jax.align.results import (
@@ -41,6 +42,7 @@ from prefpaint_jax.align.settings import (
   check_config,
   check_prompts,
   compares_with_base,
+  measures_novelty,
   settings_from,
 )
 from prefpaint_jax.align.stages import compile_iteration
@@ -62,7 +64,7 @@ from prefpaint_jax.runtime.signals import agreed_stop_requests
 from prefpaint_jax.runtime.waiting import waiting
 from prefpaint_jax.runtime.workdir import open_workdir
 
-WRITES = ("checkpoints", "metrics.jsonl", "samples", "tensorboard")
+WRITES = ("checkpoints", "metrics.jsonl", "novelty.safetensors", "samples", "tensorboard")
 # Fields that a resumed run may change; it may also change those that end in _every.
 FREE = ("num_iterations", "samples_per_pass", "keep_checkpoints", "keep_best")
 
@@ -109,12 +111,15 @@ def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session
   else:
     state, position, _ = checkpoints.restore(run.state_shapes)
     loader.set_state(position)
+  sample_key, comparison_key, _ = jax.random.split(jax.random.key(config.seed), 3)
+  if measures_novelty(settings.trust, run.objective):
+    drawn = HeldOut(run, mesh, prompts, config.num_samples, sample_key, comparison_key)
+    run = with_novelty(run, drawn, settings.trust.reference, workdir)
   run = run if compares_with_base(config) else run._replace(begin=None)
   start = int(state.iteration)
   writer = MetricsWriter(workdir, process == 0)
   # A run without a checkpoint writes the line of iteration 0 again.
   earlier = writer.truncate(start or -1)
-  sample_key, comparison_key, _ = jax.random.split(jax.random.key(config.seed), 3)
   held_out, final = (
     HeldOut(
       run,

@@ -428,3 +428,21 @@ def test_command_writes_a_png_or_a_one_line_error(tmp_path):
   failed = run(f"--workdir={tmp_path / 'c'}")
   assert failed.returncode == 1
   assert failed.stderr == f"error: {tmp_path / 'c'}: no such folder; give the --workdir of a run\n"
+
+
+def test_a_run_with_judges_ends_with_gains_over_iterations_and_over_the_kl_divergence(tmp_path):
+  lines = [
+    {
+      "held_out/reward_gain_in_sd": float(i),
+      "held_out/judge/other_gain_in_sd": -2.0 * i,
+      "held_out/kl_to_base": i**2 + 0.5,
+    }
+    for i in range(1, 4)
+  ]
+  write_run(tmp_path / "a", lines)
+  *_, by_iteration, by_kl = draw_single(tmp_path / "a").axes
+  for axes, x in ((by_iteration, [1, 2, 3]), (by_kl, [1.5, 4.5, 9.5])):
+    drawn = [line.get_xydata().tolist() for line in axes.get_lines() if len(line.get_xdata()) == 3]
+    assert drawn == [[[a, b] for a, b in zip(x, y, strict=True)] for y in ([1, 2, 3], [-2, -4, -6])]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["reward", "judge other"]
+  assert by_kl.get_xlabel() == "KL to the base policy, nats"

@@ -13,10 +13,12 @@ from jax.sharding import Mesh
 
 from prefpaint_jax.align.referee import JUDGE, SAME_PROMPT, Referee, is_score
 from prefpaint_jax.align.run import Run
-from prefpaint_jax.align.score import reward_inputs, reward_scores
+from prefpaint_jax.align.score import feature_norm, reward_inputs, reward_scores
+from prefpaint_jax.align.settings import measures_novelty
 from prefpaint_jax.data.examples import Prompt, concatenate, stack
 from prefpaint_jax.data.grids import image_grid
 from prefpaint_jax.evaluation import drift, winrate
+from prefpaint_jax.models.conditioning import Context
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.weights.names import Params
@@ -81,22 +83,39 @@ class HeldOut:
     self, params: Params, batch, key: jax.Array
   ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Returns samples [N, H, W, 3] and their scores [N] of a batch, on every process."""
-    layout, frozen = sharding.batch_sharding(self._mesh), self._run.frozen
-    images, masks = sharding.place(layout, (batch["image"], batch["mask"]))
-    texts = self._run.texts
-    own = sharding.local_rows(self._mesh, len(masks))
-    local = {name: values[own] for name, values in batch.items()}
-    context = texts and texts([str(text) for text in local["text"]])
+    frozen = self._run.frozen
+    images, masks, context, local = self._placed(batch)
     samples = self._run.stages.inpaint(params, frozen, images, masks, key, context)
     scores = self._scored(frozen.reward, self._run.judge_params, samples, images, masks, local)
     return multihost_utils.process_allgather((samples, scores), tiled=True)
 
+  def _placed(self, batch) -> tuple[jax.Array, jax.Array, Context | None, dict[str, np.ndarray]]:
+    """Returns images, masks and context of a batch on the mesh, and this process's share of it."""
+    layout, texts = sharding.batch_sharding(self._mesh), self._run.texts
+    images, masks = sharding.place(layout, (batch["image"], batch["mask"]))
+    own = sharding.local_rows(self._mesh, len(masks))
+    local = {name: values[own] for name, values in batch.items()}
+    return images, masks, texts and texts([str(text) for text in local["text"]]), local
+
+  def _kl_to_base(self, params: Params, chunk: int) -> np.ndarray:
+    """Returns the KL divergence [N] from the base policy of the first samples of a chunk."""
+    key = jax.random.fold_in(jax.random.fold_in(self._comparison_key, chunk), 0)
+    images, masks, context, _ = self._placed(self._batch(chunk))
+    run = self._run
+    found = run.stages.kl_to_base(params, run.begin, run.frozen, images, masks, key, context)
+    return multihost_utils.process_allgather(found, tiled=True)
+
   def _scored(self, params, judge_params, samples, images, masks, local) -> dict[str, jax.Array]:
-    """Returns the weighted sum of the rewards, and the scores of the judges."""
+    """Returns the weighted reward, the judges' scores, and the features with their norm."""
     objective, judges = self._run.objective, self._run.judges
     arrays = samples, images * (1.0 - masks), masks
     read = reward_inputs(objective, self._mesh, local, samples)
-    found = {"reward": objective.weighted(self._programs[0](params, *arrays, *read)[0])}
+    scores, features = self._programs[0](params, *arrays, *read)
+    found = {"reward": objective.weighted(scores)}
+    if self._run.frozen.whitening is not None:
+      norm = self._programs[2](self._run.frozen.whitening, features)
+      is_novelty = measures_novelty(self._run.settings.trust, objective)
+      found |= {"features": features, "novelty" if is_novelty else "feature_norm": norm}
     if judges.rewards:
       read = reward_inputs(judges, self._mesh, local, samples)
       scores, _ = self._programs[1](judge_params, *arrays, *read)
@@ -106,13 +125,20 @@ class HeldOut:
 
   @functools.cached_property
   def _programs(self) -> tuple[Callable[..., Any], ...]:
-    """`reward_scores` of the objective and of the judges, compiled at their first call."""
+    """`reward_scores` of objective and judges, and `feature_norm`; compiled when first called."""
     run, mesh = self._run, self._mesh
     chunk = run.settings.decode_batch
-    return tuple(
+    scored = (
       jax.jit(functools.partial(reward_scores, one, chunk, mesh=mesh))
       for one in (run.objective, run.judges)
     )
+    return *scored, jax.jit(functools.partial(feature_norm, run.settings.trust))
+
+  def features(self, params: Params, count: int) -> np.ndarray:
+    """Returns the features [count or more, D] of one sample of each of the first prompts."""
+    keys = (jax.random.fold_in(self._comparison_key, i) for i in range(-(-count // self._chunk)))
+    drawn = (self._inpaint(params, self._batch(i), key)[1] for i, key in enumerate(keys))
+    return np.concatenate([scores["features"] for scores in drawn])
 
   def _scores(self, params: Params, chunk: int) -> dict[str, np.ndarray]:
     """Returns scores and drift measures [N, S] of a chunk."""
@@ -121,6 +147,7 @@ class HeldOut:
     for s in range(SAMPLES):
       samples, scores = self._inpaint(params, batch, jax.random.fold_in(key, s))
       drawn.append(samples)
+      scores.pop("features", None)
       if self._simulated:
         texts = [str(text) for text in batch["text"]]
         truth = simulation.true_preference(samples, batch["mask"], texts)
@@ -171,7 +198,8 @@ class HeldOut:
     """Returns `held_out/*`: scores, WinRates and gains against the base, changes of measures.
 
     NAME/low and NAME/high are the ends of the 95 % interval of a score, a WinRate or a gain, and
-    SCORE/base is the base policy's score. The base policy has WinRate ½, gain 0 and change 0.
+    SCORE/base is the base policy's score. The base policy has WinRate ½, gain 0 and change 0. With
+    judges, `held_out/kl_to_base` is the KL divergence of the chain, in nats (`rollout.kl_to_base`).
     """
     policy, base = self.compare(params, count)
     line = {}
@@ -187,6 +215,9 @@ class HeldOut:
         line[f"held_out/{name}/base"] = base_score["value"]
       else:
         line[f"held_out/drift/{name}"] = float(np.mean(values) - np.mean(base[name]))
+    if self._run.judges.rewards:
+      divergences = [self._kl_to_base(params, chunk) for chunk in range(count // self._chunk)]
+      line["held_out/kl_to_base"] = float(np.mean(divergences))
     if self.referee is not None:
       verdict, warnings = self.referee.look(iteration, line, policy, base)
       line |= verdict

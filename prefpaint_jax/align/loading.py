@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from prefpaint_jax.align.run import Run, make_run
-from prefpaint_jax.align.settings import settings_from
+from prefpaint_jax.align.settings import measures_novelty, settings_from
 from prefpaint_jax.align.state import Frozen
 from prefpaint_jax.align.texts import Texts
 from prefpaint_jax.data.captions import check_guidance
@@ -28,16 +28,24 @@ def load_run(config: ConfigDict, mesh: Mesh, policy: Any, has_texts: bool = Fals
   if trust.needs_bound and bound is None:
     raise ValueError(
       f"trust.norm={trust.norm!r} needs a bound, {config.reward} has none: give "
-      "--config.bound=FILE for a learned reward, or --config.trust.norm=none"
+      "--config.bound=FILE for a learned reward, or --config.trust.norm=novelty or none"
     )
   guidance = policy.guidance(config.guidance_scale, None if has_texts else [""])
   check_guidance(config.guidance_scale, guidance is not None, config.prompts)
+  if trust.norm == "novelty" and objective.trusted is None:
+    raise ValueError(
+      f"trust.norm='novelty' needs a reward with features, {config.reward} has none: give another "
+      "reward, or --config.trust.norm=none"
+    )
   if trust.needs_bound:
     check_condition(bound.whitening, trust.norm)
+  whitening = None if bound is None else bound.whitening.astype(np.float32)
+  if measures_novelty(trust, objective):
+    whitening = np.eye(objective.trusted.feature_dim, dtype=np.float32)  # see align.novelty
   frozen = Frozen(
     vae=policy.params["vae"],
     reward=objective.params,
-    whitening=None if bound is None else bound.whitening.astype(np.float32),
+    whitening=whitening,
     context=policy.empty_context,
     base=None,
     negative=guidance and guidance.negative,

@@ -69,7 +69,7 @@ def write_sample(
 def warn_of_equal_weights(trust: ConfigDict, line: Mapping[str, float]) -> None:
   """Warns if the trust weights of an iteration hardly differ, and so change nothing."""
   spread = line.get("trust/std", np.nan) / max(line.get("trust/mean", 1.0), 1e-30)
-  if trust.norm in ("mahalanobis", "released") and spread < SMALL_SPREAD:
+  if trust.norm not in ("constant", "none") and spread < SMALL_SPREAD:
     logging.warning(
       "trust weights spread by %.2g %% around %.3g, so trust.norm=%s acts as a constant; raise "
       "trust.k=%g until they spread by %g %% or more",

@@ -126,6 +126,16 @@ def _start_chain(
   if settings.vae_posterior == "sample":
     key, posterior_key = jax.random.split(key)
   prompts = encode_prompts(modules, settings, frozen, images, masks, context, mesh, posterior_key)
+  noise_key, chain_key = jax.random.split(key)
+  noise = jax.random.normal(noise_key, prompts.masked_latents.shape)
+  return prompts, _predictor(sampler, policy, frozen, prompts, mesh), noise, chain_key
+
+
+def _predictor(
+  sampler: Sampler, policy: Params, frozen: Frozen, prompts: Prompts, mesh: Mesh | None
+) -> ddim.Predict:
+  """Returns the policy as a `predict` of all samples' latents, in chunks on each device."""
+  modules, settings, _ = sampler
   # The parameters are gathered once for all steps; then every device works without the others.
   policy = gather(sampler, policy, mesh)
   policy = modules.round_params(merged_params(settings, frozen.base, policy))
@@ -140,9 +150,7 @@ def _start_chain(
     of_all = policy, shared, timestep
     return in_chunks(predict_some, settings.samples_per_pass, mesh, of_all, own, latents)
 
-  noise_key, chain_key = jax.random.split(key)
-  noise = jax.random.normal(noise_key, prompts.masked_latents.shape)
-  return prompts, predict, noise, chain_key
+  return predict
 
 
 def rollout(
@@ -199,3 +207,45 @@ def inpaint(
   latents = ddim.sample(predict, sampler.modules.schedule, sampler.steps, noise, key)
   chunk = sampler.settings.decode_batch
   return decode(sampler.modules, frozen.vae, latents, prompts, chunk, mesh)
+
+
+def kl_to_base(
+  sampler: Sampler,
+  policy: Params,
+  base: Params,
+  frozen: Frozen,
+  images: Float[Array, "P H W 3"],
+  masks: Float[Array, "P H W 1"],
+  key: jax.Array,
+  context: Context | None = None,
+  mesh: Mesh | None = None,
+) -> Float[Array, " P"]:
+  """Samples as `inpaint` does and computes the KL divergence of the chain from the base policy's.
+
+  It is Σ over the steps and the latents of KL(N(μ, σ²) ‖ N(μ_base, σ²)), in nats; steps without
+  noise count 0.
+
+  Args:
+    base: parameters, or adapters, of the base policy.
+  """
+  prompts, predict, noise, key = _start_chain(
+    sampler, policy, frozen, images, masks, context, key, mesh
+  )
+  predict_base = _predictor(sampler, base, frozen, prompts, mesh)
+  schedule = sampler.modules.schedule
+  size = noise[0].size
+
+  def one_step(predict: ddim.Predict, latents: jax.Array, step: ddim.Steps) -> jax.Array:
+    return ddim.predict_mean(schedule, step, latents, predict(latents, step.timestep))
+
+  def advance(carry, numbered_step):
+    (latents, total), (index, step) = carry, numbered_step
+    mean, base_mean = (one_step(one, latents, step) for one in (predict, predict_base))
+    total += size * ddim.gaussian_kl(mean, base_mean, step.sigma)
+    noise = jax.random.normal(jax.random.fold_in(key, index), latents.shape)
+    return (mean + step.sigma * noise, total), None
+
+  steps = jax.tree.map(jnp.asarray, sampler.steps)
+  numbered = jnp.arange(len(steps.timestep)), steps
+  start = noise.astype(jnp.float32), jnp.zeros(len(noise))
+  return jax.lax.scan(advance, start, numbered)[0][1]

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from prefpaint_jax.align.optimizer import optimizer_from
-from prefpaint_jax.align.settings import Settings, settings_from
+from prefpaint_jax.align.settings import Settings, measures_novelty, settings_from
 from prefpaint_jax.align.stages import Stages, make_stages
 from prefpaint_jax.align.state import Frozen, Sampler, TrainState
 from prefpaint_jax.align.texts import Texts
@@ -92,6 +92,11 @@ def make_run(
     abstract: the trees are shapes, and so are those of the result.
   """
   settings = settings_from(config)
+  if settings.trust.norm == "ensemble" and len(objective.rewards) < 2:
+    raise ValueError(
+      f"trust.norm is 'ensemble' with one reward, {config.reward}; expected several, whose "
+      "disagreement is measured; give --config.reward=A,B"
+    )
   check_dtype(config.dtype, mesh.devices.flat[0])
   modules = dataclasses.replace(modules, mask_latents=config.mask_latents)
   modules.latent_shape(1, config.size, config.size)  # raises ValueError for a size that cannot be
@@ -181,11 +186,12 @@ def outline(config: ConfigDict, mesh: Mesh) -> tuple[Run, Modules, str]:
   )
   context = jax.eval_shape(modules.encode_text, shapes, tokens)
   has_texts = config.guidance_scale != 1 or config.text_dropout > 0
-  needs_bound = settings_from(config).trust.needs_bound
+  trust = settings_from(config).trust
+  has_norm = trust.needs_bound or measures_novelty(trust, objective)
   frozen = Frozen(
     vae=shapes["vae"],
     reward=objective.params,
-    whitening=array(D, D) if needs_bound else None,
+    whitening=array(D, D) if has_norm else None,
     context=context,
     base=None,
     negative=context if config.guidance_scale != 1 else None,

@@ -3,14 +3,14 @@
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from prefpaint_jax.align import ppo
 from prefpaint_jax.align.rollout import in_chunks
@@ -33,14 +33,39 @@ def trust_weights(
   Args:
     whitening: L⁻¹ of the reward's bound, V = L Lᵀ; unused where `trust.norm` needs no bound.
   """
-  if trust.norm == "none":
-    return jnp.ones(features.shape[0])
-  if trust.norm == "constant":
-    return jnp.full(features.shape[0], trust.constant)
-  norm = bound.mahalanobis_norm if trust.norm == "mahalanobis" else bound.released_norm
-  return bound.trust_weight(
-    norm(whitening, features), trust.k, trust.b, trust.minimum, trust.maximum
-  )
+  if trust.norm == "ensemble":
+    raise ValueError("trust.norm is 'ensemble', which reads scores; expected a norm of features")
+  if trust.norm in ("none", "constant"):
+    return _weigh(trust, jnp.zeros(features.shape[0]))
+  return _weigh(trust, feature_norm(trust, whitening, features))
+
+
+def feature_norm(
+  trust: Trust,
+  whitening: Float[Array | np.ndarray, "D D"],
+  features: Float[Array | np.ndarray, "B D"],
+) -> Float[Array, " B"]:
+  """Computes the norm of each sample's features: the released one, or else ‖z‖_{V⁻¹}."""
+  norm = bound.released_norm if trust.norm == "released" else bound.mahalanobis_norm
+  return norm(whitening, features)
+
+
+def _weigh(trust: Trust, norm: Float[Array, " B"]) -> Float[Array, " B"]:
+  """Computes γ of a norm; "none" and "constant" do not read it."""
+  if trust.norm in ("none", "constant"):
+    return jnp.full(norm.shape, 1.0 if trust.norm == "none" else trust.constant)
+  return bound.trust_weight(norm, trust.k, trust.b, trust.minimum, trust.maximum)
+
+
+def disagreement(
+  scores: Sequence[Float[Array, " B"]], valid: Bool[Array, " B"]
+) -> Float[Array, " B"]:
+  """Computes the standard deviation of a sample's scores by K rewards, K ≥ 2.
+
+  Each reward is standardised over the valid samples first, so that all have one scale.
+  """
+  standard = [ppo.standardise(one, valid, 1, "batch", np.inf) for one in scores]
+  return jnp.std(jnp.stack(standard), axis=0, ddof=1)
 
 
 def reward_scores(
@@ -112,8 +137,14 @@ def score(
   features = jnp.where(valid[:, None], features, 0.0)
   scores = [jnp.where(valid, one, 0.0) for one in scores]
   total = objective.weighted(scores)
-  weigh = functools.partial(trust_weights, settings.trust)
-  trust = in_chunks(weigh, 0, mesh, frozen.whitening, features)
+  if settings.trust.norm == "ensemble":
+    norm = disagreement(scores, valid)
+  elif frozen.whitening is not None:
+    norm_of = functools.partial(feature_norm, settings.trust)
+    norm = in_chunks(norm_of, 0, mesh, frozen.whitening, features)
+  else:
+    norm = jnp.zeros(len(samples))
+  trust = _weigh(settings.trust, norm)
   valid &= jnp.isfinite(trust)
   combination = combined(objective, scores, valid, S)
   advantages = ppo.standardise(
@@ -121,6 +152,8 @@ def score(
   )
   result = Scores(total, valid, trust, advantages)
   metrics = _metrics(result, S)
+  if frozen.whitening is not None or settings.trust.norm == "ensemble":
+    metrics["trust/norm"] = ppo.masked_mean(norm, valid)
   parts = zip(objective.rewards, scores, usable, strict=True)
   for reward, own, finite in parts if len(scores) > 1 else ():
     mean = ppo.masked_mean(own, valid)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from prefpaint_jax.rewards.objective import label_rewards
+from prefpaint_jax.rewards.objective import Objective, label_rewards
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.runtime.config_check import check_values
 from prefpaint_jax.runtime.config_fields import RL
@@ -18,7 +18,9 @@ class Trust:
   """The trust weight γ = clip(exp(b − k·norm), minimum, maximum), or a constant, or 1.
 
   `norm` "mahalanobis" is ‖z‖_{V⁻¹} of the reward's features z, as in the paper; "released" is the
-  norm of zV⁻¹, as in the authors' code; "constant" and "none" (γ = 1) read no features.
+  norm of zV⁻¹, as in the authors' code. "novelty" is ‖z‖_{V⁻¹} with V of the base policy's samples
+  (`align.novelty`), "ensemble" the standard deviation between several rewards, each standardised
+  over the batch. "constant" and "none" (γ = 1) read no features.
   """
 
   norm: str = "mahalanobis"
@@ -27,12 +29,18 @@ class Trust:
   minimum: float | None = None
   maximum: float | None = None
   constant: float = 1.4
+  reference: int = 256
 
   def __post_init__(self):
     check_values(vars(self), RL, "trust.")
     if None not in (self.minimum, self.maximum) and self.minimum > self.maximum:
       raise ValueError(
         f"config.trust.minimum is {self.minimum}; expected at most trust.maximum={self.maximum}"
+      )
+    if self.norm == "novelty" and self.reference < 2:
+      raise ValueError(
+        f"config.trust.reference is {self.reference} with trust.norm='novelty'; expected the "
+        "number of samples of the base policy to compare with; give 256"
       )
 
   @property
@@ -124,6 +132,17 @@ def settings_from(config: ConfigDict) -> Settings:
       "--config.lora.rank"
     )
   return Settings(**values, lora=config.lora.rank > 0, trust=Trust(**config.trust))
+
+
+def measures_novelty(trust: Trust, objective: Objective) -> bool:
+  """Returns whether V is of the base policy's samples, not of the reward's own training features.
+
+  It is where the weight is "novelty", and, for a metric, where the features have no bound.
+  """
+  trusted = objective.trusted
+  if trusted is None or not trust.reference:
+    return False
+  return trust.norm == "novelty" or trusted.bound is None
 
 
 def compares_with_base(config: ConfigDict) -> bool:

@@ -42,6 +42,7 @@ class Stages(NamedTuple):
   init: Program  # parameters -> state
   rollout: Program
   inpaint: Program
+  kl_to_base: Program
   score: Program
   draw_timesteps: Callable[[jax.Array], list[jax.Array]]  # key -> the step indices of each update
   update: Program  # donates its state
@@ -91,6 +92,7 @@ def make_stages(
       out_shardings=(prompts, trajectory, batch),
     ),
     inpaint=program(functools.partial(rollout_lib.inpaint, single, mesh=mesh)),
+    kl_to_base=program(functools.partial(rollout_lib.kl_to_base, single, mesh=mesh)),
     score=program(functools.partial(score_lib.score, objective, settings, mesh=mesh)),
     draw_timesteps=draw_timesteps,
     update=program(

@@ -14,6 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from prefpaint_jax.evaluation.curves import HELD_OUT, Curve, Group, base_levels, curve
+from prefpaint_jax.evaluation.overoptimisation import KL, draw_gains, judged_scores
 
 # Metrics and titles of the first panels; the panels of held-out metrics follow.
 PANELS = {
@@ -28,7 +29,9 @@ PANELS = {
 # Parts of a metric, which are drawn in its panel: spread, ends of its interval, base policy.
 PARTS = ("/std", "/low", "/high", "/base")
 # Parts of the names of held-out metrics, and the words for them in titles.
-WORDS = {"drift/": "change of ", "winrate": "WinRate", "gain_in_sd": "gain in SD"}
+WORDS = {"drift/": "change of ", "winrate": "WinRate", "gain_in_sd": "gain in SD"} | {
+  "kl_to_base": "KL to the base policy"
+}
 FROM_ZERO = ("ppo/clip_fraction", "time/images_per_s", "ppo/learning_rate")
 LOGARITHMIC = ("ppo/approx_kl",)  # if all values are positive
 
@@ -95,8 +98,11 @@ def draw(groups: Sequence[Group], smooth: int = 1, only: str = "") -> Figure:
     raise ValueError(f"smooth is {smooth}; give an odd number, for a centred average")
   panels = choose_panels(groups, smooth, only)
   averaged = any(len(group.runs) > 1 for group in groups)
-  columns = len(panels) if len(panels) < 3 else 2 if len(panels) == 4 else 3
-  rows = -(-len(panels) // columns)
+  scores = [] if only else judged_scores(groups)
+  axis_of = {"iteration": "iteration", KL: "KL to the base policy, nats"} if scores else {}
+  number = len(panels) + len(axis_of)
+  columns = number if number < 3 else 2 if number == 4 else 3
+  rows = -(-number // columns)
   figure = Figure(figsize=(WIDTH, 2.6 * rows + 0.6), dpi=200, layout="constrained")
   figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
   shades, based, first = {}, False, None  # shades: their meanings, in order
@@ -113,10 +119,18 @@ def draw(groups: Sequence[Group], smooth: int = 1, only: str = "") -> Figure:
       based = True
     _finish_axes(axes, key, curves)
     axes.set_title(title, fontsize=9.5, loc="left")
-    if place + columns > len(panels):  # no panel below
+    if place + columns > number:  # no panel below
       axes.set_xlabel("iteration", fontsize=9)
     if smooth > 1 and not key.startswith(HELD_OUT):
       axes.set_ylabel(f"average of {smooth} iterations", fontsize=8, color="#555555")
+
+  for place, (against, words) in enumerate(axis_of.items(), start=len(panels) + 1):
+    axes = figure.add_subplot(rows, columns, place)
+    draw_gains(axes, groups, scores, COLOURS, against)
+    axes.axhline(0.0, zorder=1, **BASE)
+    _finish_axes(axes, "", [])
+    axes.set_title("held-out gains in SD", fontsize=9.5, loc="left")
+    axes.set_xlabel(words, fontsize=9)
 
   labels = [textwrap.fill(group.label, 110) for group in groups]
   handles = [Line2D([], [], label=label, **_style(i)) for i, label in enumerate(labels)]
@@ -179,7 +193,7 @@ def _finish_axes(axes: Axes, key: str, curves: Sequence[Curve]) -> None:
   """Sets scales, ticks, grid and reference lines of a panel."""
   axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=STEPS, integer=True, min_n_ticks=1))
   axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=STEPS))
-  drawn = np.concatenate([one.values for one in curves])
+  drawn = np.concatenate([np.empty(0), *(one.values for one in curves)])
   if key in LOGARITHMIC and (drawn[np.isfinite(drawn)] > 0).all():
     axes.set_yscale("log")
   elif key == "ppo/learning_rate":

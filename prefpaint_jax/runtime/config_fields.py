@@ -48,7 +48,7 @@ ARGUMENTS: dict[str, Range] = {
 
 # Values that the code names too.
 COMBINATIONS = ("sum", "gdpo", "winrate")
-TRUST_NORMS = ("mahalanobis", "released", "constant", "none")
+TRUST_NORMS = ("mahalanobis", "released", "novelty", "ensemble", "constant", "none")
 KINDS = ("outpainting", "warping", "box", "brush")
 FITS = ("crop", "pad", "random")
 PROTOCOLS = ("brushnet",)
@@ -77,6 +77,7 @@ RL: dict[str, Range] = {
   "mask_latents": Choice(("cells", "corner")),
   "vae_posterior": Choice(("mean", "sample")),
   "trust.norm": Choice(TRUST_NORMS),
+  "trust.reference": Integer(0, 2**20),
   "trust.k": TRUST_K,
   "trust.b": TRUST_B,
   "trust.minimum": Optional(WEIGHT),

@@ -36,6 +36,7 @@ EARLIER = {
   "protocol": "",
   "blended": False,
   "lpips": "",
+  "trust.reference": 256,
 }
 
 

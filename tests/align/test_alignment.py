@@ -245,11 +245,14 @@ def test_trust_weights_equal_their_formulas():
   assert len({*clamped.round(3)}) > 2 and clamped.min() == 1.0  # clamped and unclamped weights
   close(weights(norm="constant", constant=1.3), np.full(5, 1.3))
   close(weights(norm="none"), np.ones(5))
+  close(weights(norm="novelty"), np.exp(0.7 - 0.05 * mahalanobis))
+  with pytest.raises(ValueError, match="'ensemble', which reads scores"):
+    weights(norm="ensemble")
 
 
 def test_only_weights_with_a_norm_need_a_bound():
   needs = {norm: Trust(norm).needs_bound for norm in TRUST_NORMS}
-  assert needs == {"mahalanobis": True, "released": True, "constant": False, "none": False}
+  assert {norm for norm, needed in needs.items() if needed} == {"mahalanobis", "released"}
   with pytest.raises(ValueError, match=r"trust\.norm is 'euclid'; expected one of mahalanobis"):
     Trust("euclid")
 

@@ -1,9 +1,17 @@
 """The referee warns of a rising reward with a falling judge, of drift, and of lost diversity."""
 
+import dataclasses
+import functools
+
+import jax
 import numpy as np
 import pytest
+from alignment_world import PROMPTS, make_settings, quick_jit, sampler_of, world
 
+from prefpaint_jax import testing
 from prefpaint_jax.align.referee import Referee
+from prefpaint_jax.align.rollout import kl_to_base, rollout
+from prefpaint_jax.diffusion import ddim
 
 
 def line(reward: float, judge: float, width: float = 0.1) -> dict[str, float]:
@@ -69,3 +77,31 @@ def test_measure_that_leaves_the_spread_of_the_base_is_drift():
 def test_samples_of_a_prompt_that_become_equal_are_a_collapse_of_diversity():
   metrics, (warning,) = verdict([BEGIN], BASE | {"distance": np.full((2, 2), 0.09)})
   assert metrics["referee/diversity"] == 1 and "diversity collapses" in warning
+
+
+@pytest.mark.slow
+def test_kl_to_base_is_the_sum_over_the_steps_and_latents_of_a_chain():
+  settings = dataclasses.replace(make_settings(), samples_per_prompt=1)
+  modules, base, _, frozen = world()
+  sampler = sampler_of(modules, settings)
+  policy = jax.tree.map(lambda x: 1.02 * x, base)
+  images, masks = testing.tiny_prompts(PROMPTS)
+  key = jax.random.key(0)
+  found = quick_jit(functools.partial(kl_to_base, sampler))(
+    policy, base, frozen, images, masks, key
+  )
+  prompts, trajectory, _ = quick_jit(functools.partial(rollout, sampler))(
+    policy, frozen, images, masks, key
+  )
+  predict = quick_jit(modules.predict)
+  total, steps = np.zeros(PROMPTS), sampler.steps
+  for i, t in enumerate(steps.timestep):
+    latents = trajectory.latents[i]
+    mean, base_mean = (
+      ddim.predict_mean(modules.schedule, steps.at(i), latents, predict(one, prompts, latents, t))
+      for one in (policy, base)
+    )
+    apart = np.asarray(mean - base_mean, np.float64) ** 2
+    total += (apart / (2 * float(steps.sigma[i]) ** 2)).sum((1, 2, 3))
+  assert total.min() > 0.01
+  np.testing.assert_allclose(found, total, rtol=1e-4)
