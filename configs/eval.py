@@ -41,9 +41,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.batch_size = 4  # prompts that are sampled at a time, S times each
 
   # Known pixels. Without a protocol or blending, samples keep them exactly.
-  config.protocol = (
-    ""  # brushnet: its JPEG, PSNR, MSE and LPIPS, of whole samples; "": the true ones
-  )
+  config.protocol = ""  # brushnet: JPEG, PSNR, MSE and LPIPS as in its paper; "": the true ones
   config.blended = False  # blend samples and images across the hole's border, over 10 pixels
   # squeeze@FOLDER or alex@FOLDER, with torchvision's and lpips' weights; "": no LPIPS
   config.lpips = ""

@@ -26,8 +26,8 @@ def get_config(preset: str = "") -> ConfigDict:
 
   # Models and data: folders, hub names or "mini"; the policy also a file.
   config.policy = "stable-diffusion-v1-5/stable-diffusion-inpainting"  # the model to align
-  # Rewards as NAME*WEIGHT,NAME: a reward model (folder, hub name, prefpaint or mini), or a function
-  # FILE.py:FUNCTION.
+  # Rewards as NAME*WEIGHT,NAME: a reward model (folder, hub name, prefpaint or mini), a public or
+  # analytic one (docs/rewards.md), or a function FILE.py:FUNCTION.
   config.reward = "kd5678/prefpaintReward"
   config.combine = "sum"  # of several rewards: sum, gdpo or winrate (docs/rewards.md)
   config.bound = ""  # a bound.safetensors or a released V⁻¹; "": the bound in the reward folder

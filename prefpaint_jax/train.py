@@ -27,7 +27,7 @@ from prefpaint_jax.align.referee import Referee
 from prefpaint_jax.align.results import (
   print_comparison,
   print_results,
-  warn_of_equal_weights,
+  warn_of_trust,
   write_sample,
 )
 from prefpaint_jax.align.run import (
@@ -188,7 +188,7 @@ def iterate(
     score_line = log.updated(done, update_metrics)
     nan_fraction = score_line["reward/nan_fraction"]
     if iteration == 0 and session.writer.is_writer:
-      warn_of_equal_weights(config.trust, score_line)
+      warn_of_trust(config.trust, score_line)
     failed = nan_fraction > config.max_nan_fraction
     last = failed or done == config.num_iterations
     # Never due where a run is merely stopped: the resumed run must equal an uninterrupted one.

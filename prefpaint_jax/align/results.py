@@ -19,6 +19,7 @@ from prefpaint_jax.evaluation.tables import describe
 from prefpaint_jax.runtime.metrics import MetricsWriter
 from prefpaint_jax.runtime.text import print_next
 
+SMALL_WEIGHT = 0.1  # mean of the trust weights below which a run warns
 SMALL_SPREAD = 0.02  # of the trust weights, as a share of their mean
 TITLES = {"reward": "learned reward", "true_preference": "true preference"}
 
@@ -66,10 +67,18 @@ def write_sample(
     writer.image(iteration, "held_out/samples", grid)
 
 
-def warn_of_equal_weights(trust: ConfigDict, line: Mapping[str, float]) -> None:
-  """Warns if the trust weights of an iteration hardly differ, and so change nothing."""
-  spread = line.get("trust/std", np.nan) / max(line.get("trust/mean", 1.0), 1e-30)
-  if trust.norm not in ("constant", "none") and spread < SMALL_SPREAD:
+def warn_of_trust(trust: ConfigDict, line: Mapping[str, float]) -> None:
+  """Warns if the trust weights of an iteration hardly differ, or almost vanish."""
+  mean = line.get("trust/mean", 1.0)
+  spread = line.get("trust/std", np.nan) / max(mean, 1e-30)
+  if trust.norm not in ("constant", "none") and mean < SMALL_WEIGHT:
+    norm = line.get("trust/norm", np.nan)
+    logging.warning(
+      "trust weights average %.2g, so updates almost vanish: the norm, %s, averages %.3g; "
+      "lower trust.k=%g, to %.2g for example, or raise trust.b=%g",
+      *(mean, trust.norm, norm, trust.k, 0.5 / norm, trust.b),
+    )
+  elif trust.norm not in ("constant", "none") and spread < SMALL_SPREAD:
     logging.warning(
       "trust weights spread by %.2g %% around %.3g, so trust.norm=%s acts as a constant; raise "
       "trust.k=%g until they spread by %g %% or more",

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefpaint_jax.rewards.reward import Reward, check_shape, failed
+from prefpaint_jax.runtime.suggestions import suggest
 from prefpaint_jax.runtime.text import first_line
 
 INPUTS = ("images", "masked_images", "masks", "texts")
@@ -38,9 +39,12 @@ def load_function(name: str) -> Reward:
     ValueError: the file cannot be run, or has no such function with inputs of a reward.
   """
   file, _, function_name = name.rpartition(":")
-  function = getattr(_run(file), function_name, None)
+  content = vars(_run(file))
+  function = content.get(function_name)
   if not callable(function):
-    raise ValueError(f"{file}: has no function {function_name!r}; name one as FILE.py:FUNCTION")
+    nearest = suggest(function_name, [x for x, value in content.items() if callable(value)])
+    advice = f"did you mean {nearest}?" if nearest else "name one as FILE.py:FUNCTION"
+    raise ValueError(f"{file}: has no function {function_name!r}; {advice}")
   wanted = list(inspect.signature(function).parameters)
   if not wanted or not set(wanted) <= set(INPUTS):
     raise ValueError(
