@@ -71,8 +71,8 @@ def warn_of_trust(trust: ConfigDict, line: Mapping[str, float]) -> None:
   """Warns if the trust weights of an iteration hardly differ, or almost vanish."""
   mean = line.get("trust/mean", 1.0)
   spread = line.get("trust/std", np.nan) / max(mean, 1e-30)
-  if trust.norm not in ("constant", "none") and mean < SMALL_WEIGHT:
-    norm = line.get("trust/norm", np.nan)
+  norm = line.get("trust/norm", 0.0)  # 0 also if no sample counts
+  if trust.norm not in ("constant", "none") and mean < SMALL_WEIGHT and norm > 0:
     logging.warning(
       "trust weights average %.2g, so updates almost vanish: the norm, %s, averages %.3g; "
       "lower trust.k=%g, to %.2g for example, or raise trust.b=%g",

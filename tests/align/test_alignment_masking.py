@@ -155,6 +155,7 @@ def test_invalid_sample_is_left_out_of_every_statistic():
     "trust/std": trust[kept].std(),
     "trust/min": trust[kept].min(),
     "trust/max": trust[kept].max(),
+    "trust/norm": norm[kept].mean(),
   }
   assert metrics.keys() == expected.keys()
   for name, value in expected.items():

@@ -39,3 +39,11 @@ def test_weights_that_almost_vanish_are_named_with_a_better_k(monkeypatch):
     "trust weights average 6.6e-10, so updates almost vanish: the norm, novelty, averages 1.25; "
     "lower trust.k=33.9, to 0.4 for example, or raise trust.b=1.09"
   ]
+
+
+def test_a_batch_without_a_sample_that_counts_is_no_case_of_vanishing_weights(monkeypatch):
+  lines = []
+  monkeypatch.setattr(results.logging, "warning", lambda text, *values: lines.append(text % values))
+  trust = ConfigDict({"norm": "mahalanobis", "k": 0.5, "b": 0.7})
+  results.warn_of_trust(trust, {"trust/mean": 0.0, "trust/std": 0.0, "trust/norm": 0.0})
+  assert not any("vanish" in line for line in lines)
