@@ -139,9 +139,11 @@ def _open(name: str, dtype: str, bound: str | None = None, *, abstract: bool = F
 
 def _check_name(name: str) -> None:
   """Raises ValueError, with the nearest name, for what is neither a name nor may be a folder."""
+  if name == "mini" or Path(name).exists():
+    return
   if "," in name or "*" in name:
     raise ValueError(f"reward {name!r} is a list; expected one reward here; give one name")
-  if "/" in name or "\\" in name or name == "mini" or Path(name).exists():
+  if "/" in name or "\\" in name:
     return
   nearest = suggest(name, (*table.TABLE, "mini"))
   expected = f"one of {', '.join(table.TABLE)}, mini, a folder, a hub name, or FILE.py:FUNCTION"

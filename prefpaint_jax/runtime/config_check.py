@@ -15,7 +15,7 @@ def check_fields(config: ConfigDict, name: str) -> None:
   """Checks that a config has the fields of a command, each in its range.
 
   Args:
-    config: the config; "a,b" in a tuple of texts becomes "a" and "b", as a shell would give them.
+    config: the config; a text "a,b" in a tuple of texts becomes the two texts "a" and "b".
     name: file in configs/ that the command takes, a name of CONFIGS.
 
   Raises:

@@ -86,6 +86,14 @@ def samples():
   return np.clip(filled, 0, 1).astype(np.float32), images * (1 - masks), masks
 
 
+@pytest.mark.parametrize("name", ["mini*1,seam", "seam,seam", "seam*2"])
+def test_a_list_is_refused_where_one_reward_is_expected(name, tmp_path):
+  with pytest.raises(ValueError, match=r"\Areward '[^\n]*' is a list; expected one reward here"):
+    load_reward(name)
+  testing.tiny_reward().save_pretrained(tmp_path / "a,b")
+  assert load_reward(tmp_path / "a,b").feature_dim
+
+
 def test_names_and_weights_are_split():
   assert split_names("mini") == [("mini", 1.0)]
   found = split_names("prefpaint*1, runs/a*b*0.2,my.py:f*-0.5")
