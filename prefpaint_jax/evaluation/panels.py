@@ -29,8 +29,11 @@ PANELS = {
 # Parts of a metric, which are drawn in its panel: spread, ends of its interval, base policy.
 PARTS = ("/std", "/low", "/high", "/base")
 # Parts of the names of held-out metrics, and the words for them in titles.
-WORDS = {"drift/": "change of ", "winrate": "WinRate", "gain_in_sd": "gain in SD"} | {
-  "kl_to_base": "KL to the base policy"
+WORDS = {
+  "drift/": "change of ",
+  "winrate": "WinRate",
+  "gain_in_sd": "gain in SD",
+  "kl_to_base": "KL to the base policy",
 }
 FROM_ZERO = ("ppo/clip_fraction", "time/images_per_s", "ppo/learning_rate")
 LOGARITHMIC = ("ppo/approx_kl",)  # if all values are positive
