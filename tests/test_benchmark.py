@@ -144,8 +144,8 @@ def test_tables_of_the_document_hold_the_measurements(scripts):
   one |= {"machine": {"device": "cpu", "processor": "P", "cores": 2, "versions": {"jax": "1"}}}
   document = tables.DOCUMENT.read_text()
   filled = tables.fill(document, tables.all_tables([one], None))
-  assert "| rollout | 2 | 3 (**1.50**, 1.50 to 1.50) |" in filled
-  assert "| rollout | 3 (2) | 3 |" in filled  # MiB
+  assert "| rollout, seconds | 2 | 3 (**1.50**, 1.50 to 1.50) |" in filled
+  assert "| rollout, MiB at the peak | 3 (2) | 3 |" in filled
   assert tables.fill(filled, tables.all_tables([one], None)) == filled
   around = lambda text: re.sub(r"(<!--[^>]*-->\n).*?(<!-- end)", r"\1\2", text, flags=re.DOTALL)
   assert around(filled) == around(document)

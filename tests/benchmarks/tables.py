@@ -26,6 +26,7 @@ TITLES = {
   "update": "update",
   "iteration": "**iteration**",
 }
+SIZES = {"cpu": ("mini", "medium"), "NVIDIA H200": ("sd15",)}  # by device
 Results = Sequence[dict[str, Any]]
 
 
@@ -36,14 +37,13 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   return "\n".join(map(line, [header, rule, *rows]))
 
 
-def by_stage(
-  results: Results, ours: Callable[[dict], str], theirs: Callable[[dict], str]
-) -> str | None:
-  """Makes a table with a row per stage and a column per side; None without results.
+def measurements(results: Results) -> str | None:
+  """Makes a table with rows per stage and a column per side; None without results.
 
-  Args:
-    ours: formats the cell of this package from a result.
-    theirs: formats the cell of an opponent from a result.
+  - seconds: medians; an opponent's has the median ratio of pairs and its quartiles in brackets.
+  - MiB at the peak: on a CPU what the process has above the loaded weights and inputs, and for this
+    package in brackets what remains after compilation; on a GPU the memory of the device.
+  - seconds to compile: the first run's less the median run's.
   """
   found = {(one["stage"], one["opponent"]): one for one in results}
   opponents = [name for name in OPPONENTS if any(name == opponent for _, opponent in found)]
@@ -51,44 +51,44 @@ def by_stage(
   for stage in STAGES:
     pairs = [found.get((stage, name)) for name in opponents]
     measured = [pair for pair in pairs if pair]
-    if measured:
+    for quantity, ours, theirs in QUANTITIES if measured else ():
       cells = [theirs(pair) if pair else "" for pair in pairs]
-      rows.append([TITLES[stage], ours(measured[-1]), *cells])
+      rows.append([f"{TITLES[stage]}{quantity}", ours(measured[-1]), *cells])
   return markdown(["", "here", *opponents], rows) if rows else None
 
 
-def speed(results: Results) -> str | None:
-  """Makes the table of median seconds; opponents have the ratio and its quartiles in brackets."""
-
-  def theirs(one: dict[str, Any]) -> str:
-    ratio = one["ratio"]
-    spread = f"{ratio['q1']:.2f} to {ratio['q3']:.2f}"
-    return f"{one['theirs']['seconds']['median']:.3g} (**{ratio['median']:.2f}**, {spread})"
-
-  return by_stage(results, lambda one: f"{one['ours']['seconds']['median']:.3g}", theirs)
+def speed(one: dict[str, Any]) -> str:
+  """Formats an opponent's seconds."""
+  ratio = one["ratio"]
+  spread = f"{ratio['q1']:.2f} to {ratio['q3']:.2f}"
+  return f"{one['theirs']['seconds']['median']:.3g} (**{ratio['median']:.2f}**, {spread})"
 
 
-def memory(results: Results) -> str | None:
-  """Makes the table of peak MiB above the loaded weights and inputs.
-
-  The cell of this package has in brackets the MiB that remain after compilation.
-  """
-
-  def mebibytes(side: dict[str, Any], name: str) -> str:
-    used = side["memory"]
-    return f"{(used[name] - used['loaded']) / 2**20:,.0f}"
-
-  def ours(one: dict[str, Any]) -> str:
-    peak, compiled = (mebibytes(one["ours"], name) for name in ("peak_running", "compiled"))
-    return f"{peak} ({compiled})"
-
-  return by_stage(results, ours, lambda one: mebibytes(one["theirs"], "peak_running"))
+def memory(side: dict[str, Any]) -> str:
+  """Formats the peak of a side."""
+  used = side["memory"]
+  peak = used.get("device_peak", used["peak_running"] - used["loaded"])
+  return f"{peak / 2**20:,.0f}"
 
 
-def compiling(results: Results) -> str | None:
-  """Makes the table of compilation: the first run's seconds minus the median run's."""
-  seconds = lambda side: f"{side['compile_s']:.3g}"
-  return by_stage(results, lambda one: seconds(one["ours"]), lambda one: seconds(one["theirs"]))
+def our_memory(one: dict[str, Any]) -> str:
+  """Formats the peak of this package."""
+  used = one["ours"]["memory"]
+  if "device_peak" in used:
+    return memory(one["ours"])
+  return f"{memory(one['ours'])} ({(used['compiled'] - used['loaded']) / 2**20:,.0f})"
+
+
+# Of a result: what is measured, and the cells of this package and of an opponent.
+QUANTITIES: Sequence[tuple[str, Callable[[dict], str], Callable[[dict], str]]] = (
+  (", seconds", lambda one: f"{one['ours']['seconds']['median']:.3g}", speed),
+  (", MiB at the peak", our_memory, lambda one: memory(one["theirs"])),
+  (
+    ", seconds to compile",
+    lambda one: f"{one['ours']['compile_s']:.3g}",
+    lambda one: f"{one['theirs']['compile_s']:.3g}",
+  ),
+)
 
 
 def describe_machine(results: Results) -> str | None:
@@ -109,18 +109,18 @@ def first_iteration(found: dict[str, Any] | None) -> str | None:
 
 
 def all_tables(results: Results, started: dict[str, Any] | None) -> dict[str, str | None]:
-  """Makes every table of the document by its name, such as "speed mini cpu".
+  """Makes every table of the document by its name, such as "mini cpu".
 
   Args:
-    results: of run.py; only results of CPUs are used.
+    results: of run.py.
     started: the measurements of startup.py, if any.
   """
-  results = [one for one in results if one["machine"]["device"] == "cpu"]
-  tables = {"first iteration": first_iteration(started), "machine cpu": describe_machine(results)}
-  for size in ("mini", "medium"):
-    chosen = [one for one in results if one["size"] == size]
-    for table in (speed, memory, compiling):
-      tables[f"{table.__name__} {size} cpu"] = table(chosen)
+  tables = {"first iteration": first_iteration(started)}
+  for device, sizes in SIZES.items():
+    here = [one for one in results if one["machine"]["device"] == device]
+    tables[f"machine {device}"] = describe_machine(here)
+    for size in sizes:
+      tables[f"{size} {device}"] = measurements([one for one in here if one["size"] == size])
   return tables
 
 
