@@ -68,7 +68,7 @@ def open_clip_tensors(model) -> dict:
   tensors["visual.proj"] = state["visual_projection.weight"].T.contiguous()
   tensors["text_projection"] = state["text_projection.weight"].T.contiguous()
   for side, prefix in (("vision_model", "visual."), ("text_model", "")):
-    for i in range(2):
+    for i in range(len(model.get_submodule(f"{side}.encoder.layers"))):
       old, new = f"{side}.encoder.layers.{i}", f"{prefix}transformer.resblocks.{i}"
       for leaf in ("weight", "bias"):
         get = lambda name, old=old, leaf=leaf: state[f"{old}.{name}.{leaf}"]
