@@ -24,6 +24,7 @@ LEVELS = (
   ("mini",),
   ("kernels",),
   ("runtime",),
+  ("web",),
   ("weights",),
   ("diffusion",),
   ("models",),

@@ -1,0 +1,1 @@
+"""Pages that commands serve: the guard of a server, and its start."""
