@@ -36,6 +36,7 @@ LEVELS = (
   ("planning",),
   ("inpainter", "reward", FACE),  # what a user holds
   ("editing",),
+  ("playground",),
 )
 # The top level. No command imports another one.
 COMMANDS = (
@@ -43,6 +44,7 @@ COMMANDS = (
   "annotate",
   "benchmark",
   "collect",
+  "demo",
   "evaluate",
   "export",
   "inpaint",
