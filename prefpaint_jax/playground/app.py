@@ -33,6 +33,7 @@ FILES = {
   "demo.css": "text/css; charset=utf-8",
   "demo.js": "text/javascript; charset=utf-8",
   "canvas.js": "text/javascript; charset=utf-8",
+  "samples.js": "text/javascript; charset=utf-8",
 }
 
 

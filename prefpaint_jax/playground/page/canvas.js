@@ -130,7 +130,8 @@ export class Mask {
     } else if (stroke.tool === "box") {
       const [[x, y], [u, v]] = stroke.points;
       const [left, top] = [Math.floor(Math.min(x, u)), Math.floor(Math.min(y, v))];
-      context.fillRect(left, top, Math.ceil(Math.max(x, u)) - left, Math.ceil(Math.max(y, v)) - top);
+      const [right, bottom] = [Math.ceil(Math.max(x, u)), Math.ceil(Math.max(y, v))];
+      context.fillRect(left, top, right - left, bottom - top);
     } else {
       for (let i = 1; i < stroke.points.length; i++) {
         this.segment(stroke, stroke.points[i - 1], stroke.points[i]);
@@ -157,7 +158,8 @@ export class Mask {
       for (let column = 0; column < canvas.width; column++) {
         const [a, b] = [column + 0.5 - x, row + 0.5 - y];
         const t = length ? Math.min(1, Math.max(0, (a * (u - x) + b * (v - y)) / length)) : 0;
-        if (Math.hypot(a - t * (u - x), b - t * (v - y)) <= reach) context.fillRect(column, row, 1, 1);
+        const distance = Math.hypot(a - t * (u - x), b - t * (v - y));
+        if (distance <= reach) context.fillRect(column, row, 1, 1);
       }
     }
   }

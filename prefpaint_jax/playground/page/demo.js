@@ -38,7 +38,8 @@ function loaded(source) {
   return new Promise((resolve, reject) => {
     const element = new Image();
     element.onload = () => resolve(element);
-    element.onerror = () => reject(new Error("The image is no longer on the server; choose it again."));
+    const gone = "The image is no longer on the server; choose it again.";
+    element.onerror = () => reject(new Error(gone));
     element.src = source;
   });
 }
@@ -49,7 +50,7 @@ async function open(chosen) {
   image = chosen;
   $("picture").src = shown.src;
   const ratio = chosen.width / chosen.height;
-  for (const id of ["stage", "compare"]) {
+  for (const id of ["stage", "compare", "ghost"]) {
     $(id).style.aspectRatio = ratio;
     $(id).style.width = `min(100%, 62vh * ${ratio})`;
     $(id).classList.toggle("pixels", Math.min(chosen.width, chosen.height) < SMALL);
@@ -90,13 +91,17 @@ function restart() {
 }
 
 // --------------------------------------------------------------------------------------------- job
-function describe({ state, ahead, stage, done, total, seconds, expected }) {
-  if (state === "waiting") {
+function describe({ state: phase, ahead, stage, done, total }) {
+  if (phase === "waiting") {
     return ahead === 1 ? "One fill before yours" : `${ahead} fills before yours`;
   }
   const [what, label] = stage.split(" ");
   if (what === "compiling") return "Compiling: the first fill of this kind takes longer";
-  if (what === "painting") return `Painting${label === "model" ? "" : `, ${label}`}: step ${done} of ${total}`;
+  if (what === "painting") {
+    const steps = total / Object.keys(state.policies).length;
+    const step = done ? ((done - 1) % steps) + 1 : 0;
+    return `Painting${label === "model" ? "" : `, ${label}`}: step ${step} of ${steps}`;
+  }
   return { scoring: "Scoring", saving: "Saving", cancelling: "Cancelling" }[what] ?? "Starting";
 }
 
@@ -167,7 +172,7 @@ async function fill() {
   run(false);
 }
 
-// ------------------------------------------------------------------------------------------- events
+// ------------------------------------------------------------------------------------------ events
 function listen() {
   $("drop").onclick = () => $("file").click();
   $("file").onchange = () => take($("file").files[0]).then(() => ($("file").value = ""));

@@ -10,7 +10,7 @@ export function showSamples(given, source) {
   [result, original] = [given, source];
   const main = result.policies[0];
   const hasBase = result.policies.length > 1;
-  $("against").hidden = !hasBase;
+  $("against").hidden = $("against_label").hidden = !hasBase;
   if (!hasBase) document.querySelector("[name=against][value=original]").checked = true;
   $("against").onchange = show;
   $("cut").oninput = () => $("compare").style.setProperty("--cut", `${$("cut").value}%`);
@@ -31,27 +31,32 @@ function tile(number) {
   const pair = [...result.policies].reverse().map(({ label, shown, rewards, best }) => {
     const isBest = best === number && shown.length > 1;
     const caption = make("span", { className: "score" });
-    if (rewards) caption.append(score(rewards[number]));
-    if (isBest) caption.append(make("b", { textContent: "best" }));
+    if (rewards) caption.append(`${isBest ? "★ " : ""}${score(rewards[number])}`);
     const picture = make("img", { src: `/images/${shown[number]}`, alt: NAMES[label] });
     return make("span", { className: `${label}${isBest ? " best" : ""}` }, picture, caption);
   });
   const button = make("button", { type: "button", className: "tile" }, ...pair);
-  button.ariaLabel = `Sample ${number + 1}`;
+  const scores = [...result.policies].reverse().map(
+    ({ label, rewards, best }) =>
+      rewards && `${NAMES[label]} ${score(rewards[number])}${best === number ? ", best" : ""}`,
+  );
+  button.ariaLabel = [`Sample ${number + 1}`, ...scores.filter(Boolean)].join(": ");
   button.classList.toggle("pixels", $("compare").classList.contains("pixels"));
   button.onclick = () => select(number);
   return button;
 }
 
 function summary() {
-  const rewards = result.policies.map((policy) => policy.rewards);
-  if (rewards.length < 2 || rewards.some((list) => !list || list.includes(null))) return "";
-  const [aligned, base] = rewards;
+  const [aligned, base] = result.policies.map((policy) => policy.rewards);
+  if (!aligned) return "";
+  const star = aligned.length > 1 ? "★ highest score" : "";
+  if (!base || [...aligned, ...base].includes(null)) return star;
   const wins = aligned.filter((reward, i) => reward > base[i]).length;
-  const mean = (list) => (list.reduce((a, b) => a + b) / list.length).toFixed(3);
-  const count = aligned.length;
-  return `The aligned sample scores higher for ${wins} of ${count} ${count > 1 ? "seeds" : "seed"}; mean ${mean(aligned)}, base ${mean(base)}.`
-    .replace("for 1 of 1 seed", "for this seed");
+  const mean = (list) => score(list.reduce((a, b) => a + b) / list.length);
+  const many =
+    `Aligned scores higher in ${wins} of ${aligned.length} pairs: ` +
+    `mean ${mean(aligned)}, base ${mean(base)}. ${star}.`;
+  return aligned.length > 1 ? many : "";
 }
 
 function select(number) {
@@ -69,14 +74,14 @@ function show() {
   $("left_tag").textContent = NAMES[isBase ? "base" : "original"];
   $("right_tag").textContent = NAMES[main.label];
   const count = main.shown.length;
-  $("which").textContent = count > 1 ? `Sample ${index + 1} of ${count}` : "";
+  $("which").textContent = count > 1 ? `Sample ${index + 1} of ${count}` : `Seed ${result.seed}`;
   $("downloads").replaceChildren(
-    ...result.policies.map(({ label, files }) =>
+    "Download ",
+    ...[...result.policies].reverse().map(({ label, files }) =>
       make("a", {
         href: `/images/${files[index]}`,
         download: `${label}_seed${result.seed}_${index + 1}.png`,
-        textContent: base ? `${NAMES[label]} PNG` : "Download PNG",
-        title: `Download: ${NAMES[label]}`,
+        textContent: base ? NAMES[label] : "PNG",
       }),
     ),
   );
