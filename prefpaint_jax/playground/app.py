@@ -81,8 +81,10 @@ class Playground:
     return self._describe(upload, key)
 
   def _describe(self, upload: Upload, key: str) -> dict[str, Any]:
-    (height, width), (full_height, full_width) = upload.size, upload.full
-    return {"image": key, "width": width, "height": height, "full": [full_width, full_height]}
+    sizes = {"full": upload.full, "works": self._painter.working_size(upload)}
+    described = {name: [width, height] for name, (height, width) in sizes.items()}
+    height, width = upload.size
+    return {"image": key, "width": width, "height": height} | described
 
   def start(self, asked: Any) -> dict[str, Any]:
     """Adds a job; raises ValueError for a wrong request."""

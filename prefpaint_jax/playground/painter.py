@@ -166,6 +166,10 @@ class Painter:
     top, left = (full[0] - height) // 2, (full[1] - width) // 2
     return slice(top, top + height), slice(left, left + width)
 
+  def working_size(self, upload: Upload) -> tuple[int, int]:
+    """Returns the (height, width) at which the model processes an upload."""
+    return self._main.working_size(*upload.size)
+
   def examples(self, number: int = 8) -> Iterator[tuple[Upload, bytes | None]]:
     """Yields images of this package, each with the PNG of a mask, or None.
 
@@ -183,8 +187,13 @@ class Painter:
   # ------------------------------------------------------------------------------------ inpainting
   def kind(self, upload: Upload, settings: Settings) -> tuple:
     """Returns what the time of a job depends on."""
-    size = self._main.working_size(*upload.size)
-    return size, upload.size, settings.samples, settings.steps, bool(settings.text)
+    return (
+      self.working_size(upload),
+      upload.size,
+      settings.samples,
+      settings.steps,
+      bool(settings.text),
+    )
 
   def paint(
     self, upload: Upload, mask: np.ndarray, settings: Settings, job: Job
@@ -200,7 +209,7 @@ class Painter:
       the page, "rewards": one for each sample or None, "best": index of the greatest or None}.
     """
     image, results = upload.load(), []
-    size = self._main.working_size(*upload.size)
+    size = self.working_size(upload)
     job.total = settings.steps * len(self.policies)
     for label, policy in self.policies.items():
       program = policy.modules, size, settings.samples, bool(settings.text)

@@ -154,6 +154,7 @@ def test_few_working_sizes_serve_all_images_and_little_is_cut(models):
 def test_image_of_a_common_ratio_is_whole_and_a_panorama_is_cut_in_its_middle(client):
   sent = upload(client, png(photo(40, 60)))
   assert (sent["width"], sent["height"], sent["full"]) == (60, 40, [60, 40])
+  assert sent["works"] == [48, 32]
   image = photo(20, 100)
   sent = upload(client, png(image))
   assert (sent["width"], sent["height"], sent["full"]) == (40, 20, [100, 20])

@@ -186,6 +186,7 @@ def test_large_image_is_painted_small_and_its_mask_sent_whole(page, tmp_path):
   page.wait_for_selector("#hint", state="visible")
   assert painted(page).shape == (1024, 1536)
   drag(page, (0.4, 0.5), (0.6, 0.5))
+  page.locator("#samples [value='1']").check()
   asked = fill(page)
   sent = np.asarray(Image.open(io.BytesIO(base64.b64decode(asked["mask"]))).convert("L"))
   assert sent.shape == (2000, 3000)
@@ -199,7 +200,8 @@ def test_errors_are_shown_as_a_line_and_the_page_goes_on(page, tmp_path):
   assert page.inner_text("#problem") == "image: not an image; give a PNG or JPEG"
   take_example(page)
   page.locator("#tool [value=box]").check()
-  drag(page, (0.001, 0.001), (0.999, 0.999))
+  drag(page, (0.01, 0.01), (0.99, 0.99))
+  assert painted(page).all()
   page.click("#fill")
   page.wait_for_selector("#problem", state="visible")
   assert page.inner_text("#problem").startswith("mask: the mask is full")

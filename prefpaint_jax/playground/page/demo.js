@@ -26,9 +26,9 @@ function say(problem) {
 }
 
 const mask = new Mask($("mask"), $("stage"), $("cursor"), () => {
-  $("undo").disabled = !mask.strokes.length;
+  $("undo").disabled = isRunning || !mask.strokes.length;
   const isEmpty = mask.isEmpty();
-  $("clear").disabled = isEmpty;
+  $("clear").disabled = isRunning || isEmpty;
   $("fill").disabled = isEmpty || isRunning;
   $("hint").hidden = !isEmpty;
 });
@@ -45,6 +45,7 @@ function loaded(source) {
 }
 
 async function open(chosen) {
+  say("");
   const shown = await loaded(`/images/${chosen.image}`);
   const drawn = chosen.mask && (await loaded(`/images/${chosen.mask}`));
   image = chosen;
@@ -55,12 +56,14 @@ async function open(chosen) {
     $(id).style.width = `min(100%, 62vh * ${ratio})`;
     $(id).classList.toggle("pixels", Math.min(chosen.width, chosen.height) < SMALL);
   }
-  const [width, height] = chosen.full;
-  const isCut = width !== chosen.width || height !== chosen.height;
-  $("note").hidden = !isCut;
-  $("note").textContent =
-    `The middle ${chosen.width}×${chosen.height} of ${width}×${height} pixels: ` +
-    "the model is compiled for few shapes.";
+  const size = ([width, height]) => `${width}×${height}`;
+  const [whole, part, works] = [chosen.full, [chosen.width, chosen.height], chosen.works].map(size);
+  const notes = [
+    whole !== part && `The middle ${part} of ${whole} pixels: models are compiled for few shapes.`,
+    works !== part && `The model works at ${works} pixels.`,
+  ].filter(Boolean);
+  $("note").textContent = notes.join(" ");
+  $("note").hidden = !notes.length;
   $("start").hidden = true;
   $("desk").hidden = $("another").hidden = false;
   $("shown").hidden = true;
@@ -102,7 +105,7 @@ function describe({ state: phase, ahead, stage, done, total }) {
     const step = done ? ((done - 1) % steps) + 1 : 0;
     return `Painting${label === "model" ? "" : `, ${label}`}: step ${step} of ${steps}`;
   }
-  return { scoring: "Scoring", saving: "Saving", cancelling: "Cancelling" }[what] ?? "Starting";
+  return { scoring: "Scoring", saving: "Saving" }[what] ?? "Starting";
 }
 
 function showProgress(now) {
@@ -131,7 +134,9 @@ async function follow() {
     try {
       const now = await call(`/api/jobs/${job}`);
       say("");
-      if (!["waiting", "running"].includes(now.state)) return now;
+      // A compilation ends before the job does; the page need not wait for it.
+      const isOver = !["waiting", "running"].includes(now.state);
+      if (isOver || now.stage === "cancelling") return now;
       showProgress(now);
     } catch (error) {
       if (!error.isLost) throw error;
