@@ -12,12 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 pytest.importorskip("starlette", reason="needs the extra label: pip install starlette")
 pytest.importorskip("httpx", reason="needs httpx: pip install httpx")
 from starlette.testclient import TestClient
 
+from prefpaint_jax.inpainter import Inpainter
+from prefpaint_jax.models.architectures import tiny_configs
+from prefpaint_jax.models.assembly import make_modules
 from prefpaint_jax.playground import app, painter
 from prefpaint_jax.playground.jobs import Queue
 from prefpaint_jax.playground.painter import Painter
@@ -178,6 +182,35 @@ def test_examples_are_the_prompts_of_the_mini_world_with_their_masks(client):
     image, mask = (client.get(f"/images/{example[name]}").content for name in ("image", "mask"))
     assert Image.open(io.BytesIO(image)).size == (32, 32)
     assert len(np.unique(np.asarray(Image.open(io.BytesIO(mask))))) == 2
+
+
+def test_model_of_another_size_gets_photographs_as_examples(monkeypatch):
+  inpainter = Inpainter(make_modules(tiny_configs()), {}, {}, {})
+  monkeypatch.setattr(painter, "open_policy", lambda name, step=None: inpainter)
+  examples = list(Painter("tiny").examples(2))
+  assert [upload.full for upload, _ in examples] == [(341, 512), (288, 512)]
+  assert [mask for _, mask in examples] == [None, None]
+
+
+@pytest.mark.parametrize(
+  ("model", "baseline", "opened"),
+  [
+    ("run", None, {"aligned": ("run", None), "base": ("first", 7)}),
+    ("run", "other", {"aligned": ("run", None), "base": ("other", None)}),
+    ("first", None, {"model": ("first", None)}),
+    ("first", "other", {"aligned": ("first", None), "base": ("other", None)}),
+  ],
+)
+def test_baseline_of_a_run_is_the_checkpoint_that_it_began_with(
+  monkeypatch, model, baseline, opened
+):
+  config = ConfigDict({"policy": "first"})
+  monkeypatch.setattr(painter, "open_run", lambda name: (config, None) if name == "run" else None)
+  monkeypatch.setattr(painter, "pinned_step", {"run": 7}.get)
+  monkeypatch.setattr(painter, "open_policy", lambda name, step=None: (name, step))
+  models = Painter(model, baseline)
+  assert models.policies == opened
+  assert models.names == {label: name for label, (name, _) in opened.items()}
 
 
 # ----------------------------------------------------------------------------------------- attacks
