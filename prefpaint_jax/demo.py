@@ -7,6 +7,7 @@ address that other machines reach, --token is needed; the printed link carries i
 """
 
 import importlib.util
+import socket
 
 from absl import flags
 
@@ -50,7 +51,8 @@ def main() -> None:
       painter = Painter(_MODEL.value, _BASELINE.value, _REWARD.value, _LORA.value)
       playground = Playground(painter, Queue())
     hosts = (*server.LOOPBACK, _HOST.value) if server.is_loopback(_HOST.value) else ()
-    host = f"[{_HOST.value}]" if ":" in _HOST.value else _HOST.value
+    host = socket.gethostname() if _HOST.value in ("0.0.0.0", "::") else _HOST.value
+    host = f"[{host}]" if ":" in host else host
     fragment = f"#{token}" if token else ""
     print(f"http://{host}:{opened.getsockname()[1]}/{fragment}", flush=True)
     server.serve(make_app(playground, token, hosts), opened)

@@ -210,6 +210,8 @@ class Painter:
     """
     image, results = upload.load(), []
     size = self.working_size(upload)
+    # The reward is compiled for each size of its images: it gets those at which the model works.
+    prompt = resize_prompt(image, mask, size) if self.reward else None
     job.total = settings.steps * len(self.policies)
     for label, policy in self.policies.items():
       program = policy.modules, size, settings.samples, bool(settings.text)
@@ -226,23 +228,16 @@ class Painter:
         report=lambda steps, label=label: job.report(f"painting {label}", steps),
       )
       self._compiled.add(program)
-      rewards = self._score(samples, image, mask, settings.text, job)
+      rewards = prompt and self._score(samples, *prompt, settings.text, job)
       results.append(self._encode(label, samples, rewards, settings.seed, job.report))
     return results
 
   def _score(
     self, samples: np.ndarray, image: np.ndarray, mask: np.ndarray, text: str, job: Job
-  ) -> np.ndarray | None:
-    """Computes the rewards of samples [S, H, W, 3], at the size at which the model works.
-
-    The reward is compiled for each size of its images, and there are few of those.
-    """
-    if self.reward is None:
-      return None
+  ) -> np.ndarray:
+    """Computes the rewards of samples [S, H, W, 3] at the size of the prompt."""
     job.report("scoring")
-    size = self._main.working_size(*image.shape[:2])
-    samples = np.stack([resize_image(sample, size) for sample in samples])
-    image, mask = resize_prompt(image, mask, size)
+    samples = np.stack([resize_image(sample, mask.shape[:2]) for sample in samples])
     return self.reward(samples, (image * (1.0 - mask))[None], mask[None], text)
 
   def _encode(

@@ -150,6 +150,7 @@ async function fill() {
   if (isRunning || mask.isEmpty()) return;
   const original = $("picture").src;
   say("");
+  job = null;
   run(true);
   showProgress({ state: "running", stage: "", seconds: 0 });
   try {
