@@ -53,7 +53,7 @@ async function open(chosen) {
   const ratio = chosen.width / chosen.height;
   for (const id of ["stage", "compare", "ghost"]) {
     $(id).style.aspectRatio = ratio;
-    $(id).style.width = `min(100%, 62vh * ${ratio})`;
+    $(id).style.width = `min(100%, 60vh * ${ratio})`;
     $(id).classList.toggle("pixels", Math.min(chosen.width, chosen.height) < SMALL);
   }
   const size = ([width, height]) => `${width}×${height}`;
