@@ -13,8 +13,9 @@ from pathlib import Path
 
 from absl import flags
 
-from prefpaint_jax.labelling.app import Labelling, make_app
+from prefpaint_jax.labelling.app import make_app
 from prefpaint_jax.labelling.invitations import read_invitations
+from prefpaint_jax.labelling.session import Labelling
 from prefpaint_jax.labelling.store import MODES
 from prefpaint_jax.runtime import cli
 from prefpaint_jax.runtime.cli import within

@@ -69,7 +69,8 @@ class Assignment:
       return
     before = self._planned_repeats(name, self._new[name])
     self._new[name] += 1
-    if self._planned_repeats(name, self._new[name]) > before:
+    is_planned = self._planned_repeats(name, self._new[name]) > before
+    if is_planned and item._replace(repeat=True) not in self._answered[name]:
       self._due[name].append(item.unit)
     if item.unit in self._missing:
       self._missing_answers -= 1
@@ -112,8 +113,9 @@ class Assignment:
   def total(self, name: str) -> int:
     """Returns the number of items of an annotator: those done, and a fair share of the others."""
     new = self._new[name]
-    available = sum(Item(unit) not in self._answered[name] for unit in self._missing)
-    left = min(available, math.ceil(self._missing_answers / max(1, len(self._names))))
+    known = sum(not item.repeat and item.unit in self._missing for item in self._items[name])
+    fair = math.ceil(self._missing_answers / max(1, len(self._names)))
+    left = min(len(self._missing) - known, fair)
     later = self._planned_repeats(name, new + left) - self._planned_repeats(name, new)
     return self.done(name) + left + later + len(self._due[name])
 
@@ -143,10 +145,14 @@ class Assignment:
     due, held = self._due[name], self._held(name, now)
     if due and self.done(name) - self._answered[name][Item(due[0])] > REPEAT_AFTER:
       return Item(due[0], repeat=True)
-    free = [unit for unit in self._missing if self._is_free(name, unit, held)]
-    share = self._share(name)
-    if free:
-      return Item(next((unit for unit in free if unit in share), free[0]))
+    share, others = self._share(name), None
+    for unit in self._missing:
+      if self._is_free(name, unit, held):
+        if unit in share:
+          return Item(unit)
+        others = unit if others is None else others
+    if others is not None:
+      return Item(others)
     return Item(due[0], repeat=True) if due else None
 
   def _share(self, name: str) -> set[int]:

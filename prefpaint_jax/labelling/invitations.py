@@ -39,7 +39,11 @@ def read_invitations(file: Path) -> dict[str, str]:
     ValueError: a line has more than a name and a token, or a name or a token occurs twice.
   """
   lines, invited, drawn = [], {}, False
-  for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+  try:
+    text = file.read_text("utf-8")
+  except UnicodeDecodeError:
+    raise ValueError(f"{file} is not text in UTF-8; expected a name a line; replace it") from None
+  for number, line in enumerate(text.splitlines(), 1):
     words = line.split()
     if words and not words[0].startswith("#"):
       where = f"{file}, line {number}"

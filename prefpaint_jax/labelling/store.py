@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from absl import logging
 from PIL import Image
 
 from prefpaint_jax.data.annotation_files import read_candidates, read_prompts
@@ -122,7 +123,7 @@ def read_secret(folder: Path) -> bytes:
 
 
 class AnswerFile:
-  """The answers of all annotators, on disk before `append` returns.
+  """The answers of all annotators, in a file and in memory.
 
   `answers` has the answers that stand, {(annotator, item): answer}, in the order in which they were
   first complete. One process writes the file; see `runtime.workdir.exclusive`.
@@ -148,6 +149,8 @@ class AnswerFile:
       self._open()
       if not content.startswith(kept):
         os.write(self._file, kept[len(content) :])
+      if len(kept) < len(content):
+        logging.warning("%s: cut off an answer that was not finished", self._path)
       os.ftruncate(self._file, len(kept))
       os.fsync(self._file)
       self._size = len(kept)
@@ -162,14 +165,13 @@ class AnswerFile:
     if self._file is not None:
       os.close(self._file)
 
-  def append(self, annotator: str, item: Item, answer: Answer) -> None:
-    """Writes an answer; returns when it is on disk.
+  def append(self, rows: Sequence[Mapping]) -> None:
+    """Writes the lines of an answer; returns when they are on disk.
 
     Raises:
       OSError: the disk takes no more; the file is as before.
       ValueError: another program has changed the file; nothing is written.
     """
-    rows = list(self._rows(annotator, item, answer))
     content = memoryview("".join(json.dumps(row) + "\n" for row in rows).encode())
     if self._file is None:
       self._open()
@@ -189,10 +191,13 @@ class AnswerFile:
       os.ftruncate(self._file, self._size)
       raise
     self._size += len(content)
+
+  def take(self, rows: Sequence[Mapping]) -> None:
+    """Adds the lines of an answer to `answers`."""
     for row in rows:
       self._take(row, self._path.name)
 
-  def _rows(self, annotator: str, item: Item, answer: Answer) -> Iterator[dict]:
+  def rows(self, annotator: str, item: Item, answer: Answer) -> Iterator[dict]:
     """Yields the lines of an answer."""
     unit = self._units[item.unit]
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -212,7 +217,7 @@ class AnswerFile:
   def _read(self, content: bytes) -> bytes:
     """Reads the lines of the file; returns the bytes that are kept."""
     *lines, torn = content.split(b"\n")
-    rows = []
+    rows: list[tuple[str, dict | None, bytes]] = []
     for number, line in enumerate(lines, 1):
       where = f"{self._path}, line {number}"
       rows.append((where, parse_json(line, where), line) if line.strip() else (where, None, line))
