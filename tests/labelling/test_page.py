@@ -1,4 +1,4 @@
-"""The page of labelling in a browser, with the server: nothing lost, nothing double, by keys or taps."""
+"""The page of labelling in a browser, with the server: nothing lost or double, by keys and taps."""
 
 import contextlib
 import re

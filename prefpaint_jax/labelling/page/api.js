@@ -13,11 +13,15 @@ export class Refused extends Error {
   }
 }
 
-/** Moves the token of an invitation link from the address to this tab's storage. */
-export function takeToken(link = location.href) {
-  const token = new URL(link, location.href).hash.slice(1);
+/**
+ * Moves the token of an invitation link, or a token itself, to this tab's storage.
+ *
+ * A letter that no header takes becomes one that no token has.
+ */
+export function takeToken(link = location.hash) {
+  const token = link.slice(link.indexOf("#") + 1).replace(/[^!-~]/g, "?");
   if (!token) return false;
-  sessionStorage.setItem(TOKEN, decodeURIComponent(token));
+  sessionStorage.setItem(TOKEN, token);
   history.replaceState(null, "", location.pathname);
   return true;
 }

@@ -1,6 +1,7 @@
 // The DOM of an item: the prompt, and a card for each candidate.
 
 import { addresses, load, outline } from "./images.js";
+import { same } from "./sheet.js";
 
 export const letter = (index) => String.fromCharCode(65 + (index % 26)).repeat(1 + index / 26);
 
@@ -18,8 +19,8 @@ export function make(tag, properties = {}, ...children) {
 /**
  * Returns the elements of an item, whose images are decoded, so that its layout is final.
  *
- * `on` has the handlers toggle(), show(candidate), score(candidate, criterion, score),
- * focus(candidate, criterion) and choose(candidate).
+ * `on` has the handlers toggle(), show(candidate), score(cell, score), focus(cell) and
+ * choose(candidate).
  */
 export async function itemElements(item, state, on, onLost) {
   const [known, mask, ...images] = await Promise.all(
@@ -71,6 +72,7 @@ function promptElement(item, incomplete, on) {
   const text = item.text
     ? make("blockquote", { textContent: item.text })
     : make("p", { className: "note", textContent: "The outlined part was missing." });
+  text.dir = "auto";
   if (item.text) text.tabIndex = 0; // a long text scrolls, also by keys
   figure.addEventListener("click", on.toggle);
   return make("section", { className: "prompt", "aria-label": "Prompt" }, figure, text);
@@ -89,7 +91,7 @@ function scales(state, candidate, on) {
         "aria-label": `${label} ${score}`,
         tabIndex: -1,
         textContent: score,
-        onclick: () => on.score(candidate, index, score, false),
+        onclick: () => on.score({ candidate, criterion: index }, score),
       }),
     );
     const group = make(
@@ -102,7 +104,7 @@ function scales(state, candidate, on) {
       },
       ...buttons,
     );
-    group.addEventListener("focus", () => on.focus(candidate, index));
+    group.addEventListener("focus", () => on.focus({ candidate, criterion: index }));
     return make("div", { className: "row" }, make("span", { textContent: label }), group);
   });
   return make("div", { className: "scores" }, ...groups);
@@ -124,22 +126,20 @@ function choice(item, candidate, on) {
   );
 }
 
-/** Marks the scores and the current scale. `scoreOf(candidate, criterion)`: a number or undefined. */
-export function mark(row, tabs, state, scoreOf, current) {
-  [...row.children].forEach((card, candidate) => {
-    [...card.querySelectorAll(".scale")].forEach((group, index) => {
-      const score = scoreOf(candidate, index);
-      const here = current.candidate === candidate && current.criterion === index;
-      group.parentElement.classList.toggle("current", here);
-      [...group.children].forEach((button, value) => {
-        button.setAttribute("aria-checked", String(value === score));
-        button.classList.toggle("below", score !== undefined && value < score);
-      });
-      const tab = tabs.children[candidate];
-      tab.querySelectorAll("i")[index].classList.toggle("scored", score !== undefined);
+/** Marks the scores of a sheet, and the current cell. */
+export function mark(row, tabs, sheet, current) {
+  for (const cell of sheet.cells()) {
+    const score = sheet.of(cell);
+    const group = row.children[cell.candidate].querySelectorAll(".scale")[cell.criterion];
+    group.parentElement.classList.toggle("current", same(cell, current));
+    [...group.children].forEach((button, value) => {
+      button.setAttribute("aria-checked", String(value === score));
+      button.classList.toggle("below", value < score); // not if there is none
     });
-    const tab = tabs.children[candidate];
-    if (current.candidate === candidate) tab?.setAttribute("aria-current", "true");
-    else tab?.removeAttribute("aria-current");
+    const dot = tabs.children[cell.candidate].querySelectorAll("i")[cell.criterion];
+    dot.classList.toggle("scored", score !== undefined);
+  }
+  [...tabs.children].forEach((tab, candidate) => {
+    tab.setAttribute("aria-current", String(candidate === current.candidate));
   });
 }

@@ -1,6 +1,6 @@
 // Images of an item: loaded whole before they are shown, and the outline of the hole.
 
-import { patient } from "./api.js";
+import { patient, Refused } from "./api.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const loaded = new Map(); // address -> promise of a decoded <img>
@@ -20,7 +20,11 @@ async function decoded(url, onLost) {
   const image = new Image();
   image.draggable = false;
   image.src = URL.createObjectURL(blob);
-  await image.decode();
+  try {
+    await image.decode();
+  } catch {
+    throw new Refused(0, "the browser cannot read an image; tell the person who invited you");
+  }
   return image;
 }
 

@@ -47,6 +47,7 @@ function judge(page, key, arrow) {
 
 /** A key that is held answers one pair only. */
 function compare(page, key, repeat) {
+  if (key === "Enter") return repeat || done(page.forward); // keeps the answer
   const choices = { ArrowLeft: 0, ArrowRight: 1, ArrowDown: null, "=": null };
   if (!(key in choices)) return false;
   return repeat || done(() => page.choose(choices[key]));
