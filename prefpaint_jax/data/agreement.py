@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from prefpaint_jax.data.annotation_files import Rating
 from prefpaint_jax.data.examples import CRITERIA
+from prefpaint_jax.data.rating_files import Rating
 
 
 def krippendorff_alpha(ratings: np.ndarray) -> float:

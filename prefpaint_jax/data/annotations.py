@@ -41,13 +41,12 @@ from prefpaint_jax.data import images, masks
 from prefpaint_jax.data.agreement import agreement_by_criterion
 from prefpaint_jax.data.annotation_files import (
   PromptEntry,
-  Rating,
   read_candidates,
   read_lists,
   read_prompts,
-  read_ratings,
 )
 from prefpaint_jax.data.examples import CRITERIA
+from prefpaint_jax.data.rating_files import Rating, read_ratings
 from prefpaint_jax.runtime.files import check_is_folder
 
 MAX_ERRORS = 50  # that a report lists; it counts the others
