@@ -12,7 +12,7 @@ import re
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from prefpaint_jax.data.annotation_files import (
   CANDIDATES,
@@ -20,13 +20,10 @@ from prefpaint_jax.data.annotation_files import (
   CandidateEntry,
   PromptEntry,
   is_candidate_of,
-  read_rows,
 )
-from prefpaint_jax.data.examples import CRITERIA, MAX_SCORE
+from prefpaint_jax.data.answers import ANNOTATIONS, is_number, read_answers
 from prefpaint_jax.data.reward_scores import FILE as REWARD_SCORES
 from prefpaint_jax.data.reward_scores import read_scores
-
-ANNOTATIONS = "annotations.jsonl"
 
 
 class Rating(NamedTuple):
@@ -52,10 +49,9 @@ def read_ratings(
     {candidate: {annotator: rating}}; the annotator is "" in the released layout.
   """
   own_layout = any((folder / name).exists() for name in (PROMPTS, CANDIDATES, ANNOTATIONS))
-  if rewards:
-    rows = read_scores(folder, rewards, errors)
-  else:
-    rows = _read_annotated(folder, errors) if own_layout else _read_released(folder, errors)
+  if own_layout and not rewards:
+    return _read_annotated(folder, prompts, candidates, errors)
+  rows = read_scores(folder, rewards, errors) if rewards else _read_released(folder, errors)
   ratings = defaultdict(dict)
   for where, image_id, name, annotator, scores in rows:
     if not is_candidate_of(where, name, image_id, prompts, errors):
@@ -73,25 +69,23 @@ def read_ratings(
   return {name: rated for name, rated in ratings.items() if rated}
 
 
-def _read_annotated(folder: Path, errors: list[str]) -> Iterator[tuple]:
-  """Yields (FILE:LINE, image ID, candidate, annotator, three scores) of annotations.jsonl."""
-  file = folder / ANNOTATIONS
-  if not file.exists():
+def _read_annotated(
+  folder: Path,
+  prompts: Mapping[str, PromptEntry],
+  candidates: Mapping[str, CandidateEntry],
+  errors: list[str],
+) -> dict[str, dict[str, Rating]]:
+  """Reads annotations.jsonl without its repeats."""
+  if not (folder / ANNOTATIONS).exists():
     else_ = ", or give --config.rewards" if (folder / REWARD_SCORES).exists() else ""
     raise ValueError(
-      f"{file}: no such file; write one line of scores per annotator and candidate{else_}"
+      f"{folder / ANNOTATIONS}: no such file; score the candidates with prefpaint_jax.label{else_}"
     )
-  for where, row in read_rows(file, ("image_id", "candidate", "annotator", *CRITERIA), errors):
-    in_range = lambda score: is_number(score) and 0 <= score <= MAX_SCORE  # False for NaN
-    bad = [name for name in CRITERIA if not in_range(row[name])]
-    for name in bad:
-      errors.append(
-        f"{where}: {name} is {json.dumps(row[name])}; expected a number from 0 to {MAX_SCORE:g}"
-      )
-    if not bad:
-      scores = tuple(float(row[name]) for name in CRITERIA)
-      name = row["candidate"].removesuffix(".png")
-      yield where, row["image_id"], name, row["annotator"], scores
+  ratings = defaultdict(dict)
+  for answer in read_answers(folder, prompts, candidates, errors):
+    if not answer.repeat:
+      ratings[answer.candidates[0]][answer.annotator] = Rating(answer.where, answer.values)
+  return dict(ratings)
 
 
 def _read_released(folder: Path, errors: list[str]) -> Iterator[tuple]:
@@ -143,7 +137,3 @@ def _lines_of_keys(text: str) -> dict[str, deque[int]]:
     if string[2]:
       lines[json.loads(string[1])].append(line)
   return lines
-
-
-def is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool)
