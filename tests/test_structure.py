@@ -31,6 +31,7 @@ LEVELS = (
   ("data",),
   ("preference",),
   ("rewards",),
+  ("labelling",),
   ("evaluation",),
   ("align",),
   ("planning",),
