@@ -36,6 +36,7 @@ class Assignment:
       names: annotators that are known to come; others join with their first question.
     """
     self._number, self._per_prompt, self._repeats, self._seed = number, per_prompt, repeats, seed
+    self._known = set(names)
     self._names = set(names)
     self._shares: dict[str, set[int]] = {}
     self._missing = dict.fromkeys(range(number), per_prompt)  # answers that each unit lacks
@@ -85,9 +86,10 @@ class Assignment:
       now: time in seconds.
     """
     self.join(name)
+    self._open = {k: v for k, v in self._open.items() if now - v[1] < OPEN_SECONDS}
     item, _ = self._open.get(name, (None, now))
-    if item is None or not (item.repeat or self._is_free(name, item.unit, self._held(name, now))):
-      item = self._next(name, now)
+    if item is None or not (item.repeat or self._is_free(name, item.unit, self._held(name))):
+      item = self._next(name)
     self.claim(name, item, now)
     return item
 
@@ -113,9 +115,10 @@ class Assignment:
   def total(self, name: str) -> int:
     """Returns the number of items of an annotator: those done, and a fair share of the others."""
     new = self._new[name]
-    known = sum(not item.repeat and item.unit in self._missing for item in self._items[name])
-    fair = math.ceil(self._missing_answers / max(1, len(self._names)))
-    left = min(len(self._missing) - known, fair)
+    own = sum(not item.repeat and item.unit in self._missing for item in self._items[name])
+    # A name without an answer may be a slip of the pen.
+    people = sum(self._new[x] > 0 or x in self._open or x in self._known for x in self._names)
+    left = min(len(self._missing) - own, math.ceil(self._missing_answers / max(1, people)))
     later = self._planned_repeats(name, new + left) - self._planned_repeats(name, new)
     return self.done(name) + left + later + len(self._due[name])
 
@@ -129,20 +132,18 @@ class Assignment:
     """Returns how many of an annotator's first `number` units are shown again."""
     return math.floor(number * self._repeats + random.Random(f"{self._seed} {name}").random())
 
-  def _held(self, name: str, now: float) -> Counter[int]:
+  def _held(self, name: str) -> Counter[int]:
     """Counts the other annotators who look at each unit."""
-    return Counter(
-      item.unit
-      for other, (item, since) in self._open.items()
-      if other != name and not item.repeat and now - since < OPEN_SECONDS
-    )
+    items = (item for other, (item, _) in self._open.items() if other != name)
+    return Counter(item.unit for item in items if not item.repeat)
 
   def _is_free(self, name: str, unit: int, held: Counter[int]) -> bool:
     """Returns whether a unit lacks an answer that nobody else is about to give."""
     return self._missing.get(unit, 0) > held[unit] and Item(unit) not in self._answered[name]
 
-  def _next(self, name: str, now: float) -> Item | None:
-    due, held = self._due[name], self._held(name, now)
+  def _next(self, name: str) -> Item | None:
+    """Chooses an item: a repetition that is due, else one of the share, else one of another's."""
+    due, held = self._due[name], self._held(name)
     if due and self.done(name) - self._answered[name][Item(due[0])] > REPEAT_AFTER:
       return Item(due[0], repeat=True)
     share, others = self._share(name), None

@@ -61,7 +61,8 @@ class Labelling:
       ValueError: a file of the folder is damaged.
     """
     self.mode, self._seed, self._invited = mode, seed, invited
-    units, self._texts, files = read_shown(folder, mode)
+    shown = read_shown(folder, mode)
+    units, files, self._prompts = shown.units, shown.files, shown.prompts
     if order is None:
       random.Random(seed).shuffle(units)
     else:
@@ -73,7 +74,7 @@ class Labelling:
     self._masks = {image_id: path for (kind, image_id), path in files.items() if kind == "mask"}
     self._known = {self._key("known", image_id): image_id for image_id in self._masks}
     self._unit_of = {self._unit_key(unit): index for index, unit in enumerate(units)}
-    self.file = AnswerFile(folder, mode, units)
+    self.file = AnswerFile(folder, mode, shown)
     names = (invited or {}).values()
     self.assignment = Assignment(len(units), per_prompt, repeats, seed, names)
     for (name, item), answer in self.file.answers.items():
@@ -134,7 +135,7 @@ class Labelling:
     return {
       "item": self._item_key(name, item),
       "number": self.assignment.position(name, item) + 1,
-      "text": self._texts[unit.image_id],
+      "text": self._prompts[unit.image_id].text,
       "known": f"/image/{self._key('known', unit.image_id)}",
       "mask": f"/image/{self._key('mask', unit.image_id)}",
       "candidates": [{"id": x, "image": f"/image/{x}"} for x in self._shown(name, item)],
@@ -157,9 +158,10 @@ class Labelling:
       before = self.file.answers.get((name, item))
       if before is None or before.content != answer.content:
         # In a thread, so that others are answered while the disk writes.
-        rows = list(self.file.rows(name, item, answer))
+        left = next(iter(self._shown(name, item).values()))
+        rows = list(self.file.rows(name, item, answer, left))
         await asyncio.to_thread(self.file.append, rows)
-        self.file.take(rows)
+        self.file.take(name, item, answer)
         self.assignment.record(name, item, answer.seconds)
 
   def image(self, key: str) -> bytes | None:

@@ -11,20 +11,26 @@ import json
 import os
 import secrets
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import logging
 from PIL import Image
 
-from prefpaint_jax.data.annotation_files import read_candidates, read_prompts
+from prefpaint_jax.data.annotation_files import (
+  CandidateEntry,
+  PromptEntry,
+  read_candidates,
+  read_prompts,
+)
+from prefpaint_jax.data.answers import ANNOTATIONS, PAIRS, read_answers
 from prefpaint_jax.data.examples import CRITERIA, MAX_SCORE, SIMULATED
-from prefpaint_jax.runtime.files import atomic_path, check_is_folder, parse_json
-from prefpaint_jax.runtime.ranges import Integer, Number, Text, check
+from prefpaint_jax.runtime.files import atomic_path, check_is_folder
+from prefpaint_jax.runtime.ranges import Integer, Number
 
-MODES = {"scores": "annotations.jsonl", "pairs": "pairs.jsonl"}  # mode -> file of its answers
+MODES = {"scores": ANNOTATIONS, "pairs": PAIRS}  # mode -> file of its answers
 SCORE = Integer(0, int(MAX_SCORE))
 SECONDS = Number(0, 1e7)
 SECRET = ".label_secret"
@@ -54,8 +60,9 @@ class Answer(NamedTuple):
 class Shown(NamedTuple):
   """What a folder has to show."""
 
-  units: list[Unit]  # in the order of prompts.jsonl
-  texts: dict[str, str]  # image ID -> text
+  prompts: dict[str, PromptEntry]
+  candidates: dict[str, CandidateEntry]
+  units: list[Unit]  # in the order of the prompts
   files: dict[tuple[str, str], Path]  # ("known", image ID), ("mask", ...), ("candidate", name)
 
 
@@ -90,10 +97,10 @@ def read_shown(folder: Path, mode: str) -> Shown:
     units += [Unit(image_id, group) for group in groups]
   if not units:
     raise ValueError(f"{folder}: no candidates to show; run prefpaint_jax.collect first")
-  return Shown(units, {image_id: prompt.text for image_id, prompt in prompts.items()}, files)
+  return Shown(prompts, candidates, units, files)
 
 
-def _check_sizes(files: Sequence[Path]) -> None:
+def _check_sizes(files: Iterable[Path]) -> None:
   """Raises ValueError if a file is no image, or not of the size of the first."""
   sizes = {}
   for file in files:
@@ -126,34 +133,31 @@ class AnswerFile:
   """The answers of all annotators, in a file and in memory.
 
   `answers` has the answers that stand, {(annotator, item): answer}, in the order in which they were
-  first complete. One process writes the file; see `runtime.workdir.exclusive`.
+  given. One process writes the file; see `runtime.workdir.exclusive`.
   """
 
-  def __init__(self, folder: Path, mode: str, units: Sequence[Unit]):
-    """Opens the file and cuts off an answer that a killed process has not finished.
+  def __init__(self, folder: Path, mode: str, shown: Shown):
+    """Reads the file and cuts off an answer that a killed process has not finished.
 
     Raises:
-      ValueError: a line is damaged, names something unknown, or is of a simulated annotator.
+      ValueError: a line is damaged or of a simulated annotator, or the folder has answers of the
+        other mode.
     """
     self.answers: dict[tuple[str, Item], Answer] = {}
-    self._path, self._mode, self._units = folder / MODES[mode], mode, units
-    self._index = {unit: index for index, unit in enumerate(units)}
-    self._by_id = {unit.image_id: index for index, unit in enumerate(units)}
-    self._lines: set[tuple[str, str | tuple[str, ...], bool]] = set()  # see `_line_key`
-    self._partial: dict[tuple[str, Item], dict] = defaultdict(dict)
+    self._path, self._mode, self._units = folder / MODES[mode], mode, shown.units
+    self._lines: set[tuple[str, bool, tuple[str, ...]]] = set()
     self._file: int | None = None  # the first answer makes the file
     self._size = 0
+    for other in MODES.values():
+      if other != self._path.name and (folder / other).exists():
+        raise ValueError(
+          f"{folder} has {other}, and --mode={mode} writes {self._path.name}; expected one of "
+          "them; move the other to another folder"
+        )
     if self._path.exists():
-      content = self._path.read_bytes()
-      kept = self._read(content)
-      self._open()
-      if not content.startswith(kept):
-        os.write(self._file, kept[len(content) :])
-      if len(kept) < len(content):
-        logging.warning("%s: cut off an answer that was not finished", self._path)
-      os.ftruncate(self._file, len(kept))
-      os.fsync(self._file)
-      self._size = len(kept)
+      numbers = {unit.image_id: len(unit.candidates) for unit in shown.units}
+      self._cut(numbers if mode == "scores" else {})
+      self._read(folder, shown)
 
   def _open(self) -> None:
     self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -192,96 +196,90 @@ class AnswerFile:
       raise
     self._size += len(content)
 
-  def take(self, rows: Sequence[Mapping]) -> None:
-    """Adds the lines of an answer to `answers`."""
-    for row in rows:
-      self._take(row, self._path.name)
+  def take(self, annotator: str, item: Item, answer: Answer) -> None:
+    """Adds an answer, whose lines are written, to `answers`."""
+    self.answers[annotator, item] = answer
+    for judged in self._judged(item):
+      self._lines.add((annotator, item.repeat, judged))
 
-  def rows(self, annotator: str, item: Item, answer: Answer) -> Iterator[dict]:
-    """Yields the lines of an answer."""
-    unit = self._units[item.unit]
+  def rows(self, annotator: str, item: Item, answer: Answer, left: str) -> Iterator[dict]:
+    """Yields the lines of an answer.
+
+    Args:
+      left: the candidate that was shown first.
+    """
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
-    about = {"annotator": annotator, "seconds": answer.seconds, "time": time}
-    if self._mode == "scores":
-      parts = [{"candidate": name} | answer.content[name] for name in unit.candidates]
-    else:
-      parts = [{"candidates": list(unit.candidates), "better": answer.content}]
-    for part in parts:
-      row = {"image_id": unit.image_id} | part | about
-      if (annotator, _judged(row), item.repeat) in self._lines:
+    for judged in self._judged(item):
+      row: dict[str, Any] = {"image_id": self._units[item.unit].image_id}
+      if self._mode == "scores":
+        row |= {"candidate": judged[0]} | answer.content[judged[0]]
+      else:
+        row |= {"candidates": list(judged), "better": answer.content, "left": left}
+      row |= {"annotator": annotator, "seconds": answer.seconds, "time": time}
+      if (annotator, item.repeat, judged) in self._lines:
         row["corrects"] = True
       if item.repeat:
         row["repeat"] = True
       yield row
 
-  def _read(self, content: bytes) -> bytes:
-    """Reads the lines of the file; returns the bytes that are kept."""
+  def _judged(self, item: Item) -> list[tuple[str, ...]]:
+    """Returns the candidates of each line of an answer."""
+    candidates = self._units[item.unit].candidates
+    return [(name,) for name in candidates] if self._mode == "scores" else [candidates]
+
+  def _cut(self, numbers: Mapping[str, int]) -> None:
+    """Opens the file and cuts off an answer without an end.
+
+    Args:
+      numbers: {image ID: number of the lines of an answer}, if that is more than one.
+    """
+    content = self._path.read_bytes()
     *lines, torn = content.split(b"\n")
-    rows: list[tuple[str, dict | None, bytes]] = []
-    for number, line in enumerate(lines, 1):
-      where = f"{self._path}, line {number}"
-      rows.append((where, parse_json(line, where), line) if line.strip() else (where, None, line))
-    if torn and _is_by_hand(torn):  # a person's editor may write no newline at the end
-      rows.append((f"{self._path}, line {len(rows) + 1}", json.loads(torn), torn))
-    elif self._mode == "scores":
-      rows = rows[: len(rows) - self._unfinished([row for _, row, _ in rows])]
-    for where, row, _ in rows:
-      if row is not None:
-        self._take(row, where)
-    return b"".join(line + b"\n" for *_, line in rows)
+    self._open()
+    if torn and (row := _read_row(torn)) and "time" not in row:
+      os.write(self._file, b"\n")  # a person's editor has left it out
+      self._size = len(content) + 1
+      return
+    rows = map(_read_row, reversed(lines))
+    last = next(rows, {})
+    about = lambda row: [row.get(name) for name in ("image_id", "annotator", "time")]
+    count = 1 + sum(1 for _ in itertools.takewhile(lambda row: about(row) == about(last), rows))
+    if "time" in last and count < numbers.get(last.get("image_id"), 0):
+      lines = lines[:-count]
+    self._size = sum(len(line) + 1 for line in lines)
+    if self._size < len(content):
+      logging.warning("%s: cut off an answer that was not finished", self._path)
+      os.ftruncate(self._file, self._size)
+      os.fsync(self._file)
 
-  def _unfinished(self, rows: Sequence[dict | None]) -> int:
-    """Returns the number of lines at the end which are part of one answer, without the rest."""
-    key = lambda row: row and tuple(row.get(x) for x in ("image_id", "annotator", "time"))
-    if not rows or not rows[-1] or "time" not in rows[-1]:
-      return 0
-    group = list(itertools.takewhile(lambda row: key(row) == key(rows[-1]), reversed(rows)))
-    index = self._by_id.get(str(rows[-1].get("image_id")))
-    return len(group) if index is not None and len(group) < self._number(index) else 0
-
-  def _number(self, unit: int) -> int:
-    return len(self._units[unit].candidates)
-
-  def _take(self, row: Mapping, where: str) -> None:
-    """Adds a line to `answers`."""
-    for name in ("image_id", "annotator"):
-      if type(row.get(name)) is not int:
-        check(f"{where}: {name}", row.get(name), Text(empty=False))
-    annotator, image_id = str(row["annotator"]), str(row["image_id"])
-    if annotator.startswith(SIMULATED):
-      raise ValueError(f"{where}: {annotator} is simulated; move the file to another place first")
-    repeat, judged = bool(row.get("repeat")), _judged(row)
-    seconds = row.get("seconds") if SECONDS.contains(row.get("seconds")) else 0.0
-    if self._mode == "pairs":
-      index = self._index.get(Unit(image_id, judged))
-      if index is None or row.get("better") not in (None, *judged):
-        raise ValueError(f"{where}: unknown pair or better candidate; correct the line")
-      key, content = (annotator, Item(index, repeat)), row["better"]
-    else:
-      index = self._by_id.get(image_id)
-      if index is None or judged not in self._units[index].candidates:
-        raise ValueError(f"{where}: unknown candidate {judged!r}; correct the line")
-      for name in CRITERIA:
-        check(f"{where}: {name}", row.get(name), Number(0, MAX_SCORE))
-      key = annotator, Item(index, repeat)
-      content = self._partial[key]
-      content[judged] = {name: row[name] for name in CRITERIA}
-    self._lines.add((annotator, judged, repeat))
-    if self._mode == "pairs" or len(content) == self._number(index):
-      self.answers[key] = Answer(content, seconds)
+  def _read(self, folder: Path, shown: Shown) -> None:
+    """Reads the answers of the file."""
+    errors: list[str] = []
+    index = {unit: place for place, unit in enumerate(shown.units)}
+    whole = {unit.image_id: unit for unit in shown.units}
+    scores: dict[tuple[str, Item], dict] = defaultdict(dict)
+    for line in read_answers(folder, shown.prompts, shown.candidates, errors):
+      if line.annotator.startswith(SIMULATED):
+        raise ValueError(f"{folder}/{line.where}: {line.annotator} is simulated; move the file")
+      self._lines.add((line.annotator, line.repeat, line.candidates))
+      in_pairs = self._mode == "pairs"
+      unit = Unit(line.image_id, line.candidates) if in_pairs else whole[line.image_id]
+      key = line.annotator, Item(index[unit], line.repeat)
+      if in_pairs:
+        better = {1: line.candidates[0], -1: line.candidates[1], 0: None}[line.values[0]]
+        self.answers[key] = Answer(better, line.seconds or 0.0)
+        continue
+      scores[key][line.candidates[0]] = dict(zip(CRITERIA, line.values, strict=True))
+      if len(scores[key]) == len(unit.candidates):
+        self.answers[key] = Answer(scores[key], line.seconds or 0.0)
+    if errors:
+      raise ValueError(f"{folder}/{errors[0]}; correct the file")
 
 
-def _judged(row: Mapping) -> str | tuple[str, ...]:
-  """Returns the candidate of a line of scores, or the pair of a line of pairs."""
-  if "candidates" in row:
-    return tuple(sorted(map(str, row["candidates"])))
-  return str(row.get("candidate")).removesuffix(".png")
-
-
-def _is_by_hand(line: bytes) -> bool:
-  """Returns whether a line without a newline is whole, and not of this server."""
+def _read_row(line: bytes) -> dict:
+  """Reads a line; an empty object for one that is none."""
   try:
     row = json.loads(line)
-  except ValueError:
-    return False
-  return isinstance(row, dict) and "time" not in row
+  except (ValueError, RecursionError):
+    return {}
+  return row if isinstance(row, dict) else {}

@@ -138,6 +138,7 @@ def test_pairs_are_saved_with_the_better_candidate(folder):
   first, second = read_lines(folder / "pairs.jsonl")
   chosen = np.asarray(Image.open(folder / "inpaint" / f"{first['better']}.png")).tobytes()
   assert images.index(chosen) == 1 and second["better"] is None
+  assert first["left"] != first["better"]
   assert first["annotator"] == "Ann B" and first["candidates"] == sorted(first["candidates"])
   again = client.get("/api/item", params={"item": item["item"]}).json()
   assert again["answer"] == {"better": better}
@@ -392,6 +393,7 @@ def test_killed_server_loses_and_doubles_no_acknowledged_answer(tmp_path, invite
     assert min(counts.values()) == 3 and max(counts.values()) <= 4
 
 
+@pytest.mark.slow
 def test_second_server_of_a_folder_is_refused(tmp_path):
   import subprocess
   import sys

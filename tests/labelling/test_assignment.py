@@ -132,6 +132,9 @@ def test_annotators_who_come_late_share_what_is_left():
   assert assignment.total("ann") == 60
   assignment.current("bob", 0.0)
   assert (assignment.total("ann"), assignment.total("bob")) == (45, 15)
+  assignment.current("ann", OPEN_SECONDS + 1)  # bob has gone without an answer
+  assert assignment.total("ann") == 60
+  assignment.current("bob", OPEN_SECONDS + 1)
   for name, _ in work(assignment, ["ann", "bob"]):
     done[name] += 1
   assert sum(done.values()) == 30

@@ -9,12 +9,24 @@ import pytest
 from labelling_world import read_lines, write_candidates
 from PIL import Image
 
+from prefpaint_jax.data.annotation_files import CandidateEntry, PromptEntry
 from prefpaint_jax.data.examples import CRITERIA
 from prefpaint_jax.labelling.invitations import clean_name, read_invitations
-from prefpaint_jax.labelling.store import Answer, AnswerFile, Item, Unit, read_secret, read_shown
+from prefpaint_jax.labelling.store import (
+  Answer,
+  AnswerFile,
+  Item,
+  Shown,
+  Unit,
+  read_secret,
+  read_shown,
+)
 
 UNITS = [Unit(f"image_{i}", tuple(f"image_{i}_{k}" for k in range(3))) for i in range(4)]
 PAIRS = [Unit("image_0", ("image_0_0", "image_0_1")), Unit("image_0", ("image_0_0", "image_0_2"))]
+PROMPTS = {unit.image_id: PromptEntry("", "noise", 0, unit.image_id) for unit in UNITS}
+CANDIDATES = {x: CandidateEntry("", unit.image_id, "") for unit in UNITS for x in unit.candidates}
+SCORES, IN_PAIRS = (Shown(PROMPTS, CANDIDATES, units, {}) for units in (UNITS, PAIRS))
 
 
 def scores(unit: int, score: int = 3) -> Answer:
@@ -22,14 +34,13 @@ def scores(unit: int, score: int = 3) -> Answer:
 
 
 def save(file: AnswerFile, annotator: str, item: Item, answer: Answer) -> None:
-  rows = list(file.rows(annotator, item, answer))
-  file.append(rows)
-  file.take(rows)
+  file.append(list(file.rows(annotator, item, answer, "image_0_0")))
+  file.take(annotator, item, answer)
 
 
-def written(folder: Path, *answers: tuple, units=UNITS, mode="scores") -> bytes:
+def written(folder: Path, *answers: tuple, shown=SCORES, mode="scores") -> bytes:
   """Saves answers; returns the content of the file."""
-  file = AnswerFile(folder, mode, units)
+  file = AnswerFile(folder, mode, shown)
   for answer in answers:
     save(file, *answer)
   file.close()
@@ -39,7 +50,7 @@ def written(folder: Path, *answers: tuple, units=UNITS, mode="scores") -> bytes:
 def test_answers_are_read_as_they_were_written(tmp_path):
   given = [("Ann", Item(2), scores(2)), ("Zoë", Item(0), scores(0, 7)), ("Ann", Item(0), scores(0))]
   written(tmp_path, *given)
-  read = AnswerFile(tmp_path, "scores", UNITS)
+  read = AnswerFile(tmp_path, "scores", SCORES)
   assert [(*key, answer) for key, answer in read.answers.items()] == given
   first = read_lines(tmp_path / "annotations.jsonl")[0]
   about = {"image_id", "candidate", "annotator", "seconds", "time", *CRITERIA}
@@ -53,17 +64,20 @@ def test_correction_and_repetition_are_marked(tmp_path):
   rows = read_lines(tmp_path / "annotations.jsonl")
   marks = [(row.get("corrects"), row.get("repeat")) for row in rows[::3]]
   assert marks == [(None, None), (True, None), (None, True), (True, True), (None, None)]
-  read = AnswerFile(tmp_path, "scores", UNITS).answers
+  read = AnswerFile(tmp_path, "scores", SCORES).answers
   assert read["Ann", Item(0)] == scores(0, 1) and read["Ann", again] == scores(0, 3)
 
 
 def test_answers_to_pairs_are_read_as_they_were_written(tmp_path):
   given = [("Ann", Item(0), Answer("image_0_1", 1.0)), ("Ann", Item(1), Answer(None, 2.0))]
-  written(tmp_path, *given, ("Ann", Item(1), Answer("image_0_2", 2.0)), units=PAIRS, mode="pairs")
+  written(
+    tmp_path, *given, ("Ann", Item(1), Answer("image_0_2", 2.0)), shown=IN_PAIRS, mode="pairs"
+  )
   rows = read_lines(tmp_path / "pairs.jsonl")
   assert [row["better"] for row in rows] == ["image_0_1", None, "image_0_2"]
   assert rows[0]["candidates"] == ["image_0_0", "image_0_1"] and rows[2]["corrects"] is True
-  read = AnswerFile(tmp_path, "pairs", PAIRS).answers
+  assert {row["left"] for row in rows} == {"image_0_0"}
+  read = AnswerFile(tmp_path, "pairs", IN_PAIRS).answers
   assert read["Ann", Item(1)].content == "image_0_2"
 
 
@@ -71,9 +85,11 @@ def test_answer_that_was_cut_anywhere_is_removed_and_the_others_stay(tmp_path):
   file = tmp_path / "annotations.jsonl"
   before = written(tmp_path, ("Ann", Item(0), scores(0)), ("Bob", Item(0), scores(0)))
   whole = written(tmp_path, ("Ann", Item(1), scores(1)))
-  for size in range(len(before), len(whole)):
+  ends = [end for end, byte in enumerate(whole, 1) if byte == ord("\n")]
+  sizes = {*range(len(before), len(whole), 40), *ends[6:-1], *(end - 1 for end in ends[6:])}
+  for size in sorted(sizes):
     file.write_bytes(whole[:size])
-    read = AnswerFile(tmp_path, "scores", UNITS)
+    read = AnswerFile(tmp_path, "scores", SCORES)
     assert list(read.answers) == [("Ann", Item(0)), ("Bob", Item(0))]
     assert file.read_bytes() == before
     read.close()
@@ -92,7 +108,7 @@ def test_last_line_of_an_editor_without_newline_is_kept(tmp_path):
 
 def test_full_disk_leaves_the_file_as_it_was(tmp_path):
   before = written(tmp_path, ("Ann", Item(0), scores(0)))
-  file = AnswerFile(tmp_path, "scores", UNITS)
+  file = AnswerFile(tmp_path, "scores", SCORES)
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
   try:
@@ -104,13 +120,13 @@ def test_full_disk_leaves_the_file_as_it_was(tmp_path):
     signal.signal(signal.SIGXFSZ, handler)
   assert (tmp_path / "annotations.jsonl").read_bytes() == before
   save(file, "Ann", Item(1), scores(1))
-  assert len(AnswerFile(tmp_path, "scores", UNITS).answers) == 2
+  assert len(AnswerFile(tmp_path, "scores", SCORES).answers) == 2
 
 
 @pytest.mark.parametrize("change", ["append", "replace", "remove"])
 def test_file_that_another_program_changes_takes_no_answer(tmp_path, change):
   content = written(tmp_path, ("Ann", Item(0), scores(0)))
-  file, path = AnswerFile(tmp_path, "scores", UNITS), tmp_path / "annotations.jsonl"
+  file, path = AnswerFile(tmp_path, "scores", SCORES), tmp_path / "annotations.jsonl"
   path.rename(tmp_path / "moved")
   if change != "remove":
     path.write_bytes(content)
@@ -124,11 +140,11 @@ def test_file_that_another_program_changes_takes_no_answer(tmp_path, change):
 @pytest.mark.parametrize(
   ("change", "expected"),
   [
-    ({"candidate": "image_9_0"}, "unknown candidate 'image_9_0'"),
-    ({"image_id": "nobody"}, "unknown candidate"),
+    ({"candidate": "image_9_0"}, "candidate 'image_9_0' does not belong"),
+    ({"image_id": "nobody"}, "unknown image id 'nobody'"),
     ({"overall": 8}, "overall is 8; expected a number from 0 to 7"),
-    ({"overall": None}, "overall is None; expected"),
-    ({"annotator": ""}, "annotator is ''; expected"),
+    ({"overall": None}, "overall is null; expected"),
+    ({"annotator": ""}, "annotator: expected a non-empty string"),
     ({"annotator": "simulated_0"}, "simulated_0 is simulated; move the file"),
   ],
 )
@@ -136,9 +152,17 @@ def test_bad_line_is_named(tmp_path, change, expected):
   row = {"image_id": "image_0", "candidate": "image_0_0", "annotator": "Ann"}
   row |= dict.fromkeys(CRITERIA, 3) | change
   (tmp_path / "annotations.jsonl").write_text("\n" + json.dumps(row) + "\n")
-  with pytest.raises(ValueError, match=rf"annotations.jsonl, line 2: {expected}"):
-    AnswerFile(tmp_path, "scores", UNITS)
+  with pytest.raises(ValueError, match=rf"annotations.jsonl:2: {expected}"):
+    AnswerFile(tmp_path, "scores", SCORES)
   assert (tmp_path / "annotations.jsonl").read_text() == "\n" + json.dumps(row) + "\n"
+
+
+def test_answers_of_the_other_mode_are_refused(tmp_path):
+  written(tmp_path, ("Ann", Item(0), scores(0)))
+  with pytest.raises(
+    ValueError, match=r"has annotations\.jsonl, and --mode=pairs writes pairs\.jsonl"
+  ):
+    AnswerFile(tmp_path, "pairs", IN_PAIRS)
 
 
 def test_units_are_prompts_or_each_two_candidates(tmp_path):
