@@ -109,6 +109,11 @@ class Assignment:
     position = self.position(name, item)
     return self._items[name][position - 1] if position else None
 
+  def following(self, name: str, item: Item) -> Item | None:
+    """Returns the item that comes after this one, unless another annotator takes it."""
+    item_after = self._next(name, item)
+    return None if item_after == item else item_after
+
   def done(self, name: str) -> int:
     return len(self._items[name])
 
@@ -141,14 +146,17 @@ class Assignment:
     """Returns whether a unit lacks an answer that nobody else is about to give."""
     return self._missing.get(unit, 0) > held[unit] and Item(unit) not in self._answered[name]
 
-  def _next(self, name: str) -> Item | None:
-    """Chooses an item: a repetition that is due, else one of the share, else one of another's."""
+  def _next(self, name: str, answered: Item | None = None) -> Item | None:
+    """Chooses an item: a repetition that is due, else one of the share, else one of another's.
+
+    `answered` counts as an item with an answer.
+    """
     due, held = self._due[name], self._held(name)
     if due and self.done(name) - self._answered[name][Item(due[0])] > REPEAT_AFTER:
       return Item(due[0], repeat=True)
     share, others = self._share(name), None
     for unit in self._missing:
-      if self._is_free(name, unit, held):
+      if self._is_free(name, unit, held) and Item(unit) != answered:
         if unit in share:
           return Item(unit)
         others = unit if others is None else others

@@ -132,15 +132,17 @@ class Labelling:
     if item is None:
       return {"item": None, "previous": before}
     unit = self._units[item.unit]
+    ahead = self.assignment.following(name, item)
     return {
       "item": self._item_key(name, item),
       "number": self.assignment.position(name, item) + 1,
       "text": self._prompts[unit.image_id].text,
-      "known": f"/image/{self._key('known', unit.image_id)}",
-      "mask": f"/image/{self._key('mask', unit.image_id)}",
+      "known": self._address("known", unit),
+      "mask": self._address("mask", unit),
       "candidates": [{"id": x, "image": f"/image/{x}"} for x in self._shown(name, item)],
       "answer": self._told(name, item),
       "previous": before,
+      "ahead": self._images(name, ahead) if ahead else [],
     }
 
   async def answer(self, name: str, message: Mapping[str, Any]) -> None:
@@ -216,6 +218,15 @@ class Labelling:
       turn = draw.randrange(1, max(2, len(names)))
       names = names[turn:] + names[:turn]
     return {self._key("candidate", candidate): candidate for candidate in names}
+
+  def _address(self, kind: str, unit: Unit) -> str:
+    return f"/image/{self._key(kind, unit.image_id)}"
+
+  def _images(self, name: str, item: Item) -> list[str]:
+    """Returns the addresses of an item's images, which the page loads while it shows another."""
+    unit = self._units[item.unit]
+    candidates = [f"/image/{x}" for x in self._shown(name, item)]
+    return [self._address("known", unit), self._address("mask", unit), *candidates]
 
   def _find(self, name: str, key: Any) -> Item:
     """Returns the item of a key, which only its annotator was told."""

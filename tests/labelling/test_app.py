@@ -94,6 +94,17 @@ def test_order_of_candidates_is_random_and_stable(folder):
   assert min(by_place[place] for place in range(3)) >= 5  # of 40; 13 expected
 
 
+def test_images_of_the_next_item_are_told_ahead(folder):
+  client = client_of(folder, {"x-annotator": "ann"}, repeats=0.0)
+  item = client.get("/api/item").json()
+  for _ in range(5):
+    ahead = item["ahead"]
+    item = client.post("/api/answer", json=answer_to(item)).json()["next"]
+    images = [x["image"] for x in item["candidates"]]
+    assert ahead == [item["known"], item["mask"], *images]
+  assert item["ahead"] == []
+
+
 def test_answer_is_saved_once_and_can_be_corrected(client, folder):
   first = client.get("/api/item").json()
   saved = client.post("/api/answer", json=answer_to(first)).json()

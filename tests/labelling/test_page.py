@@ -209,7 +209,7 @@ def test_pairs_are_compared_by_arrows(browser, tmp_path):
 
 def test_page_works_by_taps_on_a_phone(browser, tmp_path):
   """Nothing is wider than the screen, nothing moves, and a tap leads to the next empty scale."""
-  folder = write_candidates(tmp_path / "candidates", 2, text="a long text " * 100)
+  folder = write_candidates(tmp_path / "candidates", 3, text="a long text " * 100)
   person = Annotator(browser, folder, **PHONE)
   page = person.page
   page.add_init_script("""
@@ -220,7 +220,7 @@ def test_page_works_by_taps_on_a_phone(browser, tmp_path):
   """)
   with label_server(folder, "--port=0", "--repeats=0") as (_, (root,)):
     person.enter(root, "Ann")
-    for _ in range(2):
+    for number in range(3):
       assert page.evaluate("document.documentElement.scrollWidth") == 390
       assert page.evaluate("document.documentElement.scrollHeight") == 844
       small = "(e) => Math.min(e.offsetWidth, e.offsetHeight)"
@@ -232,8 +232,11 @@ def test_page_works_by_taps_on_a_phone(browser, tmp_path):
       page.locator("#help").tap()
       assert page.evaluate("document.querySelector('dialog').scrollWidth") == 390
       page.locator("#close").tap()
+      person.requests.clear()
       page.locator("#submit").tap()
       person.wait()
+      if number == 1:  # the images of the last item are there already
+        assert person.requests == [f"{root}api/answer"]
     assert person.view() == "done"
     assert page.evaluate("window.shift") < 0.01
     person.check()
