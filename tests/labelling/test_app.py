@@ -268,8 +268,14 @@ def test_answer_to_an_item_of_another_annotator_is_refused(client, folder):
   assert not (folder / "annotations.jsonl").exists()
 
 
-def test_other_hosts_pages_and_huge_bodies_are_refused(client):
-  assert client.get("/api/mode", headers={"host": "evil.example"}).status_code == 421
+def test_names_are_asked_of_pages_of_this_machine_only(client, folder):
+  evil = {"host": "evil.example", "x-annotator": "ann"}
+  assert client_of(folder).get("/api/mode", headers=evil).status_code == 421
+  # A proxy may give any name to a server that asks for tokens.
+  assert client.get("/api/item", headers={"host": "label.example.org"}).status_code == 200
+
+
+def test_other_pages_and_huge_bodies_are_refused(client):
   assert client.post("/api/answer", headers={"origin": "http://evil.example"}).status_code == 403
   assert client.post("/api/answer", content=b"x" * 300_000).status_code == 413
   assert client.post("/api/state").status_code == 405
