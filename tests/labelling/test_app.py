@@ -313,9 +313,9 @@ def test_answer_that_the_disk_does_not_take_is_not_acknowledged(client, folder, 
 class Annotator(threading.Thread):
   """Answers items until none is left; sends an answer again until it is acknowledged."""
 
-  def __init__(self, root: str, headers: dict, times: list | None = None, images: bool = False):
+  def __init__(self, root: str, headers: dict, times: list | None = None, look: float = 0.0):
     super().__init__(daemon=True)
-    self.root, self.own, self.images = root, headers, images
+    self.root, self.own, self.look = root, headers, look
     self.acknowledged: list[dict] = []
     self.times = [] if times is None else times
     self.failure: str | None = None
@@ -324,8 +324,10 @@ class Annotator(threading.Thread):
     with httpx.Client(base_url=self.root, headers=self.own, timeout=20) as client:
       item = self.ask(client, "GET", "/api/item")
       while item and item["item"]:
-        for url in [x["image"] for x in item["candidates"]] if self.images else ():
-          client.get(url)
+        if self.look:
+          for candidate in item["candidates"]:
+            client.get(candidate["image"])
+          time.sleep(self.look)
         message = answer_to(item, score=len(self.acknowledged) % 8)
         start = time.perf_counter()
         answer = self.ask(client, "POST", "/api/answer", json=message)
@@ -417,7 +419,7 @@ def test_twenty_annotators_score_a_thousand_prompts(tmp_path, capsys):
   folder = write_candidates(tmp_path / "candidates", 1000)
   times: list[float] = []
   with label_server(folder, "--port=0", "--per_prompt=1") as (_, lines):
-    clients = [Annotator(lines[0], {"x-annotator": f"ann{i}"}, times, True) for i in range(20)]
+    clients = [Annotator(lines[0], {"x-annotator": f"ann{i}"}, times, 0.3) for i in range(20)]
     for client in clients:
       client.start()
     for client in clients:
