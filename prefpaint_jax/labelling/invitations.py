@@ -59,8 +59,8 @@ def read_invitations(file: Path) -> dict[str, str]:
         line, drawn = " ".join(words), True
       if not TOKEN.fullmatch(words[1]):
         raise ValueError(
-          f"{where}: {words[1]!r} is no token of 8 or more of A-Z a-z 0-9 _ - with a digit, _ or -; "
-          "remove it, and one is drawn; a name is one word"
+          f"{where}: {words[1]!r} is no token of 8 or more of A-Z a-z 0-9 _ - with a digit, _ or "
+          "-; remove it, and one is drawn; a name is one word"
         )
       if name in invited.values() or words[1] in invited:
         raise ValueError(f"{where}: {name} or the token is in a line before; remove one")
