@@ -44,13 +44,18 @@ if __name__ == "__main__":
   _MODE = flags.DEFINE_enum("mode", "scores", list(MODES), "Score candidates, or compare two.")
   _PER_PROMPT = flags.DEFINE(within(Integer(1, 1000)), "per_prompt", 3, "Annotators per prompt.")
   _REPEATS = flags.DEFINE(within(SHARE), "repeats", 0.05, "Share of items that are shown again.")
-  _ANNOTATORS = flags.DEFINE_string(
-    "annotators", None, "File of a NAME or NAME TOKEN a line; missing tokens are added to it."
+  _ANNOTATORS = flags.DEFINE(
+    within(Text(empty=False)),
+    "annotators",
+    None,
+    "File of a NAME or NAME TOKEN a line; missing tokens are added to it.",
   )
   _ORDER = flags.DEFINE_enum(
     "order", "random", ["random", "uncertain"], "Which prompts come first."
   )
-  _REWARD = flags.DEFINE_string("reward", None, "Reward model with a bound, of --order=uncertain.")
+  _REWARD = flags.DEFINE(
+    within(Text(empty=False)), "reward", None, "Reward model with a bound, of --order=uncertain."
+  )
   _SEED = flags.DEFINE(within(SEED), "seed", 0, "Seed of the orders and of the repeated items.")
   _REPORT = flags.DEFINE_bool("report", False, "Write label_report.html and end.")
   flags.mark_flag_as_required("candidates")
@@ -69,7 +74,7 @@ if __name__ == "__main__":
     if (_ORDER.value == "uncertain") != (_REWARD.value is not None):
       raise ValueError("--order=uncertain and --reward=FOLDER need each other; give both or none")
     with exclusive(folder), listening(host, _PORT.value) as opened:
-      invited = read_invitations(Path(_ANNOTATORS.value)) if _ANNOTATORS.value else None
+      invited = _ANNOTATORS.value and read_invitations(Path(_ANNOTATORS.value))
       if invited and len(invited) < _PER_PROMPT.value:
         raise ValueError(
           f"--per_prompt={_PER_PROMPT.value} is more than the {len(invited)} annotators of "

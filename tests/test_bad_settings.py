@@ -265,6 +265,7 @@ LINES = [  # TMP is the folder of `answers`
   (("label", "--candidates=x"), "x: no such folder; give the --workdir of"),
   (("label", "--candidates=TMP", "--host=0.0.0.0"), "--host=0.0.0.0 .*; give --annotators=FILE"),
   (("label", "--candidates=TMP", "--host="), "--host=: expected a name or path"),
+  (("label", "--candidates=x", "--annotators="), "--annotators=: expected a name or path"),
   (("label", "--candidates=TMP", "--order=uncertain"), "--reward=FOLDER"),
   (("label", "--candidates=TMP", "--reward=mini"), "--order=uncertain and --reward=FOLDER"),
   (("label", "--candidates=TMP", "--annotators=TMP/no.txt"), "no.txt: .*; check the path"),

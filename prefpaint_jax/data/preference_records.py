@@ -245,7 +245,7 @@ def summary(metadata: Mapping[str, Any]) -> str:
   )
   made_of = metadata.get("rewards") or ("of pairs, Bradley-Terry" if compared else weights)
   lines += [
-    f"combined score ({made_of}): mean {metadata['mean']:.3f}, standard "
+    f"combined score ({made_of}): mean {metadata['mean']:z.3f}, standard "
     f"deviation {metadata['std']:.3f} over the training split",
     "each reward is standardised over all candidates" if metadata.get("rewards") else agreement,
     f"left out: {left_out['candidates']} candidates without a score, {left_out['prompts']} prompts "

@@ -23,7 +23,7 @@ def make_app(labelling: Labelling, host: str = "127.0.0.1") -> server.ASGI:
   """Returns the ASGI app of a labelling, behind `web.server.guarded`.
 
   Args:
-    host: address of the server. On a loopback address the app answers to its names only.
+    host: address of the server. Without invitations the app answers to this name and loopback's.
   """
   try:
     from starlette.applications import Starlette
@@ -42,7 +42,7 @@ def make_app(labelling: Labelling, host: str = "127.0.0.1") -> server.ASGI:
     except ValueError as error:
       raise HTTPException(401, str(error)) from None
 
-  def page(request: Request) -> Response:
+  async def page(request: Request) -> Response:
     name = request.path_params.get("file", "index.html")
     if name not in files:
       raise HTTPException(404, "no such file")
@@ -90,5 +90,6 @@ def make_app(labelling: Labelling, host: str = "127.0.0.1") -> server.ASGI:
     ],
     exception_handlers={ValueError: server.bad_request},
   )
-  hosts = (*server.LOOPBACK, host) if server.is_loopback(host) else ()
+  # A page of another name for this machine has no token, but could give a name.
+  hosts = (*server.LOOPBACK, host) if labelling.is_open else ()
   return server.guarded(app, MOST_BYTES, hosts)

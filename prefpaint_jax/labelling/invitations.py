@@ -10,7 +10,8 @@ from prefpaint_jax.data.examples import SIMULATED
 from prefpaint_jax.runtime.files import atomic_path
 
 MOST_LETTERS = 40
-TOKEN = re.compile(r"[A-Za-z0-9_-]{8,200}")
+# A surname is no token, because others can guess it.
+TOKEN = re.compile(r"(?=[A-Za-z]*[0-9_-])[A-Za-z0-9_-]{8,200}|[A-Za-z]{16,200}")
 
 
 def clean_name(name: str) -> str:
@@ -58,8 +59,8 @@ def read_invitations(file: Path) -> dict[str, str]:
         line, drawn = " ".join(words), True
       if not TOKEN.fullmatch(words[1]):
         raise ValueError(
-          f"{where}: the token of {name} is not 8 or more of A-Z a-z 0-9 _ -; remove it, and one "
-          "is drawn"
+          f"{where}: {words[1]!r} is no token of 8 or more of A-Z a-z 0-9 _ - with a digit, _ or "
+          "-; remove it, and one is drawn; a name is one word"
         )
       if name in invited.values() or words[1] in invited:
         raise ValueError(f"{where}: {name} or the token is in a line before; remove one")

@@ -82,9 +82,8 @@ def render(found: Mapping[str, Any], folder: str) -> str:
       f'<section class="cards">{_agreement_card(found)}{_flags_card(found, flagged)}</section>'
       f'<p class="note">{escape(_READING[found["mode"]])}</p>',
       _annotators(found),
-      _agreement(found),
+      _choices(found) if found["mode"] == "pairs" else _scores(found),
       _coverage(found),
-      _histograms(found),
     ],
   )
 
@@ -102,18 +101,21 @@ def _header(found: Mapping[str, Any], folder: str) -> str:
 
 
 def _agreement_card(found: Mapping[str, Any]) -> str:
-  """Renders alpha as the headline."""
+  """Renders alpha as the headline, and alpha without the flagged annotators."""
   pairs = found["mode"] == "pairs"
-  alpha = found["agreement"].get("pairs" if pairs else "combined")
-  about = "of the combined score"
-  if pairs:
-    equal, chance = (_share(found["agreement"][key]) for key in ("equal", "by_chance"))
-    about = f"of the choices; {equal} of them are equal, {chance} by chance"
-  if alpha is None:
-    about = "unknown: no candidate or pair has two annotators who differ, or two annotators at all"
+  agreement, unflagged = found["agreement"], found["agreement_unflagged"]
+  key = "pairs" if pairs else "combined"
+  if agreement[key] is None:
+    about = "unknown: no candidate or pair has two annotators, or all answers are the same"
+  elif pairs:
+    equal, chance = (_share(agreement[name]) for name in ("equal", "by_chance"))
+    about = f"of the choices. {equal} of them are equal; by chance, {chance} would be."
+  else:
+    about = "of the combined score; " + ", ".join(f"{x} {_number(agreement[x])}" for x in CRITERIA)
   return (
-    f'<article class="card"><h2>Agreement</h2><p class="rate">{_number(alpha)}</p>'
-    f"<p>Krippendorff's alpha {about}</p></article>"
+    f'<article class="card"><h2>Agreement</h2><p class="rate">{_number(agreement[key])}</p>'
+    f"<p>Krippendorff's alpha {about}</p><p>Without annotators who have a flag: "
+    f"{_number(unflagged[key])}</p></article>"
   )
 
 
@@ -131,12 +133,9 @@ def _flags_card(found: Mapping[str, Any], flagged: Mapping[str, Sequence[str]]) 
 
 
 def _annotators(found: Mapping[str, Any]) -> str:
-  """Renders a row of statistics for each annotator, and the rules of the flags."""
-  pairs = found["mode"] == "pairs"
-  head = ["", "flags", "answers", "seconds", "others: correlation"]
-  head += ["repeats: difference", "repeats: correlation"]
-  head += ["equal", "left", "cycles"] if pairs else [*CRITERIA, "combined: spread"]
-  rows = [head]
+  """Renders time, agreement and consistency of each annotator, and the rules of the flags."""
+  rows = [["", "flags", "answers", "seconds", "others: correlation"]]
+  rows[0] += ["repeats: difference", "repeats: correlation"]
   for name, one in found["annotators"].items():
     others, own = one["others"], one["consistency"]
     row = [name, ", ".join(one["flags"]) or _unjudged(one), str(one["answers"])]
@@ -144,26 +143,13 @@ def _annotators(found: Mapping[str, Any]) -> str:
     row.append(f"{_number(others['correlation'])} [of {others['values']}]")
     row.append(f"{_number(own['difference'])} [{_number(own['by_chance'])} by chance]")
     row.append(f"{_number(own['correlation'])} [of {own['values']}]")
-    if pairs:
-      row += [_share(one["equal"]), f"{_share(one['left'])} [of {one['sided']}]"]
-      row.append(f"{one['cycles']} [of {one['triples']}]")
-    else:
-      means, spreads = one.get("mean", {}), one.get("spreads", {})
-      row += [f"{_number(means.get(x))} [± {_number(spreads.get(x))}]" for x in CRITERIA]
-      row.append(_number(one["spread"]))
     rows.append(row)
   rules = "".join(
     f"<dt>{escape(name)}</dt><dd>{escape(rule)}</dd>" for name, rule in found["rules"].items()
   )
-  cycles = (
-    " A cycle is three candidates of which the first is better than the second, the second than "
-    "the third, and the third than the first; of choices at random, a quarter are cycles. The "
-    "share of the left side is over decided pairs whose line says which candidate was on the left."
-  )
   return (
     f"<section><h2>Annotators</h2>{render_table(rows)}"
-    f'<p class="note">{escape(_COLUMNS + (cycles if pairs else ""))}</p>'
-    f'<h3>Flags</h3><dl class="note">{rules}</dl>'
+    f'<p class="note">{_COLUMNS}</p><h3>Flags</h3><dl class="note">{rules}</dl>'
     '<p class="note">A flag is a reason to look at the answers. It leaves out none of them.</p>'
     "</section>"
   )
@@ -175,33 +161,28 @@ def _unjudged(one: Mapping[str, Any]) -> str:
   return "–" if most >= ENOUGH else "too few to say"
 
 
-def _agreement(found: Mapping[str, Any]) -> str:
-  """Renders alpha of each criterion; pairs have only that of the card."""
-  if found["mode"] == "pairs" or not found["agreement"]:
-    return ""
-  rows = [["", "alpha"], *([name, _number(x)] for name, x in found["agreement"].items())]
-  return f"<section><h2>Agreement</h2>{render_table(rows)}</section>"
-
-
-def _coverage(found: Mapping[str, Any]) -> str:
-  """Renders how many prompts, and pairs, have how many annotators."""
-  kinds = found["annotators_of"]
-  numbers = sorted({int(number) for counts in kinds.values() for number in counts})
-  rows = [["annotators", *map(str, numbers)]]
-  for kind, counts in kinds.items():
-    rows.append([kind, *(str(counts.get(str(number), 0)) for number in numbers)])
-  note = "pairs" if found["mode"] == "pairs" else "candidates"
+def _choices(found: Mapping[str, Any]) -> str:
+  """Renders the choices of each annotator in pairs."""
+  rows = [["", "equal", "left side", "cycles"]]
+  for name, one in found["annotators"].items():
+    left = f"{_share(one['left'])} [of {one['sided']}]"
+    rows.append([name, _share(one["equal"]), left, f"{one['cycles']} [of {one['triples']}]"])
   return (
-    f"<section><h2>Annotators of each prompt</h2>{render_table(rows)}"
-    f'<p class="note">The number of a prompt is the smallest of its {note}. Repeats do not count.'
+    f'<section><h2>Choices</h2>{render_table(rows)}<p class="note">The share of the left side is '
+    "over decided pairs whose line says which candidate was on the left. Cycles are counted over "
+    "three candidates with three decided pairs: the first is better than the second, the second "
+    "than the third, and the third than the first. Of choices at random, a quarter are cycles."
     "</p></section>"
   )
 
 
-def _histograms(found: Mapping[str, Any]) -> str:
-  """Draws the scores of each criterion, and the overall scores of each annotator."""
-  if not found["histograms"]:
-    return ""
+def _scores(found: Mapping[str, Any]) -> str:
+  """Renders the scores of each annotator, and draws them by criterion and by annotator."""
+  rows = [["", *(f"{name}: mean" for name in CRITERIA), "combined: standard deviation"]]
+  for name, one in found["annotators"].items():
+    means, spreads = one.get("mean", {}), one.get("spreads", {})
+    cells = [f"{_number(means.get(x))} [± {_number(spreads.get(x))}]" for x in CRITERIA]
+    rows.append([name, *cells, _number(one["spread"])])
   draw = lambda name, counts: (
     f"<figure>{_bars(counts)}<figcaption>{escape(name)}: {sum(counts)} scores</figcaption></figure>"
   )
@@ -210,8 +191,24 @@ def _histograms(found: Mapping[str, Any]) -> str:
     draw(name, one["histogram"]) for name, one in found["annotators"].items() if "histogram" in one
   )
   return (
-    f'<section><h2>Scores</h2><div class="figures">{criteria}</div>'
+    f"<section><h2>Scores</h2>{render_table(rows)}"
+    f'<h3>Scores of all annotators</h3><div class="figures">{criteria}</div>'
     f'<h3>Overall scores of each annotator</h3><div class="figures">{people}</div></section>'
+  )
+
+
+def _coverage(found: Mapping[str, Any]) -> str:
+  """Renders how many prompts, and pairs, have how many annotators."""
+  kinds = found["annotators_of"]
+  numbers = sorted({int(number) for counts in kinds.values() for number in counts})
+  rows = [["", *(f"{number} annotator{'s' * (number != 1)}" for number in numbers)]]
+  for kind, counts in kinds.items():
+    rows.append([kind, *(str(counts.get(str(number), 0)) for number in numbers)])
+  note = "pairs" if found["mode"] == "pairs" else "candidates"
+  return (
+    f"<section><h2>Annotators of each prompt</h2>{render_table(rows)}"
+    f'<p class="note">The number of a prompt is the smallest of its {note}. Repeats do not count.'
+    "</p></section>"
   )
 
 

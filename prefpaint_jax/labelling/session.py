@@ -245,5 +245,5 @@ class Labelling:
 
   def _key(self, *parts: str) -> str:
     """Returns 32 digits that nobody without the folder's secret can compute."""
-    text = "\0".join(parts).encode(errors="surrogateescape")
+    text = "\0".join(parts).encode(errors="surrogatepass")
     return hmac.new(self._secret, text, "sha256").hexdigest()[:32]

@@ -31,7 +31,7 @@ Z, ENOUGH = 2.576, 75
 LARGEST_SIDE = 0.75
 FLAGS = {
   "constant": (
-    f"The standard deviation of the values of {LEAST_VALUES} units or more is below "
+    f"The standard deviation of {LEAST_VALUES} combined scores, or choices, or more is below "
     f"{LEAST_SPREAD:g}, or below a third of the median of the other annotators'."
   ),
   "random": (
@@ -46,7 +46,7 @@ FLAGS = {
   ),
   "one side": (
     f"Of {LEAST_VALUES} decided pairs or more, the share of one side of the screen is above "
-    f"{LARGEST_SIDE:.0%}, and differs from a half with {Z:.3g} standard errors."
+    f"{100 * LARGEST_SIDE:g} %, and differs from a half with {Z:.3g} standard errors."
   ),
 }
 _WEIGHTS = np.array(list(CRITERIA.values())) / sum(CRITERIA.values())
@@ -74,12 +74,14 @@ def summarise(
   for name, found in annotators.items():
     others = [other for key, other in annotators.items() if key != name]
     found["flags"] = _flags(found, others)
+  unflagged = [answer for answer in first if not annotators[answer.annotator]["flags"]]
   return _finite(
     {
       "mode": "pairs" if pairs else "scores",
       "answers": sum(found["answers"] for found in annotators.values()),
       "repeats": sum(found["repeats"] for found in annotators.values()),
       "agreement": _agreement(first, pairs),
+      "agreement_unflagged": _agreement(unflagged, pairs),
       "annotators_of": _coverage(first, candidates, pairs),
       "histograms": _histograms(first, pairs),
       "annotators": annotators,
@@ -106,7 +108,8 @@ def _agreement(first: Sequence[Answer], pairs: bool) -> dict[str, float]:
   ratings: dict[str, dict[str, Rating]] = defaultdict(dict)
   for answer in first:
     ratings[answer.candidates[0]][answer.annotator] = Rating(answer.where, answer.values)
-  return agreement_by_criterion(ratings, _WEIGHTS) if ratings else {}
+  unknown = dict.fromkeys((*CRITERIA, "combined"), math.nan)
+  return agreement_by_criterion(ratings, _WEIGHTS) if ratings else unknown
 
 
 def _coverage(

@@ -157,6 +157,7 @@ class AnswerFile:
     if self._path.exists():
       numbers = {unit.image_id: len(unit.candidates) for unit in shown.units}
       self._cut(numbers if mode == "scores" else {})
+      os.fsync(self._file)  # a killed server may have written an answer that is acknowledged now
       self._read(folder, shown)
 
   def _open(self) -> None:
@@ -244,13 +245,12 @@ class AnswerFile:
     last = next(rows, {})
     about = lambda row: [row.get(name) for name in ("image_id", "annotator", "time")]
     count = 1 + sum(1 for _ in itertools.takewhile(lambda row: about(row) == about(last), rows))
-    if "time" in last and count < numbers.get(last.get("image_id"), 0):
+    if "time" in last and count < numbers.get(str(last.get("image_id")), 0):
       lines = lines[:-count]
     self._size = sum(len(line) + 1 for line in lines)
     if self._size < len(content):
       logging.warning("%s: cut off an answer that was not finished", self._path)
       os.ftruncate(self._file, self._size)
-      os.fsync(self._file)
 
   def _read(self, folder: Path, shown: Shown) -> None:
     """Reads the answers of the file."""

@@ -246,5 +246,5 @@ def test_a_dataset_of_comparisons_orders_the_candidates_as_the_annotators_do(tmp
   metadata = read_metadata(tmp_path / "built")
   assert metadata["annotators"] == 2 and 0 < metadata["alpha"]["pairs"] < 1
   text = summary(metadata)
-  assert "combined score (of pairs, Bradley-Terry): mean 0.000" in text.replace("-0.000", "0.000")
+  assert "combined score (of pairs, Bradley-Terry): mean 0.000" in text
   assert "agreement of 2 annotators (Krippendorff's alpha, nominal): pairs 0." in text

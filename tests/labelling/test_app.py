@@ -279,8 +279,14 @@ def test_answer_to_an_item_of_another_annotator_is_refused(client, folder):
   assert not (folder / "annotations.jsonl").exists()
 
 
-def test_other_hosts_pages_and_huge_bodies_are_refused(client):
-  assert client.get("/api/mode", headers={"host": "evil.example"}).status_code == 421
+def test_names_are_asked_of_pages_of_this_machine_only(client, folder):
+  evil = {"host": "evil.example", "x-annotator": "ann"}
+  assert client_of(folder).get("/api/mode", headers=evil).status_code == 421
+  # A proxy may give any name to a server that asks for tokens.
+  assert client.get("/api/item", headers={"host": "label.example.org"}).status_code == 200
+
+
+def test_other_pages_and_huge_bodies_are_refused(client):
   assert client.post("/api/answer", headers={"origin": "http://evil.example"}).status_code == 403
   assert client.post("/api/answer", content=b"x" * 300_000).status_code == 413
   assert client.post("/api/state").status_code == 405
@@ -318,9 +324,9 @@ def test_answer_that_the_disk_does_not_take_is_not_acknowledged(client, folder, 
 class Annotator(threading.Thread):
   """Answers items until none is left; sends an answer again until it is acknowledged."""
 
-  def __init__(self, root: str, headers: dict, times: list | None = None, images: bool = False):
+  def __init__(self, root: str, headers: dict, times: list | None = None, look: float = 0.0):
     super().__init__(daemon=True)
-    self.root, self.own, self.images = root, headers, images
+    self.root, self.own, self.look = root, headers, look
     self.acknowledged: list[dict] = []
     self.times = [] if times is None else times
     self.failure: str | None = None
@@ -329,8 +335,10 @@ class Annotator(threading.Thread):
     with httpx.Client(base_url=self.root, headers=self.own, timeout=20) as client:
       item = self.ask(client, "GET", "/api/item")
       while item and item["item"]:
-        for url in [x["image"] for x in item["candidates"]] if self.images else ():
-          client.get(url)
+        if self.look:
+          for candidate in item["candidates"]:
+            client.get(candidate["image"])
+          time.sleep(self.look)
         message = answer_to(item, score=len(self.acknowledged) % 8)
         start = time.perf_counter()
         answer = self.ask(client, "POST", "/api/answer", json=message)
@@ -422,7 +430,7 @@ def test_twenty_annotators_score_a_thousand_prompts(tmp_path, capsys):
   folder = write_candidates(tmp_path / "candidates", 1000)
   times: list[float] = []
   with label_server(folder, "--port=0", "--per_prompt=1") as (_, lines):
-    clients = [Annotator(lines[0], {"x-annotator": f"ann{i}"}, times, True) for i in range(20)]
+    clients = [Annotator(lines[0], {"x-annotator": f"ann{i}"}, times, 0.3) for i in range(20)]
     for client in clients:
       client.start()
     for client in clients:

@@ -115,6 +115,11 @@ def test_careless_annotators_have_their_flag_and_careful_ones_have_none(seed, tr
   careless = ("constant", "random", "too fast")
   assert flags == {f"careful {x}": [] for x in "abc"} | {name: [name] for name in careless}
   assert found["annotators_of"] == {"prompts": {"6": PROMPTS}}
+  alone = [row for row in lines if row["annotator"].startswith("careful")]
+  names = {f"p{p}": EACH for p in range(PROMPTS)}
+  expected = report.write(write_folder(tmp_path / "careful", names, alone))["agreement"]
+  assert found["agreement_unflagged"] == expected
+  assert expected["combined"] > found["agreement"]["combined"] + 0.2
 
 
 @pytest.mark.parametrize("seed", range(3))

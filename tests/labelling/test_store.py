@@ -214,7 +214,12 @@ def test_tokens_are_drawn_once_and_kept(tmp_path):
   [
     ("", "names nobody; write one name a line"),
     ("ann own token\n", "line 1: 3 words; expected NAME or NAME TOKEN"),
-    ("ann short\n", "line 1: the token of ann is not 8 or more"),
+    (
+      "ann short-1\n",
+      "line 1: 'short-1' is no token of 8 or more of .*; remove it, and one is drawn",
+    ),
+    ("Ann Blankenship\n", "line 1: 'Blankenship' is no token .*; a name is one word"),
+    ("ann to/ken-1?x=2\n", "line 1: 'to/ken-1.x=2' is no token"),
     ("ann\nann\n", "line 2: ann or the token is in a line before"),
     ("ann same-token\nbob same-token\n", "line 2: bob or the token is in a line before"),
     ("\nsimulated_1\n", "line 2: the name is 'simulated_1'; only simulated"),
