@@ -177,6 +177,30 @@ def check_scores(folder, names):
       assert line[criterion] == taste(annotator, candidate, criterion)
 
 
+def test_answer_whose_acknowledgement_is_lost_is_saved_once(browser, tmp_path):
+  """Also when the page is loaded again before the next attempt."""
+  folder = write_candidates(tmp_path / "candidates", 2)
+  person = Annotator(browser, folder)
+  page = person.page
+
+  def lose(route):
+    route.fetch()
+    route.abort()
+
+  with label_server(folder, "--port=0", "--repeats=0") as (_, (root,)):
+    person.enter(root, "Ann")
+    page.route("**/api/answer", lose)
+    person.answer()
+    page.wait_for_selector("#notice:has-text('kept and will be sent again')")
+    page.reload()
+    page.wait_for_selector("#notice:has-text('kept and will be sent again')")
+    page.unroute("**/api/answer", lose)
+    person.wait()
+    assert page.inner_text("#place").startswith("2 of 2")
+    assert page.is_hidden("#notice")
+  assert len(read_lines(folder / "annotations.jsonl")) == 3
+
+
 def test_pairs_are_compared_by_arrows(browser, tmp_path):
   """With a correction, and with an equal pair."""
   folder = write_candidates(tmp_path / "candidates", 4)
@@ -229,6 +253,13 @@ def test_page_works_by_taps_on_a_phone(browser, tmp_path):
         scale = page.locator(".scale").nth(index)
         playwright.expect(scale).to_be_in_viewport(ratio=0.99)
         scale.locator("button").nth(score).tap()
+      if number == 0:
+        pinch(page)
+        assert page.evaluate("visualViewport.scale") == 1
+        zoomed = page.locator(".zoomed .frame")
+        assert zoomed.count() == 4
+        page.locator("#zoom").tap()
+        assert zoomed.count() == 0
       page.locator("#help").tap()
       assert page.evaluate("document.querySelector('dialog').scrollWidth") == 390
       page.locator("#close").tap()
@@ -243,6 +274,14 @@ def test_page_works_by_taps_on_a_phone(browser, tmp_path):
   for line in read_lines(folder / "annotations.jsonl"):
     for criterion in CRITERIA:
       assert line[criterion] == taste("Ann", line["candidate"], criterion)
+
+
+def pinch(page):
+  """Moves two fingers apart on the image."""
+  devices = page.context.new_cdp_session(page)
+  for kind, apart in (("touchStart", 40), ("touchMove", 80), ("touchMove", 120), ("touchEnd", 0)):
+    points = [{"x": 195 + side * apart, "y": 350, "id": side + 1} for side in (-1, 1) if apart]
+    devices.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
 
 
 def test_images_are_compared_in_step(browser, tmp_path):

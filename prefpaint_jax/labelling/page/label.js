@@ -51,7 +51,7 @@ function showState() {
   document.body.dataset.mode = state.mode;
   $("progress").max = Math.max(1, state.total);
   $("progress").value = state.done;
-  $("left").textContent = item.item === null ? "" : timeLeft(state.seconds_left);
+  $("left").textContent = item.item === null || item.answer ? "" : timeLeft(state.seconds_left);
   $("who").textContent = state.annotator;
   $("leave").hidden = !state.open;
   $("hint").textContent = state.mode === "scores" ? `0–${state.most} score, arrows move` : "";
