@@ -43,6 +43,7 @@ def test_a_correction_replaces_its_line_and_a_repeat_is_left_out_of_the_scores(t
     rating("a", 0, "mia", 5, 5, 5) | {"corrects": True},
     rating("a", 0, "mia", 6, 6, 6) | {"repeat": True, "corrects": True},
     rating("a", 0, "mia", 2, 2, 2) | {"corrects": True},
+    rating("a", 0, "mia", 4, 4, 4) | {"repeat": True},  # a second repeat is a repeat as well
   ]
   folder = write_candidates_folder(tmp_path, {"a": 1}, rows)
   read = annotations.read_annotations(folder)
@@ -55,6 +56,7 @@ def test_a_correction_replaces_its_line_and_a_repeat_is_left_out_of_the_scores(t
     ("mia", 2, False, None),
     ("leo", 3, False, 4.5),
     ("mia", 6, True, None),
+    ("mia", 4, True, None),
   ]
   assert not errors
 

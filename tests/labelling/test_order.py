@@ -1,6 +1,7 @@
 """The order of prompts by the norm of their candidates' features, against numpy."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from prefpaint_jax import testing
 from prefpaint_jax.data.images import load_image, load_mask
 from prefpaint_jax.labelling import order
+from prefpaint_jax.preference.bound import Bound
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -36,6 +38,7 @@ def folder(tmp_path):
   return tmp_path
 
 
+@pytest.mark.slow
 def test_prompts_come_by_the_mean_norm_of_their_candidates(folder, monkeypatch):
   monkeypatch.setattr(order, "_BATCH", 4)  # so that a batch is filled
   model = testing.tiny_reward()
@@ -53,6 +56,28 @@ def test_prompts_come_by_the_mean_norm_of_their_candidates(folder, monkeypatch):
   found = order.uncertain(folder, str(folder / "reward"))
   assert found == sorted(means, key=means.get, reverse=True)
   assert found != sorted(means)
+
+
+def test_features_of_masked_images_decide_and_the_reward_sees_no_pixel_of_the_hole(
+  folder, monkeypatch
+):
+  def score(images, masked_images):
+    seen.extend(masked_images)
+    return None, np.stack([image.mean((0, 1)) for image in images])
+
+  seen, scale = [], np.array([1.0, 4.0, 9.0])
+  model = SimpleNamespace(bound=Bound.from_gram(np.diag(scale), 1, 1e-6), score=score)
+  monkeypatch.setattr(order, "load_reward", lambda name: model)
+  found = order.uncertain(folder, "any")
+  owners = [p for p in range(5) for _ in range(1 + p % 3)]
+  for p, image in zip(owners, seen, strict=False):  # the last batch has more images
+    hole = load_mask(folder / f"masks/p{p}_mask.png")[..., 0] == 1
+    assert image[~hole].any() and not image[hole].any()
+  means = {}
+  for p in range(5):
+    samples = [load_image(folder / f"inpaint/p{p}_{k}.png") for k in range(1 + p % 3)]
+    means[f"p{p}"] = np.mean([np.sqrt((x.mean((0, 1)) ** 2 / scale).sum()) for x in samples])
+  assert found == sorted(means, key=means.get, reverse=True) != sorted(means)
 
 
 def test_a_reward_without_a_bound_is_an_error_of_one_line(folder):

@@ -147,7 +147,7 @@ def written(tmp_path_factory):
   candidates = {"a": 2, "b": 3, "c": 1, "d": 1}
   lines, given = [], {}
   for name in ("<b>mia</b>", "leo", "ann"):
-    for unit in ("a_0", "a_1", "b_0", "b_1", "b_2", *(["c_0"] if name != "ann" else [])):
+    for unit in ("a_0", "a_1", "b_0", "b_1", *(["b_2", "c_0"] if name != "ann" else [])):
       given[name, unit] = rng.integers(0, 8, 3).tolist()
       seconds = 10.0 * candidates[unit[0]]
       lines.append(line(unit[0], int(unit[2]), name, *given[name, unit], seconds=seconds))
@@ -179,7 +179,7 @@ def test_agreement_is_alpha_of_each_criterion_without_repeats(written):
 def test_numbers_of_an_annotator_are_those_of_the_answers(written):
   _, found, given, repeats = written
   assert (found["answers"], found["repeats"]) == (8, 2)
-  assert found["annotators_of"] == {"prompts": {"0": 1, "2": 1, "3": 2}}
+  assert found["annotators_of"] == {"prompts": {"0": 1, "2": 2, "3": 1}}
   leo = found["annotators"]["leo"]
   assert (leo["answers"], leo["repeats"], leo["values"]) == (3, 2, 6)
   assert leo["seconds"] == np.median([20, 30, 3, 8, 8])
@@ -238,6 +238,9 @@ def test_numbers_of_pairs_are_those_of_the_answers(tmp_path):
   assert (mia["left"], mia["sided"], leo["left"]) == (pytest.approx(2 / 3), 3, None)
   assert (mia["equal"], leo["equal"]) == (0, pytest.approx(1 / 3))
   assert mia["consistency"]["values"] == 1 and mia["consistency"]["difference"] == 1
+  # Three choices in both orders are three of each side: 18 of 30 ordered pairs differ.
+  assert mia["consistency"]["by_chance"] == pytest.approx(18 / 30)
+  assert (mia["spread"], leo["spread"]) == (1, pytest.approx(math.sqrt(2 / 3)))
   assert found["annotators_of"] == {"prompts": {"0": 1, "2": 1}, "pairs": {"0": 1, "2": 3}}
   # Values of mia: 1, 1, -1; of leo: 1, 0, 1. Equal choices: 1 of 3.
   assert mia["others"]["correlation"] == pytest.approx((1 - 1) / math.sqrt(3 * 2), abs=1e-12)
