@@ -16,6 +16,7 @@ from absl import flags
 
 from prefpaint_jax.data import images as image_io
 from prefpaint_jax.data.annotation_files import read_candidates, read_prompts
+from prefpaint_jax.data.examples import SIMULATED
 from prefpaint_jax.preference import simulation
 from prefpaint_jax.runtime import cli
 from prefpaint_jax.runtime.cli import within
@@ -26,7 +27,6 @@ from prefpaint_jax.runtime.text import print_next
 from prefpaint_jax.runtime.workdir import exclusive
 
 _CHUNK = 512  # candidates scored at a time
-_PREFIX = "simulated_"  # of the annotators' names
 
 
 def annotate(folder: Path, annotators: int, noise: float, seed: int) -> int:
@@ -71,7 +71,7 @@ def annotate(folder: Path, annotators: int, noise: float, seed: int) -> int:
         names = {"image_id": candidate.image_id, "candidate": name}
         for a in range(annotators):
           ratings = {criterion: int(values[i, a]) for criterion, values in scores.items()}
-          print(json.dumps(names | {"annotator": f"{_PREFIX}{a}"} | ratings), file=output)
+          print(json.dumps(names | {"annotator": f"{SIMULATED}{a}"} | ratings), file=output)
   return len(lines)
 
 
@@ -84,7 +84,7 @@ def _replaced_scores(file: Path) -> Iterator[Path]:
   """
   for number, line in enumerate(file.read_bytes().splitlines() if file.exists() else (), 1):
     try:
-      is_simulated = json.loads(line)["annotator"].startswith(_PREFIX)
+      is_simulated = json.loads(line)["annotator"].startswith(SIMULATED)
     except (ValueError, KeyError, TypeError, AttributeError):
       is_simulated = not line.strip()
     if not is_simulated:

@@ -28,6 +28,7 @@ from prefpaint_jax.align.results import (
   print_comparison,
   print_results,
   warn_of_trust,
+  write_histograms,
   write_sample,
 )
 from prefpaint_jax.align.run import (
@@ -202,6 +203,7 @@ def iterate(
       line = log.flush(measure if measures_now else dict)
       if samples_now:
         write_sample(*shown, state)
+        write_histograms(session.writer, done, scores)
       if saves_now:  # last: a checkpoint says that everything before it is written
         check_state(done, state)
         checkpoints.save(done, state, loader.get_state(), {}, line)

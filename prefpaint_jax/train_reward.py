@@ -100,7 +100,7 @@ def _train_reward(
   size = config.size or None
   train, validation, test = preference_io.open_splits(config.preferences, size).values()
   metadata = preference_io.read_metadata(config.preferences)
-  truth = metadata if config.simulated_preference else None
+  truth = metadata if _has_truth(config, metadata) else None
   network = RewardNetwork(RewardConfig.from_dict(config.network.to_dict()), jnp.dtype(config.dtype))
   is_writer = jax.process_index() == 0
 
@@ -162,9 +162,10 @@ def report(
   """Prints and writes the reward's metrics and its bound's calibration on the test split.
 
   Args:
-    scored: the test split, with norms, and with the truth if `config.simulated_preference`.
+    scored: the test split, with norms, and with the truth if there is one.
     metadata: metadata of the preference dataset, which calibration.json repeats.
   """
+  has_truth = _has_truth(config, metadata)
   kinds = np.broadcast_to(scored.kinds[:, None], scored.valid.shape)[scored.valid]
   flat = {
     name: values[scored.valid] for name, values in scored._asdict().items() if name != "kinds"
@@ -173,12 +174,12 @@ def report(
     flat["norms"],
     flat["rewards"],
     flat["scores"],
-    flat["truth"] if config.simulated_preference else None,
+    flat["truth"] if has_truth else None,
     [mask_io.KINDS[k] for k in kinds],
   )
   calibrated = calibration.calibrate(samples, bound, config.trust.k, config.trust.b)
   metrics = held_out_metrics(scored)
-  if config.simulated_preference:
+  if has_truth:
     metrics |= held_out_metrics(scored._replace(scores=scored.truth), "truth")
   calibration_plot.plot(calibrated, samples, workdir / "calibration.png")
   content = {
@@ -189,6 +190,8 @@ def report(
   write_json(workdir / "calibration.json", content)
 
   titles = {"held_out": "annotated scores", "truth": "noise-free scores"}
+  if config.simulated_preference and not has_truth:
+    print("scores of pairs are not compared with the simulated preference: its unit is another one")
   print(f"{len(scored.valid)} test prompts, {len(kinds)} candidates:")
   for name, title in titles.items():
     for kind in ("", *(f"{kind}/" for kind in mask_io.KINDS)):
@@ -202,6 +205,11 @@ def report(
   print(f"{workdir / 'reward'}: open with RewardModel.from_pretrained or --config.reward")
   run = ("--config=configs/rl.py", f"--workdir={workdir}_run", "--config.prompts=FOLDER")
   print_next(("train", *run, f"--config.reward={workdir / 'reward'}"))
+
+
+def _has_truth(config: ConfigDict, metadata: Mapping[str, Any]) -> bool:
+  """Returns whether the simulated preference is the truth; its unit is not that of pairs."""
+  return config.simulated_preference and "pairs" not in metadata.get("alpha", ())
 
 
 if __name__ == "__main__":

@@ -257,6 +257,19 @@ LINES = [  # TMP is the folder of `answers`
   (("annotate", "--candidates=x", "--noise=-1"), "--noise=-1: expected"),
   (("annotate", "--candidates=x", "--annotators=0"), "--annotators=0: expected"),
   (("annotate", "--candidates="), "--candidates=: expected a name or path"),
+  (("label", "--candidates="), "--candidates=: expected a name or path"),
+  (("label", "--candidates=x", "--per_prompt=0"), "--per_prompt=0: expected an integer from 1"),
+  (("label", "--candidates=x", "--repeats=nan"), "--repeats=nan: expected a number from 0 to 1"),
+  (("label", "--candidates=x", "--port=65536"), "--port=65536: expected an integer from 0"),
+  (("label", "--candidates=x", "--mode=stars"), "--mode=stars: .*scores.*pairs"),
+  (("label", "--candidates=x"), "x: no such folder; give the --workdir of"),
+  (("label", "--candidates=TMP", "--host=0.0.0.0"), "--host=0.0.0.0 .*; give --annotators=FILE"),
+  (("label", "--candidates=TMP", "--host="), "--host=: expected a name or path"),
+  (("label", "--candidates=x", "--annotators="), "--annotators=: expected a name or path"),
+  (("label", "--candidates=TMP", "--order=uncertain"), "--reward=FOLDER"),
+  (("label", "--candidates=TMP", "--reward=mini"), "--order=uncertain and --reward=FOLDER"),
+  (("label", "--candidates=TMP", "--annotators=TMP/no.txt"), "no.txt: .*; check the path"),
+  (("label", "--candidates=TMP", "--report"), "annotations.jsonl: no such file; score"),
   (("export", "--workdir=", "--output=x"), "--workdir=: expected a name or path"),
   (("export", "--workdir=x", "--output="), "--output=: expected a name or path"),
   (("export", "--workdir=x", "--output=y", "--step=last"), "--step=last: expected an iteration"),
@@ -338,6 +351,7 @@ LINES += [
     ("train", RL, WORK, "config.prompts", "give 'mini', a folder"),
     ("plan", RL, "config.policy", "expected a checkpoint"),
     ("annotate", "candidates", "expected a folder; give the --workdir of"),
+    ("label", "candidates", "expected a folder; give the --workdir of"),
     ("export", "--output=x", "workdir", "expected a folder; give the --workdir of a run"),
     ("plot", "--output=x.png", "workdir", "expected a folder; give the --workdir of a run"),
     ("data.preferences", PREFERENCES, WORK, "config.source", "expected a folder; give a folder"),
@@ -347,7 +361,9 @@ LINES += [
 ]
 HELP = [  # command, config file of its page
   *((command, f"configs/{file}.py") for file, (_, names) in CONFIGS.items() for command in names),
-  *((command, None) for command in ("annotate", "data.masks", "export", "inpaint", "plot")),
+  *(
+    (command, None) for command in ("annotate", "data.masks", "export", "inpaint", "label", "plot")
+  ),
 ]
 CONFIG_FILES = {  # content of a config file: expected words, after its name
   "def get_config(preset=''):\n  return 1 / 0\n": ", line 2: ZeroDivisionError: division by zero",

@@ -137,3 +137,25 @@ def test_every_program_in_the_docs_runs(place, program, folder):
     check=False,
   )
   assert ended.returncode == 0, f"{place}: {ended.stderr[-2000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("script", "arguments", "printed", "file"),
+  [
+    ("paint", [], "rewards, best first", "paint.png"),
+    ("align_mini", ["2"], "mean reward", "align_mini.png"),
+    ("label_and_fit", ["20"], "grey: reward", "label/reward/reward/config.json"),
+  ],
+)
+def test_every_example_runs(script, arguments, printed, file, tmp_path):
+  ended = subprocess.run(
+    [sys.executable, str(ROOT / "docs" / "examples" / f"{script}.py"), *arguments],
+    cwd=tmp_path,
+    env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert ended.returncode == 0, ended.stderr[-2000:]
+  assert printed in ended.stdout and (tmp_path / file).is_file()

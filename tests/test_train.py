@@ -160,7 +160,9 @@ def test_run_writes_metrics_samples_checkpoints_and_config(finished):
     f"{iteration:06d}.png" for iteration in (0, 2, 4, 5)
   ]
   assert Checkpoints(workdir / "checkpoints").latest() == 5
-  assert list((workdir / "tensorboard").iterdir())
+  (events,) = (workdir / "tensorboard").iterdir()
+  tags = ("held_out/samples", "rollout/reward", "rollout/trust", "rollout/advantages")
+  assert all(tag.encode() in events.read_bytes() for tag in tags)
   assert json.loads((workdir / "config.json").read_text())["ema_decay"] == 0.5
 
 

@@ -1,5 +1,6 @@
 """Tests of the reward model's loss, frozen parameters and metrics, and of the whole command."""
 
+import itertools
 import json
 
 import jax
@@ -7,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from preference_world import SMALL, load_config, make_preferences
+from preference_world import SMALL, collect_config, load_config, make_preferences
 from scipy import stats
 
 from prefpaint_jax import testing, train_reward
-from prefpaint_jax.data.preferences import open_preferences, read_metadata
+from prefpaint_jax.collect import collect
+from prefpaint_jax.data.preferences import main, open_preferences, read_metadata
 from prefpaint_jax.models.config import RewardConfig
 from prefpaint_jax.models.reward import network_shapes
 from prefpaint_jax.preference import fit
@@ -160,6 +162,32 @@ def test_command_writes_a_reward_with_its_bound_and_resumes_exactly(
   with pytest.raises(ValueError, match=r"learning_rate was 0\.001, now 0\.5"):
     config.learning_rate = 0.5
     train_reward.train_reward(config, tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_comparisons_train_a_reward_that_is_not_measured_against_another_unit(tmp_path, capsys):
+  source = tmp_path / "candidates"
+  collect(collect_config(tmp_path), source)
+  names = [json.loads(x)["candidate"] for x in (source / "candidates.jsonl").open()]
+  rng = np.random.default_rng(0)
+  with (source / "pairs.jsonl").open("w") as file:
+    for first, second in itertools.combinations(names, 2):
+      image_id = first.rpartition("_")[0]
+      if second.rpartition("_")[0] == image_id:
+        pair = [first, second]
+        better = [first, second, None][rng.integers(3)]
+        row = {"image_id": image_id, "candidates": pair, "better": better, "annotator": "mia"}
+        print(json.dumps(row), file=file)
+  main(load_config("preferences", source=str(source)), tmp_path / "preferences")
+  assert "Krippendorff's alpha, nominal): pairs unknown" in capsys.readouterr().out
+  preferences = tmp_path / "preferences"
+  config = load_config("reward", "mini", preferences=str(preferences), **SMALL)
+  train_reward.train_reward(config, tmp_path / "reward")
+  printed = capsys.readouterr().out
+  assert "scores of pairs are not compared" in printed and "noise-free" not in printed
+  found = json.loads((tmp_path / "reward" / "calibration.json").read_text())
+  assert set(found["calibration"]["errors"]) == {"targets"}
+  assert RewardModel.from_pretrained(tmp_path / "reward" / "reward").bound.count > 0
 
 
 @pytest.mark.parametrize(

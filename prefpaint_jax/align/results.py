@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from prefpaint_jax.align.held_out import SAMPLES, HeldOut
 from prefpaint_jax.align.referee import JUDGE, is_score
-from prefpaint_jax.align.state import TrainState, current_params
+from prefpaint_jax.align.state import Scores, TrainState, current_params
 from prefpaint_jax.data.images import save_png
 from prefpaint_jax.data.prompts import final_split
 from prefpaint_jax.evaluation import winrate
@@ -65,6 +66,13 @@ def write_sample(
     text = {"rows": "incomplete, base policy, policy", "iteration": str(iteration)}
     save_png(workdir / "samples" / f"{iteration:06d}.png", grid, text)
     writer.image(iteration, "held_out/samples", grid)
+
+
+def write_histograms(writer: MetricsWriter, iteration: int, scores: Scores) -> None:
+  """Writes the rewards, trust weights and advantages of a rollout's valid samples."""
+  found = multihost_utils.process_allgather(scores, tiled=True)
+  for name in ("reward", "trust", "advantages"):
+    writer.histogram(iteration, f"rollout/{name}", getattr(found, name)[found.valid])
 
 
 def warn_of_trust(trust: ConfigDict, line: Mapping[str, float]) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from prefpaint_jax.data.annotation_files import Rating
 from prefpaint_jax.data.examples import CRITERIA
+from prefpaint_jax.data.rating_files import Rating
 
 
 def krippendorff_alpha(ratings: np.ndarray) -> float:
@@ -39,6 +39,34 @@ def krippendorff_alpha(ratings: np.ndarray) -> float:
   within = np.nansum((ratings - np.nanmean(ratings, axis=1, keepdims=True)) ** 2, axis=1)
   total = np.nansum((ratings - np.nanmean(ratings)) ** 2)
   return float(1 - (number - 1) / number * np.sum(counts / (counts - 1) * within) / total)
+
+
+def nominal_agreement(ratings: np.ndarray) -> tuple[float, float, float]:
+  """Computes Krippendorff's alpha for nominal data, with the two shares that it compares.
+
+  With n_uc ratings c of unit u, m_u = Σ_c n_uc, n_c = Σ_u n_uc, and n = Σ_c n_c, over all units
+  that have two ratings or more,
+
+    alpha = (A_o − A_e) / (1 − A_e),  A_o = (1/n) Σ_u Σ_c n_uc (n_uc − 1) / (m_u − 1),
+                                      A_e = Σ_c n_c (n_c − 1) / (n(n − 1)).
+
+  Args:
+    ratings: [U, R], as of `krippendorff_alpha`; only whether two are equal counts.
+
+  Returns:
+    Alpha, the share A_o of equal ratings and their share A_e by chance. All are NaN if no unit has
+    two ratings; alpha is NaN if all ratings are equal.
+  """
+  ratings = np.asarray(ratings, np.float64)
+  ratings = ratings[np.sum(~np.isnan(ratings), axis=1) >= 2]
+  if not len(ratings):
+    return math.nan, math.nan, math.nan
+  kinds = np.unique(ratings[~np.isnan(ratings)])
+  counts = (ratings[..., None] == kinds).sum(1)  # [U, kinds]
+  of_unit, of_kind, number = counts.sum(1), counts.sum(0), counts.sum()
+  observed = float(np.sum((counts * (counts - 1)).sum(1) / (of_unit - 1)) / number)
+  chance = float(np.sum(of_kind * (of_kind - 1)) / (number * (number - 1)))
+  return math.nan if chance == 1 else (observed - chance) / (1 - chance), observed, chance
 
 
 def agreement_by_criterion(

@@ -1,27 +1,22 @@
-"""Reads the files of a folder of scores, in both layouts, and collects every error with its line.
+"""Reads the prompts, candidates and lists of a folder of scores, and collects every error.
 
-`data.annotations` describes the layouts. Each reader appends to a list `errors`: one line of text
+`data.annotations` describes the files. Each reader appends to a list `errors`: one line of text
 for each error, which begins with FILE:LINE.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefpaint_jax.data import masks
 from prefpaint_jax.data.captions import check_text, read_captions
-from prefpaint_jax.data.examples import CRITERIA, MAX_SCORE, SPLITS, VALIDATION
-from prefpaint_jax.data.reward_scores import FILE as REWARD_SCORES
-from prefpaint_jax.data.reward_scores import read_scores
+from prefpaint_jax.data.examples import CRITERIA, SPLITS, VALIDATION
 
 _NUMBERS = ("kind", *CRITERIA)  # fields that may hold numbers; all others hold text
-_PROMPTS, _CANDIDATES, _ANNOTATIONS = "prompts.jsonl", "candidates.jsonl", "annotations.jsonl"
+PROMPTS, CANDIDATES = "prompts.jsonl", "candidates.jsonl"
 
 
 class PromptEntry(NamedTuple):
@@ -42,13 +37,6 @@ class CandidateEntry(NamedTuple):
   policy: str
 
 
-class Rating(NamedTuple):
-  """The scores that one annotator gave to one candidate."""
-
-  where: str  # FILE:LINE
-  scores: tuple[float, ...]  # of the three criteria, or only the combined one
-
-
 def read_prompts(folder: Path, errors: list[str]) -> dict[str, PromptEntry]:
   """Reads prompts.jsonl, or lists the masks if that file is missing, and the captions.
 
@@ -59,8 +47,8 @@ def read_prompts(folder: Path, errors: list[str]) -> dict[str, PromptEntry]:
     {image ID: entry}.
   """
   prompts, texts = {}, {}
-  if (folder / _PROMPTS).exists():
-    rows = _rows(folder / _PROMPTS, ("image_id", "source", "kind"), errors)
+  if (folder / PROMPTS).exists():
+    rows = read_rows(folder / PROMPTS, ("image_id", "source", "kind"), errors)
   else:
     ids = sorted(f.name.removesuffix("_mask.png") for f in folder.glob("masks/*_mask.png"))
     prompts = {image_id: PromptEntry("", "unknown", None, image_id) for image_id in ids}
@@ -79,7 +67,7 @@ def read_prompts(folder: Path, errors: list[str]) -> dict[str, PromptEntry]:
       texts[image_id] = _read(folder, errors, check_text, row["text"], f"{where}: text") or ""
   captions = _read(folder, errors, read_captions, folder, prompts) or {}
   if captions and texts:
-    errors.append(f"captions and {_PROMPTS} both have texts; keep only one")
+    errors.append(f"captions and {PROMPTS} both have texts; keep only one")
   for image_id, text in (texts | captions).items():
     prompts[image_id] = prompts[image_id]._replace(text=text)
   return prompts
@@ -93,7 +81,7 @@ def read_candidates(
   Returns:
     {candidate: entry}.
   """
-  if not (folder / _CANDIDATES).exists():
+  if not (folder / CANDIDATES).exists():
     names = (file.stem.rpartition("_") for file in folder.glob("inpaint/*.png"))
     by_number = sorted(names, key=lambda name: (name[0], len(name[2]), name[2]))
     return {
@@ -102,112 +90,13 @@ def read_candidates(
       if image_id in prompts
     }
   candidates = {}
-  for where, row in _rows(folder / _CANDIDATES, ("image_id", "candidate", "policy"), errors):
+  for where, row in read_rows(folder / CANDIDATES, ("image_id", "candidate", "policy"), errors):
     name, image_id = row["candidate"].removesuffix(".png"), row["image_id"]
-    if _is_candidate_of(where, name, image_id, prompts, errors):
+    if is_candidate_of(where, name, image_id, prompts, errors):
       if name in candidates:
         errors.append(f"{where}: candidate {name!r} is also in {candidates[name].where}")
       candidates[name] = CandidateEntry(where, image_id, row["policy"])
   return candidates
-
-
-def read_ratings(
-  folder: Path,
-  prompts: Mapping[str, PromptEntry],
-  candidates: Mapping[str, CandidateEntry],
-  errors: list[str],
-  rewards: str = "",
-) -> dict[str, dict[str, Rating]]:
-  """Reads the scores of a folder in either layout.
-
-  Args:
-    rewards: names and weights of the rewards whose scores are read instead of people's.
-
-  Returns:
-    {candidate: {annotator: rating}}; the annotator is "" in the released layout.
-  """
-  own_layout = any((folder / name).exists() for name in (_PROMPTS, _CANDIDATES, _ANNOTATIONS))
-  if rewards:
-    rows = read_scores(folder, rewards, errors)
-  else:
-    rows = _read_annotated(folder, errors) if own_layout else _read_released(folder, errors)
-  ratings = defaultdict(dict)
-  for where, image_id, name, annotator, scores in rows:
-    if not _is_candidate_of(where, name, image_id, prompts, errors):
-      continue
-    before = ratings[name].get(annotator)
-    if name not in candidates:
-      expected = _CANDIDATES if (folder / _CANDIDATES).exists() else "inpaint/"
-      errors.append(f"{where}: unknown candidate {name!r}; expected one of {expected}")
-    elif before is None:
-      ratings[name][annotator] = Rating(where, scores)
-    elif annotator:
-      errors.append(f"{where}: {annotator!r} already scored {name!r} in {before.where}")
-    elif scores != before.scores:  # the released files repeat equal scores, flat and grouped
-      errors.append(f"{where}: {name!r} has another score in {before.where}")
-  return {name: rated for name, rated in ratings.items() if rated}
-
-
-def _read_annotated(folder: Path, errors: list[str]) -> Iterator[tuple]:
-  """Yields (FILE:LINE, image ID, candidate, annotator, three scores) of annotations.jsonl."""
-  file = folder / _ANNOTATIONS
-  if not file.exists():
-    else_ = ", or give --config.rewards" if (folder / REWARD_SCORES).exists() else ""
-    raise ValueError(
-      f"{file}: no such file; write one line of scores per annotator and candidate{else_}"
-    )
-  for where, row in _rows(file, ("image_id", "candidate", "annotator", *CRITERIA), errors):
-    in_range = lambda score: _is_number(score) and 0 <= score <= MAX_SCORE  # False for NaN
-    bad = [name for name in CRITERIA if not in_range(row[name])]
-    for name in bad:
-      errors.append(
-        f"{where}: {name} is {json.dumps(row[name])}; expected a number from 0 to {MAX_SCORE:g}"
-      )
-    if not bad:
-      scores = tuple(float(row[name]) for name in CRITERIA)
-      name = row["candidate"].removesuffix(".png")
-      yield where, row["image_id"], name, row["annotator"], scores
-
-
-def _read_released(folder: Path, errors: list[str]) -> Iterator[tuple]:
-  """Yields (FILE:LINE, image ID, candidate, "", (combined score,)) of the JSON files.
-
-  A file holds {candidate: [score, rank]} or {image ID: {candidate: [score, rank]}}.
-  """
-  files = sorted(folder.glob("*.json"))
-  if not files:
-    raise ValueError(
-      f"{folder}: contains neither {_ANNOTATIONS} nor JSON files of scores; add one of them"
-    )
-  for file in files:
-    text = file.read_text("utf-8", errors="replace")
-    try:
-      # Objects become tuples of pairs, so that repeated keys are kept. Arrays remain lists.
-      pairs = json.loads(text, object_pairs_hook=tuple)
-    except json.JSONDecodeError as error:
-      errors.append(f"{file.name}:{error.lineno}: not JSON: {error.msg}")
-      continue
-    if not isinstance(pairs, tuple):
-      errors.append(f"{file.name}:1: not a JSON object of scores")
-      continue
-    lines = _lines_of_keys(text)
-    for key, value in pairs:
-      where = f"{file.name}:{lines[key].popleft()}"
-      if isinstance(value, tuple):
-        entries = [(f"{file.name}:{lines[name].popleft()}", key, name, v) for name, v in value]
-      else:
-        entries = [(where, None, key, value)]
-      for where, image_id, name, entry in entries:
-        if (
-          isinstance(entry, list)
-          and len(entry) == 2
-          and all(_is_number(number) and math.isfinite(number) for number in entry)
-        ):
-          name = name.removesuffix(".png")
-          image_id = name.rpartition("_")[0] if image_id is None else image_id
-          yield where, image_id, name, "", (float(entry[0]),)
-        else:
-          errors.append(f"{where}: {name!r} is not [score, rank], two finite numbers")
 
 
 def read_lists(
@@ -247,7 +136,7 @@ def _read(folder: Path, errors: list[str], function: Callable[..., Any], *argume
     return None
 
 
-def _rows(file: Path, fields: Sequence[str], errors: list[str]) -> Iterator[tuple[str, dict]]:
+def read_rows(file: Path, fields: Sequence[str], errors: list[str]) -> Iterator[tuple[str, dict]]:
   """Yields ("FILE:LINE", object) of each line that holds a JSON object with all `fields`.
 
   Fields outside `_NUMBERS` are converted to strings.
@@ -275,7 +164,7 @@ def _rows(file: Path, fields: Sequence[str], errors: list[str]) -> Iterator[tupl
       yield where, row | {name: str(text) for name, text in texts.items()}
 
 
-def _is_candidate_of(
+def is_candidate_of(
   where: str,
   name: str,
   image_id: str,
@@ -293,17 +182,3 @@ def _is_candidate_of(
   else:
     return True
   return False
-
-
-def _lines_of_keys(text: str) -> dict[str, deque[int]]:
-  """Returns {key: numbers of the lines that hold this key} of a JSON text, in order."""
-  lines, line, end = defaultdict(deque), 1, 0
-  for string in re.finditer(r'("(?:[^"\\]|\\.)*")(\s*:)?', text):
-    line, end = line + text.count("\n", end, string.start()), string.start()
-    if string[2]:
-      lines[json.loads(string[1])].append(line)
-  return lines
-
-
-def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool)

@@ -17,8 +17,9 @@ A candidates folder has three files with one JSON object per line:
 The first two are optional. Without them, every mask is a prompt and every image in inpaint/ is a
 candidate. A released folder has JSON files of {candidate: [score, rank]} or
 {image_id: {candidate: [score, rank]}} instead, with one combined score per candidate, which is
-often normalised already. Instead of prompts.jsonl, captions.jsonl or captions/ID.txt may have the
-texts (see `data.captions`).
+often normalised already. A candidates folder may have comparisons, pairs.jsonl, instead of
+annotations.jsonl (see `data.answers`); they become one combined score per candidate. Instead of
+prompts.jsonl, captions.jsonl or captions/ID.txt may have the texts (see `data.captions`).
 
 train.txt, validation.txt and test.txt may list the IDs of the splits, one per line. The reader
 skips no errors: it collects all of them and raises one report that names the file and the line of
@@ -41,13 +42,14 @@ from prefpaint_jax.data import images, masks
 from prefpaint_jax.data.agreement import agreement_by_criterion
 from prefpaint_jax.data.annotation_files import (
   PromptEntry,
-  Rating,
   read_candidates,
   read_lists,
   read_prompts,
-  read_ratings,
 )
+from prefpaint_jax.data.answers import has_pairs, read_answers
+from prefpaint_jax.data.comparisons import comparison_agreement, rate_comparisons
 from prefpaint_jax.data.examples import CRITERIA
+from prefpaint_jax.data.rating_files import Rating, read_ratings
 from prefpaint_jax.runtime.files import check_is_folder
 
 MAX_ERRORS = 50  # that a report lists; it counts the others
@@ -84,7 +86,7 @@ class Annotations(NamedTuple):
 
   prompts: tuple[ScoredPrompt, ...]
   lists: dict[str, frozenset[str]]  # {split: the IDs in SPLIT.txt}, for the files that exist
-  agreement: dict[str, float]  # Krippendorff's alpha of each criterion, and of the combined score
+  agreement: dict[str, float]  # Krippendorff's alpha: each criterion and combined; or "pairs"
   annotators: int  # number of annotators; 0: unknown
   left_out: dict[str, int]  # candidates without a score, prompts without a scored candidate
 
@@ -122,7 +124,11 @@ def read_annotations(
   check_is_folder(folder, "a folder with masks/, inpaint/ and scores")
   prompts = read_prompts(folder, errors)
   candidates = read_candidates(folder, prompts, errors)
-  ratings = read_ratings(folder, prompts, candidates, errors, rewards)
+  if compared := not rewards and has_pairs(folder):
+    answers = read_answers(folder, prompts, candidates, errors)
+    ratings = rate_comparisons(answers)
+  else:
+    ratings = read_ratings(folder, prompts, candidates, errors, rewards)
   lists = read_lists(folder, prompts, errors)
 
   scored = defaultdict(list)
@@ -145,11 +151,16 @@ def read_annotations(
     raise BadAnnotations(folder, errors)
   if not joined:
     raise ValueError(f"{folder}: none of {len(candidates)} candidates has a score; annotate them")
+  agreement = (
+    {"pairs": comparison_agreement(answers)[0]}
+    if compared
+    else agreement_by_criterion(ratings, weights)
+  )
   everyone = {annotator for rated in ratings.values() for annotator in rated}
   return Annotations(
     prompts=tuple(prompt for prompt, _ in checked),
     lists=lists,
-    agreement=agreement_by_criterion(ratings, weights),
+    agreement=agreement,
     annotators=len(everyone - {""}),
     left_out={
       "candidates": len(candidates) - len(ratings),

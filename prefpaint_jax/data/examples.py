@@ -15,6 +15,7 @@ VALIDATION = "validation"  # split of preferences that chooses the checkpoint of
 VALIDATION_SHARE = 0.1  # of the training images
 
 MAX_SCORE = 7.0
+SIMULATED = "simulated_"  # prefix of the names of simulated annotators
 # Weights of the criteria in the combined score.
 CRITERIA = {"structure": 0.3, "texture": 0.3, "overall": 0.4}
 

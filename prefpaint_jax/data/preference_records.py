@@ -117,7 +117,8 @@ def describe(
 
   mean, std       of the combined scores of the training split; they normalise all scores
   weights         of the criteria in the combined score
-  alpha           Krippendorff's alpha of each criterion and of the combined score; None: unknown
+  alpha           Krippendorff's alpha of each criterion and of the combined score, or of "pairs";
+                  None: unknown
   annotators      number of annotators; 0: unknown
   num_candidates  largest number of candidates of a prompt
   counts          {split: {"prompts": {kind: number}, "candidates": number, "ratings": number}}
@@ -237,12 +238,14 @@ def summary(metadata: Mapping[str, Any]) -> str:
   )
   left_out = metadata["left_out"]
   weights = ", ".join(f"{name} {weight:g}" for name, weight in metadata["weights"].items())
+  compared = "pairs" in metadata["alpha"]
   agreement = (
     f"agreement of {metadata['annotators'] or 'an unknown number of'} annotators "
-    f"(Krippendorff's alpha, interval): {alphas}"
+    f"(Krippendorff's alpha, {'nominal' if compared else 'interval'}): {alphas}"
   )
+  made_of = metadata.get("rewards") or ("of pairs, Bradley-Terry" if compared else weights)
   lines += [
-    f"combined score ({metadata.get('rewards') or weights}): mean {metadata['mean']:.3f}, standard "
+    f"combined score ({made_of}): mean {metadata['mean']:z.3f}, standard "
     f"deviation {metadata['std']:.3f} over the training split",
     "each reward is standardised over all candidates" if metadata.get("rewards") else agreement,
     f"left out: {left_out['candidates']} candidates without a score, {left_out['prompts']} prompts "

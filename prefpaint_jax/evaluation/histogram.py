@@ -6,8 +6,9 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from prefpaint_jax.evaluation.tables import show_typeset, typeset
+from prefpaint_jax.evaluation.tables import show_typeset
 from prefpaint_jax.evaluation.winrate import Scores
+from prefpaint_jax.web.report_page import typeset
 
 # Pixels: width and height of a drawing, and the height of the axis labels in it.
 _WIDTH, _HEIGHT, _FOOT = 480, 190, 26

@@ -6,10 +6,8 @@ histograms.
 # Shapes: N prompts, S samples of each, H W pixels.
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from prefpaint_jax.evaluation.drift import MEASURES
@@ -20,11 +18,11 @@ from prefpaint_jax.evaluation.tables import (
   LABELS,
   fidelity_rows,
   show_typeset,
-  typeset,
 )
 from prefpaint_jax.evaluation.winrate import VISIBLE_GAIN, Scores, best_of_warning, verdict
 from prefpaint_jax.evaluation.witnesses import MEASURES as MEANINGS
 from prefpaint_jax.runtime.files import write_text
+from prefpaint_jax.web.report_page import render_page, render_table, typeset
 
 _READING = (
   "Brackets are 95 % bootstrap intervals over prompts. WinRate compares samples of different "
@@ -32,8 +30,6 @@ _READING = (
   "deviations are the baseline's within a prompt. A side is called preferred if the interval of "
   f"WinRate excludes 0.5 and the gain is at least {VISIBLE_GAIN:g} standard deviations."
 )
-
-_STYLE = Path(__file__).with_name("report.css")
 
 
 def write_report(
@@ -68,30 +64,14 @@ def write_report(
   body = [
     _header(title, about),
     f'<section class="cards">{"".join(cards)}</section><p class="note">{_READING}</p>',
-    f"<section><h2>All policies</h2>{_table(policies)}</section>" if policies else "",
+    f"<section><h2>All policies</h2>{render_table(policies)}</section>" if policies else "",
     *(_judge(name, groups, scores[name]) for name, groups in summary.items()),
     _witnesses(witnesses) if witnesses else "",
     _drift(drift) if drift else "",
     _fidelity(fidelity) if fidelity else "",
     render(gallery) if gallery else "",
   ]
-  page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>
-{_STYLE.read_text()}</style>
-</head>
-<body>
-<main>
-{"".join(body)}
-</main>
-</body>
-</html>
-"""
-  write_text(path, page)
+  write_text(path, render_page(title, body))
 
 
 def _header(title: str, about: Mapping[str, Any]) -> str:
@@ -213,24 +193,8 @@ def _fidelity(table: Mapping[str, Any]) -> str:
   """Renders the table of the known pixels."""
   rows = [["", *FIDELITY_COLUMNS, "left out"], *fidelity_rows(table)]
   return (
-    f"<section><h2>Known pixels</h2>{_table(rows)}"
+    f"<section><h2>Known pixels</h2>{render_table(rows)}"
     f'<p class="note">{escape(table["rule"])}</p></section>'
-  )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-  """Renders rows of text, with a row of titles; an interval in brackets is small."""
-  titles, *others = rows
-  head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles[1:])
-  body = ""
-  for name, *cells in others:
-    cells = (escape(typeset(cell)) for cell in cells)
-    small = (re.sub(r" (\[.*\])$", r"<small>\1</small>", cell) for cell in cells)
-    cells = "".join(f"<td>{cell}</td>" for cell in small)
-    body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
-  return (
-    f'<div class="scroll" tabindex="0"><table><thead><tr><td>{escape(titles[0])}</td>{head}</tr>'
-    f"</thead><tbody>{body}</tbody></table></div>"
   )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from prefpaint_jax.evaluation.winrate import best_of_warning, verdict
 from prefpaint_jax.runtime.text import align_columns
+from prefpaint_jax.web.report_page import typeset
 
 SIMULATED = "true preference"  # the label of the simulated annotators as a judge
 
@@ -160,8 +161,3 @@ _INTERVAL = ("value", "low", "high")
 def show_typeset(statistic: str, number: float) -> str:
   """Formats a number like `show`, with a typographic minus sign."""
   return typeset(show(statistic, number))
-
-
-def typeset(number: str) -> str:
-  """Replaces hyphens by minus signs."""
-  return number.replace("-", "−")

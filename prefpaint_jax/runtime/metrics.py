@@ -95,6 +95,12 @@ class MetricsWriter:
       self._open()
       self._events.image(iteration, name, image)
 
+  def histogram(self, iteration: int, name: str, values: np.ndarray) -> None:
+    """Writes the histogram of finite values for TensorBoard; nothing if there is no value."""
+    if self.is_writer and len(values):
+      self._open()
+      self._events.histogram(iteration, name, values)
+
   def close(self) -> None:
     """Closes the files."""
     if self._lines is not None:

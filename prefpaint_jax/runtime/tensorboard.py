@@ -86,6 +86,11 @@ class EventFile:
     summary = self._protocol.summary.image(name, image, dataformats="HWC")
     self._add(self._protocol.Event(step=step, summary=summary))
 
+  def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+    """Writes the histogram of finite values, at least one."""
+    summary = self._protocol.summary.histogram(name, values, "auto")
+    self._add(self._protocol.Event(step=step, summary=summary))
+
   def close(self) -> None:
     """Closes the file."""
     self._writer.close()

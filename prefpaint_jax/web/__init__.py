@@ -1,1 +1,1 @@
-"""Pages that commands serve: the guard of a server, and its start."""
+"""Pages that commands serve or write: the guard of a server, and the frame of a report."""

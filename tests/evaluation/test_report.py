@@ -21,6 +21,7 @@ from prefpaint_jax.evaluation import (
   witnesses,
 )
 from prefpaint_jax.evaluation.winrate import Scores
+from prefpaint_jax.web import report_page
 
 VOID = {"meta", "img"}
 
@@ -116,8 +117,8 @@ def test_page_is_self_contained(page):
     for name in ("src", "href", "srcset", "action"):
       assert attributes.get(name, "data:").startswith("data:")
     assert not any(name.startswith("on") for name in attributes)
-  assert "http" not in report._STYLE.read_text() and "url(" not in report._STYLE.read_text()
-  assert "@import" not in report._STYLE.read_text()
+  assert "http" not in report_page.STYLE.read_text() and "url(" not in report_page.STYLE.read_text()
+  assert "@import" not in report_page.STYLE.read_text()
 
 
 def test_page_has_every_value_of_the_tables(page, evaluation):
@@ -185,7 +186,7 @@ def test_scales_are_labelled_from_zero_over_one_half_to_one(page):
 def test_card_warns_where_the_best_of_ten_is_worse(page, evaluation):
   warnings = [winrate.best_of_warning(groups) for groups in evaluation["summary"].values()]
   assert [bool(warning) for warning in warnings] == [False, True, False]
-  assert tables.typeset(warnings[1]) in page.texts
+  assert report_page.typeset(warnings[1]) in page.texts
   assert [a.get("class") for a in page.having("p")].count("warning") == 1 + 3  # each has the drift
 
 

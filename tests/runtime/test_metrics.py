@@ -154,6 +154,21 @@ def test_tensorboard_image_holds_the_pixels(tmp_path):
   np.testing.assert_array_equal(np.asarray(stored), image)
 
 
+def test_tensorboard_histogram_counts_the_values(tmp_path):
+  values = np.random.default_rng(0).normal(size=100)
+  writer = MetricsWriter(tmp_path)
+  writer.histogram(4, "rollout/reward", values)
+  writer.histogram(4, "rollout/trust", values[:0])
+  writer.close()
+  (event,) = [event for event in read_events(tmp_path) if event.summary.value]
+  (value,) = event.summary.value
+  assert (event.step, value.tag, value.histo.num) == (4, "rollout/reward", 100)
+  assert value.histo.sum == pytest.approx(values.sum())
+  counts = np.array(value.histo.bucket)
+  edges = np.array([-np.inf, *value.histo.bucket_limit])
+  np.testing.assert_array_equal(np.histogram(values, edges)[0], counts)
+
+
 class Terminal(io.StringIO):
   def isatty(self):
     return True

@@ -1,0 +1,1 @@
+"""Scores of people: the store, the server, the report, the order."""
