@@ -184,7 +184,8 @@ def test_large_image_is_painted_small_and_its_mask_sent_whole(page, tmp_path):
   Image.fromarray(np.full((1200, 1800, 3), 90, np.uint8)).save(tmp_path / "large.png")
   page.set_input_files("#file", tmp_path / "large.png")
   page.wait_for_selector("#hint", state="visible")
-  assert painted(page).shape == (1024, 1536)
+  size = page.evaluate("(({ width, height }) => [width, height])(document.getElementById('mask'))")
+  assert size == [1536, 1024]
   drag(page, (0.4, 0.5), (0.6, 0.5))
   page.locator("#samples [value='1']").check()
   asked = fill(page)
