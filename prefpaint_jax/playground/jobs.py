@@ -59,6 +59,10 @@ class Job:
     self.stage, self.done = stage, self.done + done
 
 
+def _nothing(_: Job) -> None:
+  """Takes the place of a work that is over, because that holds an image."""
+
+
 class Queue:
   """Runs jobs in their order, in one thread."""
 
@@ -74,7 +78,7 @@ class Queue:
       if sum(job.state == "waiting" for job in self._jobs.values()) >= MOST_WAITING:
         raise Busy(f"{MOST_WAITING} jobs wait already; try again in a minute")
       over = [name for name, job in self._jobs.items() if job.state in OVER]
-      for name in over[: len(over) - MOST_KEPT + 1]:
+      for name in over[: max(0, len(over) - MOST_KEPT)]:
         del self._jobs[name]
       job = Job(work, kind)
       self._jobs[job.id] = job
@@ -87,7 +91,7 @@ class Queue:
       job = self._jobs[name]
       job.is_cancelled = True
       if job.state == "waiting":
-        job.state = "cancelled"
+        job.state, job.work = "cancelled", _nothing
 
   def describe(self, name: str) -> dict[str, Any]:
     """Returns the state of a job as JSON; raises KeyError if there is no such job."""
@@ -126,7 +130,7 @@ class Queue:
           traceback.print_exception(error, file=sys.stderr)
       with self._changed:
         job.state, job.result, job.seconds = state, result, time.monotonic() - job.began
-        job.work = lambda _: None  # it holds an image
+        job.work = _nothing
         if state == "done" and not job.compiles:
           self._seconds[job.kind] = round(job.seconds, 2)
 

@@ -1,7 +1,9 @@
 """The queue: order, cancellation, failures; and the store of files."""
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -83,9 +85,8 @@ def test_failed_job_says_one_line_and_the_next_runs(capsys):
   assert "out of memory" in printed and "mask: empty" not in printed
 
 
-def test_queue_has_an_end_and_forgets_old_jobs(monkeypatch):
+def test_queue_has_an_end(monkeypatch):
   monkeypatch.setattr(jobs, "MOST_WAITING", 2)
-  monkeypatch.setattr(jobs, "MOST_KEPT", 3)
   queue = Queue()
   _, released = held(queue)
   waiting = [queue.add(lambda job: None) for _ in range(2)]
@@ -93,12 +94,37 @@ def test_queue_has_an_end_and_forgets_old_jobs(monkeypatch):
     queue.add(lambda job: None)
   released.set()
   ended(queue, waiting[-1])
-  for _ in range(4):
-    ended(queue, queue.add(lambda job: None))
-  with pytest.raises(KeyError):
-    queue.describe(waiting[0].id)
   with pytest.raises(KeyError):
     queue.cancel("foreign")
+
+
+def test_last_finished_jobs_are_kept_and_earlier_ones_forgotten(monkeypatch):
+  monkeypatch.setattr(jobs, "MOST_KEPT", 5)
+  queue, added = Queue(), []
+  for _ in range(9):
+    added.append(queue.add(lambda job: None))
+    ended(queue, added[-1])
+    for job in added[-6:]:  # 5, and the new one
+      assert queue.describe(job.id)["state"] == "done"
+  for job in added[:3]:
+    with pytest.raises(KeyError):
+      queue.describe(job.id)
+
+
+def test_job_that_is_over_holds_no_image():
+  class Content:
+    pass
+
+  queue, contents = Queue(), [Content(), Content()]
+  kept = [weakref.ref(content) for content in contents]
+  _, released = held(queue)
+  done, waits = (queue.add(lambda job, content=content: None) for content in contents)
+  del contents
+  queue.cancel(waits.id)
+  released.set()
+  ended(queue, done)
+  gc.collect()
+  assert [content() for content in kept] == [None, None]
 
 
 def test_expected_time_is_that_of_the_last_job_of_a_kind_without_its_compilation():
