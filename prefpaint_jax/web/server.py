@@ -6,7 +6,7 @@ import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 MOST_SECONDS = 30.0  # for a client to send a body
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -46,14 +46,16 @@ def guarded(app: ASGI, most_bytes: int, hosts: tuple[str, ...] = LOOPBACK) -> AS
       await send(message)
 
     try:
-      body = b""
+      body = bytearray()
       if scope["method"] not in ("GET", "HEAD"):
         body = await asyncio.wait_for(_read(receive, most_bytes), MOST_SECONDS)
     except TimeoutError:
       return await _answer(send, 408, f"the request took more than {MOST_SECONDS:g} seconds")
     except ValueError as error:
       return await _answer(send, 413, str(error))
-    pending = [{"type": "http.request", "body": body, "more_body": False}]
+    except ConnectionError:
+      return None  # nobody is there to answer
+    pending = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
     async def received() -> dict:
       return pending.pop() if pending else await receive()
@@ -74,13 +76,12 @@ def _refusal(
   method: str, headers: dict[str, str], most_bytes: int, hosts: tuple[str, ...]
 ) -> tuple[int, str] | None:
   """Returns the status and the line for a request that the headers already forbid."""
-  host = headers.get("host", "")
-  if hosts and urlsplit(f"//{host}").hostname not in hosts:
+  host, origin = headers.get("host", ""), headers.get("origin")
+  if hosts and _split(f"//{host}").hostname not in hosts:
     return 421, f"unknown host {host!r}; expected {' or '.join(hosts)}"
   if method in ("GET", "HEAD"):
     return None
-  origin = headers.get("origin")
-  if origin is not None and urlsplit(origin).netloc != host:
+  if origin is not None and _split(origin).netloc != host:
     return 403, f"a page of {origin} may not change anything here"
   length = headers.get("content-length", "0")
   if not length.isdecimal() or int(length) > most_bytes:
@@ -88,11 +89,26 @@ def _refusal(
   return None
 
 
-async def _read(receive: Callable, most_bytes: int) -> bytes:
-  """Reads a whole body."""
-  body = b""
+def _split(address: str) -> SplitResult:
+  """Splits an address; a malformed one has no host."""
+  try:
+    return urlsplit(address)
+  except ValueError:
+    return urlsplit("")
+
+
+async def _read(receive: Callable, most_bytes: int) -> bytearray:
+  """Reads a whole body.
+
+  Raises:
+    ValueError: it has more than `most_bytes`.
+    ConnectionError: the client went away before its end.
+  """
+  body = bytearray()
   while True:
     message = await receive()
+    if message["type"] == "http.disconnect":
+      raise ConnectionError
     body += message.get("body", b"")
     if len(body) > most_bytes:
       raise ValueError(f"the request has more than {most_bytes} bytes")

@@ -1,5 +1,7 @@
 """The guard of a server: hosts, origins, sizes, slow clients, headers."""
 
+import asyncio
+
 import pytest
 
 from prefpaint_jax.web import server
@@ -37,7 +39,9 @@ def test_answers_have_strict_headers(client):
   ("status", "headers", "body", "line"),
   [
     (421, {"host": "evil.example"}, b"", "unknown host 'evil.example'"),
+    (421, {"host": "["}, b"", "unknown host '['"),
     (403, {"origin": "http://evil.example"}, b"", "a page of http://evil.example may not"),
+    (403, {"origin": "http://["}, b"", "a page of http://[ may not"),
     (413, {}, b"x" * 101, "101 bytes; expected at most 100"),
     (413, {}, iter([b"x" * 60, b"x" * 60]), "more than 100 bytes"),
     (400, {}, b"bad", "the body is bad; send another"),
@@ -50,14 +54,33 @@ def test_requests_are_refused_in_one_line(client, status, headers, body, line):
 
 
 def test_slow_client_is_refused(client, monkeypatch):
-  import asyncio
-
   async def never(receive, most_bytes):
     await asyncio.sleep(60)
 
   monkeypatch.setattr(server, "MOST_SECONDS", 0.01)
   monkeypatch.setattr(server, "_read", never)
   assert client.post("/").status_code == 408
+
+
+def test_part_of_a_body_does_not_reach_the_app():
+  reached, sent = [], []
+  messages = [
+    {"type": "http.request", "body": b"{}", "more_body": True},
+    {"type": "http.disconnect"},
+  ]
+
+  async def app(scope, receive, send):
+    reached.append(await receive())
+
+  async def receive():
+    return messages.pop(0)
+
+  async def send(message):
+    sent.append(message)
+
+  scope = {"type": "http", "method": "POST", "headers": []}
+  asyncio.run(server.guarded(app, most_bytes=100, hosts=())(scope, receive, send))
+  assert not reached and not sent
 
 
 def test_two_servers_cannot_have_one_port():
