@@ -150,7 +150,7 @@ class Labelling:
 
     Raises:
       ValueError: the item or a candidate is not of this annotator, or a score is out of range.
-      OSError: the disk takes no more.
+      OSError: the answer is not saved; see `AnswerFile.append`.
     """
     item = self._find(name, message.get("item"))
     check("seconds", message.get("seconds"), SECONDS)

@@ -6,6 +6,7 @@ judges, all of them or a pair. An item is a unit shown to an annotator, for the 
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -174,8 +175,7 @@ class AnswerFile:
     """Writes the lines of an answer; returns when they are on disk.
 
     Raises:
-      OSError: the disk takes no more; the file is as before.
-      ValueError: another program has changed the file; nothing is written.
+      OSError: the disk takes no more, or another program has changed the file. Nothing is written.
     """
     content = memoryview("".join(json.dumps(row) + "\n" for row in rows).encode())
     if self._file is None:
@@ -183,9 +183,9 @@ class AnswerFile:
     opened = os.fstat(self._file)
     found = self._path.stat() if self._path.exists() else None
     if not found or not os.path.samestat(found, opened) or opened.st_size != self._size:
-      raise ValueError(
-        f"{self._path.name} was changed by another program; the answer is not saved; start "
-        "prefpaint_jax.label again"
+      raise OSError(
+        errno.ESTALE,
+        f"{self._path.name} was changed by another program; start prefpaint_jax.label again",
       )
     try:
       written = 0

@@ -318,6 +318,17 @@ def test_answer_that_the_disk_does_not_take_is_not_acknowledged(client, folder, 
   assert len(read_lines(folder / "annotations.jsonl")) == 3
 
 
+def test_answer_that_another_program_keeps_out_is_asked_again_until_the_next_start(client, folder):
+  item = client.get("/api/item").json()
+  (folder / "annotations.jsonl").write_text("\n")
+  answer = client.post("/api/answer", json=answer_to(item))
+  assert answer.status_code == 507  # the page sends it again
+  expected = "the answer is not saved: annotations.jsonl was changed by another program; start "
+  assert answer.text == expected + "prefpaint_jax.label again"
+  started = client_of(folder, ANN, invited=INVITED, per_prompt=2, repeats=0.0)
+  assert started.post("/api/answer", json=answer_to(item)).json()["saved"]
+
+
 # ---------------------------------------------------------------------------------------- servers
 
 

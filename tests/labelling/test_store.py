@@ -133,7 +133,7 @@ def test_file_that_another_program_changes_takes_no_answer(tmp_path, change):
   if change == "append":
     (tmp_path / "moved").rename(path)
     path.write_bytes(content + b"\n")
-  with pytest.raises(ValueError, match=r"\Aannotations.jsonl was changed by another program"):
+  with pytest.raises(OSError, match=r"annotations.jsonl was changed by another program; start"):
     save(file, "Ann", Item(1), scores(1))
 
 
