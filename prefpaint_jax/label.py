@@ -8,7 +8,6 @@ Each answer is appended to annotations.jsonl (with --mode=pairs to pairs.jsonl) 
 before the page shows the next prompt. Start the command again to go on. See docs/labelling.md.
 """
 
-import socket
 from pathlib import Path
 
 from absl import flags
@@ -23,15 +22,7 @@ from prefpaint_jax.runtime.config_fields import SEED, SHARE
 from prefpaint_jax.runtime.files import check_is_folder
 from prefpaint_jax.runtime.ranges import Integer, Text
 from prefpaint_jax.runtime.workdir import exclusive
-from prefpaint_jax.web.server import is_loopback, listening, serve
-
-
-def address(host: str, port: int) -> str:
-  """Returns the address that a browser opens."""
-  if host in ("", "0.0.0.0", "::"):  # every address of this machine
-    host = socket.gethostname()
-  return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-
+from prefpaint_jax.web import server
 
 if __name__ == "__main__":
   _CANDIDATES = flags.DEFINE(
@@ -69,11 +60,12 @@ if __name__ == "__main__":
       report.write(folder)
       print(folder / "label_report.html")
       return
-    if _ANNOTATORS.value is None and not is_loopback(host):
+    server.check_installed()
+    if _ANNOTATORS.value is None and not server.is_loopback(host):
       raise ValueError(f"--host={host} is reached from other machines; give --annotators=FILE")
     if (_ORDER.value == "uncertain") != (_REWARD.value is not None):
       raise ValueError("--order=uncertain and --reward=FOLDER need each other; give both or none")
-    with exclusive(folder), listening(host, _PORT.value) as opened:
+    with exclusive(folder), server.listening(host, _PORT.value) as opened:
       invited = _ANNOTATORS.value and read_invitations(Path(_ANNOTATORS.value))
       if invited and len(invited) < _PER_PROMPT.value:
         raise ValueError(
@@ -95,9 +87,9 @@ if __name__ == "__main__":
         order,
       )
       app = make_app(labelling, host)
-      root = address(host, opened.getsockname()[1])
+      root = server.address(host, opened)
       for token, name in (invited or {"": ""}).items():
         print(f"{name}: {root}#{token}" if name else root, flush=True)
-      serve(app, opened)
+      server.serve(app, opened)
 
   cli.run(main)

@@ -25,14 +25,11 @@ def make_app(labelling: Labelling, host: str = "127.0.0.1") -> server.ASGI:
   Args:
     host: address of the server. Without invitations the app answers to this name and loopback's.
   """
-  try:
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse, Response
-    from starlette.routing import Route
-  except ImportError:
-    raise ValueError("needs Starlette and uvicorn: pip install 'prefpaint_jax[label]'") from None
+  from starlette.applications import Starlette
+  from starlette.exceptions import HTTPException
+  from starlette.requests import Request
+  from starlette.responses import JSONResponse, Response
+  from starlette.routing import Route
 
   files = {path.name: path.read_bytes() for path in PAGE.iterdir() if path.suffix in _TYPES}
 

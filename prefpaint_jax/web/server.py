@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Iterator
@@ -124,6 +125,12 @@ async def _answer(send: Callable, status: int, line: str) -> None:
   await send({"type": "http.response.body", "body": line.encode()})
 
 
+def check_installed() -> None:
+  """Raises ValueError if a package of the extra `label` is missing."""
+  if not (importlib.util.find_spec("starlette") and importlib.util.find_spec("uvicorn")):
+    raise ValueError("needs Starlette and uvicorn: pip install 'prefpaint_jax[label]'")
+
+
 def is_loopback(host: str) -> bool:
   """Whether a server on this address is reached from this machine only."""
   with contextlib.suppress(ValueError):
@@ -147,16 +154,17 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
     yield opened
 
 
-def serve(app: Any, opened: socket.socket) -> None:
-  """Answers requests until SIGINT or SIGTERM.
+def address(host: str, opened: socket.socket) -> str:
+  """Returns the address that a browser opens for a socket of `listening`."""
+  if host in ("0.0.0.0", "::"):  # every address of this machine
+    host = socket.gethostname()
+  return f"http://{f'[{host}]' if ':' in host else host}:{opened.getsockname()[1]}/"
 
-  Raises:
-    ValueError: uvicorn is not installed.
-  """
-  try:
-    import uvicorn
-  except ImportError:
-    raise ValueError("needs Starlette and uvicorn: pip install 'prefpaint_jax[label]'") from None
+
+def serve(app: Any, opened: socket.socket) -> None:
+  """Answers requests until SIGINT or SIGTERM."""
+  import uvicorn
+
   config = uvicorn.Config(
     app, log_level="warning", access_log=False, timeout_keep_alive=15, limit_concurrency=256
   )

@@ -1,6 +1,7 @@
 """The guard of a server: hosts, origins, sizes, slow clients, headers."""
 
 import asyncio
+import socket
 
 import pytest
 
@@ -91,3 +92,20 @@ def test_two_servers_cannot_have_one_port():
       pass
   assert server.is_loopback("127.0.0.1") and server.is_loopback("::1")
   assert not server.is_loopback("0.0.0.0") and not server.is_loopback("example.org")
+
+
+@pytest.mark.parametrize(
+  ("host", "named"),
+  [("127.0.0.1", "127.0.0.1"), ("localhost", "localhost"), ("::1", "[::1]")]
+  + [(every, socket.gethostname()) for every in ("0.0.0.0", "::")],
+)
+def test_printed_address_names_a_host_that_a_browser_reaches(host, named):
+  with server.listening("127.0.0.1", 0) as opened:
+    assert server.address(host, opened) == f"http://{named}:{opened.getsockname()[1]}/"
+
+
+def test_missing_package_is_named_with_its_command(monkeypatch):
+  server.check_installed()
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else name)
+  with pytest.raises(ValueError, match=r"\Aneeds Starlette and uvicorn: pip install '.*label\]'"):
+    server.check_installed()
