@@ -48,10 +48,9 @@ def main() -> None:
     with waiting(f"loading {_MODEL.value}"):
       painter = Painter(_MODEL.value, _BASELINE.value, _REWARD.value, _LORA.value)
       playground = Playground(painter, Queue())
-    hosts = (*server.LOOPBACK, _HOST.value) if server.is_loopback(_HOST.value) else ()
     fragment = f"#{token}" if token else ""
     print(f"{server.address(_HOST.value, opened)}{fragment}", flush=True)
-    server.serve(make_app(playground, token, hosts), opened)
+    server.serve(make_app(playground, token, _HOST.value), opened)
 
 
 if __name__ == "__main__":

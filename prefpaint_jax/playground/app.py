@@ -11,7 +11,6 @@ of an image or a job may read it; keys are random. The calls are
 """
 
 import base64
-import binascii
 import hmac
 import json
 import re
@@ -97,7 +96,7 @@ class Playground:
       raise Refused(404, "the image is no longer on the server; choose it again")
     try:
       content = base64.b64decode(mask, validate=True)
-    except (TypeError, ValueError, binascii.Error):
+    except (TypeError, ValueError):
       raise ValueError("mask: expected a PNG in base64") from None
     work = lambda job: self._work(upload, content, settings, job)
     try:
@@ -139,12 +138,12 @@ class Playground:
     return next((one for one in found if one is not None), None)
 
 
-def make_app(playground: Playground, token: str | None, hosts: tuple[str, ...] = LOOPBACK) -> ASGI:
+def make_app(playground: Playground, token: str | None, host: str = "127.0.0.1") -> ASGI:
   """Makes the application.
 
   Args:
-    token: what requests must send, if it is not None.
-    hosts: as for `web.server.guarded`.
+    token: what requests must send. None: the app answers to the names of loopback and `host` only.
+    host: address of the server.
   """
   from starlette.applications import Starlette
   from starlette.concurrency import run_in_threadpool
@@ -197,6 +196,8 @@ def make_app(playground: Playground, token: str | None, hosts: tuple[str, ...] =
     ],
     exception_handlers={ValueError: bad_request, Refused: refused},
   )
+  # A proxy gives its own name; a page that points its name at this machine has no token.
+  hosts = (*LOOPBACK, host) if token is None else ()
   return _with_token(guarded(app, MOST_BYTES, hosts), token)
 
 

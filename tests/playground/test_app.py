@@ -337,7 +337,7 @@ def test_answers_have_the_types_and_headers_that_keep_scripts_out(client, known)
 
 def test_every_call_needs_the_token_before_its_body_is_read(models):
   playground = app.Playground(models, Queue())
-  client = TestClient(app.make_app(playground, TOKEN, hosts=()), base_url="http://example.org")
+  client = TestClient(app.make_app(playground, TOKEN), base_url="http://example.org")
   assert client.get("/").status_code == 200
   right = {"authorization": f"Bearer {TOKEN}"}
   assert client.get("/api/state", headers=right).status_code == 200
@@ -348,6 +348,13 @@ def test_every_call_needs_the_token_before_its_body_is_read(models):
       assert answer.headers["x-content-type-options"] == "nosniff"
   huge = client.post("/api/images", content=iter([b"x" * 2**20] * 40))
   assert huge.status_code == 401
+
+
+def test_name_of_a_proxy_is_answered_with_a_token_only(client, models):
+  proxied = {"host": "demo.example.org", "authorization": f"Bearer {TOKEN}"}
+  assert client.get("/api/state", headers=proxied).status_code == 421
+  with_token = app.make_app(app.Playground(models, Queue()), TOKEN)  # on 127.0.0.1
+  assert TestClient(with_token, base_url=ADDRESS).get("/api/state", headers=proxied).is_success
 
 
 @pytest.mark.parametrize(
