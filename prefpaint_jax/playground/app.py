@@ -12,7 +12,6 @@ of an image or a job may read it; keys are random. The calls are
 
 import base64
 import hmac
-import json
 import re
 import secrets
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 
 from prefpaint_jax.playground.jobs import Busy, Job, Queue, Shelf
 from prefpaint_jax.playground.painter import RANGES, Painter, Settings, Upload, read_mask
+from prefpaint_jax.runtime.files import parse_json
 from prefpaint_jax.web.server import ASGI, HEADERS, LOOPBACK, bad_request, guarded, is_loopback
 
 MOST_BYTES = 20 * 2**20  # of an image file, and of a request
@@ -85,10 +85,8 @@ class Playground:
     height, width = upload.size
     return {"image": key, "width": width, "height": height} | described
 
-  def start(self, asked: Any) -> dict[str, Any]:
+  def start(self, asked: dict[str, Any]) -> dict[str, Any]:
     """Adds a job; raises ValueError for a wrong request."""
-    if not isinstance(asked, dict):
-      raise ValueError("the request is no JSON object; send image, mask and settings")
     key, mask = (asked.pop(name, None) for name in ("image", "mask"))
     settings = Settings.parse(asked)
     upload = self._find(key)
@@ -170,7 +168,7 @@ def make_app(playground: Playground, token: str | None, host: str = "127.0.0.1")
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0] != "application/json":
       raise Refused(415, f"the content type is {kind[:80]!r}; expected application/json")
-    asked = _parse(await request.body())
+    asked = parse_json(await request.body(), "the request")
     return JSONResponse(await run_in_threadpool(playground.start, asked))
 
   async def job(request: Request) -> Response:
@@ -229,11 +227,3 @@ def check_access(host: str, token: str | None) -> None:
     )
   if token is None and not is_loopback(host):
     raise ValueError(f"--host={host} is reached from other machines; give --token={new}")
-
-
-def _parse(body: bytes) -> Any:
-  """Parses JSON; raises ValueError in one line."""
-  try:
-    return json.loads(body)
-  except (ValueError, RecursionError):
-    raise ValueError("the request is no JSON; send an object") from None
