@@ -182,3 +182,17 @@ def is_candidate_of(
   else:
     return True
   return False
+
+
+def is_collected(
+  folder: Path,
+  where: str,
+  name: str,
+  candidates: Mapping[str, CandidateEntry],
+  errors: list[str],
+) -> bool:
+  """Returns whether the folder has a candidate of this name; if not, it appends an error."""
+  if name not in candidates:
+    expected = CANDIDATES if (folder / CANDIDATES).exists() else "inpaint/"
+    errors.append(f"{where}: unknown candidate {name!r}; expected one of {expected}")
+  return name in candidates

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefpaint_jax.data.annotation_files import (
-  CANDIDATES,
   CandidateEntry,
   PromptEntry,
   is_candidate_of,
+  is_collected,
   read_rows,
 )
 from prefpaint_jax.data.examples import CRITERIA, MAX_SCORE
@@ -78,11 +78,11 @@ def read_answers(
   places: dict[tuple, int] = {}
   for answer, corrects in lines(folder, errors):
     where, image_id, names, annotator = answer[:4]
-    if not all(is_candidate_of(where, name, image_id, prompts, errors) for name in names):
-      continue
-    if unknown := [name for name in names if name not in candidates]:
-      expected = CANDIDATES if (folder / CANDIDATES).exists() else "inpaint/"
-      errors.append(f"{where}: unknown candidate {unknown[0]!r}; expected one of {expected}")
+    if not all(
+      is_candidate_of(where, name, image_id, prompts, errors)
+      and is_collected(folder, where, name, candidates, errors)
+      for name in names
+    ):
       continue
     key, shown = (annotator, names, answer.repeat), " and ".join(map(repr, names))
     place = places.get(key)

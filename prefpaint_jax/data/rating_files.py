@@ -20,6 +20,7 @@ from prefpaint_jax.data.annotation_files import (
   CandidateEntry,
   PromptEntry,
   is_candidate_of,
+  is_collected,
 )
 from prefpaint_jax.data.answers import ANNOTATIONS, is_number, read_answers
 from prefpaint_jax.data.reward_scores import FILE as REWARD_SCORES
@@ -54,19 +55,19 @@ def read_ratings(
   rows = read_scores(folder, rewards, errors) if rewards else _read_released(folder, errors)
   ratings = defaultdict(dict)
   for where, image_id, name, annotator, scores in rows:
-    if not is_candidate_of(where, name, image_id, prompts, errors):
+    if not (
+      is_candidate_of(where, name, image_id, prompts, errors)
+      and is_collected(folder, where, name, candidates, errors)
+    ):
       continue
     before = ratings[name].get(annotator)
-    if name not in candidates:
-      expected = CANDIDATES if (folder / CANDIDATES).exists() else "inpaint/"
-      errors.append(f"{where}: unknown candidate {name!r}; expected one of {expected}")
-    elif before is None:
+    if before is None:
       ratings[name][annotator] = Rating(where, scores)
     elif annotator:
       errors.append(f"{where}: {annotator!r} already scored {name!r} in {before.where}")
     elif scores != before.scores:  # the released files repeat equal scores, flat and grouped
       errors.append(f"{where}: {name!r} has another score in {before.where}")
-  return {name: rated for name, rated in ratings.items() if rated}
+  return dict(ratings)
 
 
 def _read_annotated(
