@@ -25,7 +25,6 @@ train.txt, validation.txt and test.txt may list the IDs of the splits, one per l
 skips no errors: it collects all of them and raises one report that names the file and the line of
 each.
 """
-# Shapes: U units (candidates), R ratings of one unit.
 
 from __future__ import annotations
 
