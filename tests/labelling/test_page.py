@@ -201,6 +201,30 @@ def test_answer_whose_acknowledgement_is_lost_is_saved_once(browser, tmp_path):
   assert len(read_lines(folder / "annotations.jsonl")) == 3
 
 
+def test_image_that_fails_to_load_ahead_is_told_with_its_item_and_asked_again(browser, tmp_path):
+  folder = write_candidates(tmp_path / "candidates", 2)
+  person = Annotator(browser, folder)
+  page, shown = person.page, []
+
+  def fail(route):
+    """Answers the images of the first item, and no other."""
+    if len(shown) < 5:
+      shown.append(route.request.url)
+      return route.continue_()
+    return route.fulfill(status=500, body="the image cannot be read")
+
+  with label_server(folder, "--port=0", "--repeats=0") as (_, (root,)):
+    page.route("**/image/*", fail)
+    person.enter(root, "Ann")
+    assert page.is_hidden("#notice")
+    person.answer()
+    page.wait_for_selector("#notice:has-text('the image cannot be read')")
+    page.unroute("**/image/*", fail)
+    person.wait()
+    assert page.inner_text("#place").startswith("2 of 2")
+    assert page.is_hidden("#notice")
+
+
 def test_pairs_are_compared_by_arrows(browser, tmp_path):
   """With a correction, and with an equal pair."""
   folder = write_candidates(tmp_path / "candidates", 4)

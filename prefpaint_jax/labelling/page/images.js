@@ -3,16 +3,24 @@
 import { patient, Refused } from "./api.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const loaded = new Map(); // address -> promise of a decoded <img>
+const loaded = new Map(); // address -> {image: promise of a decoded <img>, onLost}
 
-/** Returns the promise of a decoded <img>, so that nothing moves when it is put on the page. */
+/**
+ * Returns the promise of a decoded <img>, so that nothing moves when it is put on the page.
+ *
+ * The last call's `onLost` is told of failed attempts: an image that is loaded ahead fails silently
+ * until its item is to be shown.
+ */
 export function load(url, onLost) {
+  const entry = loaded.get(url) ?? {};
+  entry.onLost = onLost;
   if (!loaded.has(url)) {
-    const image = decoded(url, onLost);
-    image.catch(() => loaded.delete(url)); // the next item or attempt asks again
-    loaded.set(url, image);
+    loaded.set(url, entry);
+    entry.image = decoded(url, (line) => entry.onLost(line));
+    // The next item or attempt asks again.
+    entry.image.catch(() => loaded.get(url) === entry && loaded.delete(url));
   }
-  return loaded.get(url);
+  return entry.image;
 }
 
 async function decoded(url, onLost) {
@@ -28,12 +36,15 @@ async function decoded(url, onLost) {
   return image;
 }
 
-/** Frees all images but those of the addresses. */
+/** Frees all images but those of the addresses, and ends the attempts to load them. */
 export function keepOnly(urls) {
-  for (const [url, image] of loaded) {
+  for (const [url, entry] of loaded) {
     if (urls.includes(url)) continue;
     loaded.delete(url);
-    image.then(
+    entry.onLost = () => {
+      throw new Refused(0, "the image is not needed");
+    };
+    entry.image.then(
       (old) => URL.revokeObjectURL(old.src),
       () => {},
     );
