@@ -234,8 +234,7 @@ def test_link_carries_the_token_which_no_request_names(browser, serving):
   page.goto(f"{address}/#wrong-token-of-16-or-more")
   page.wait_for_selector("#problem", state="visible")
   assert "token" in page.inner_text("#problem") and page.locator("#start").is_hidden()
-  page.goto("about:blank")
-  page.goto(f"{address}/#{TOKEN}")
+  page.goto(f"{address}/#{TOKEN}")  # in the same tab
   page.wait_for_selector("#examples img")
   deadline = time.monotonic() + 20
   while not page.evaluate("document.querySelector('#examples img').naturalWidth"):

@@ -10,14 +10,19 @@ const SMALL = 128; // an image with shorter sides shows its pixels
 if (location.hash.length > 1) sessionStorage.setItem("token", location.hash.slice(1));
 let state, image, job, isRunning = false;
 
+// Throws an Error; `isLost`: the same request may succeed later.
 async function call(path, options = {}) {
   const token = sessionStorage.getItem("token");
   const headers = { ...options.headers, ...(token && { Authorization: `Bearer ${token}` }) };
-  const answer = await fetch(path, { ...options, headers }).catch(() => {
+  let answer, content;
+  try {
+    answer = await fetch(path, { ...options, headers });
+    content = await (answer.ok ? answer.json() : answer.text());
+  } catch {
     throw Object.assign(new Error("The server does not answer."), { isLost: true });
-  });
-  if (!answer.ok) throw new Error(await answer.text());
-  return answer.json();
+  }
+  if (!answer.ok) throw Object.assign(new Error(content), { isLost: answer.status >= 500 });
+  return content;
 }
 
 function say(problem) {
@@ -251,4 +256,5 @@ async function begin() {
   listen();
 }
 
+addEventListener("hashchange", () => location.reload()); // the link with the token, pasted here
 begin();
