@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from prefpaint_jax.data.annotation_files import read_candidates, read_prompts
 from prefpaint_jax.data.images import load_image, load_mask
+from prefpaint_jax.labelling.store import Shown, read_shown
 from prefpaint_jax.preference.bound import mahalanobis_norm
 from prefpaint_jax.rewards.objective import load_reward
-from prefpaint_jax.runtime.files import check_is_folder
 
 _BATCH = 32  # B; the last batch is filled, because XLA compiles for one batch size
 
@@ -28,36 +27,28 @@ def uncertain(folder: Path, reward: str) -> list[str]:
   Raises:
     ValueError: the reward has no bound, or an image or a line of the folder is damaged.
   """
-  folder = Path(folder)
-  check_is_folder(folder, "the --workdir of prefpaint_jax.collect")
-  errors: list[str] = []
-  prompts = read_prompts(folder, errors)
-  candidates = read_candidates(folder, prompts, errors)
-  if errors:
-    raise ValueError(f"{folder}/{errors[0]}; correct the file or collect the candidates again")
+  shown = read_shown(Path(folder), "scores")
   model = load_reward(reward)
   if model.bound is None:
     raise ValueError(
       f"reward {reward}: has no bound on its error; expected a reward model with "
       "bound.safetensors; give the reward folder of prefpaint_jax.train_reward, or mini"
     )
-  names, features = list(candidates), []
-  for first in range(0, len(names), _BATCH):
-    batch = [names[min(i, len(names) - 1)] for i in range(first, first + _BATCH)]
-    images = [load_image(folder / "inpaint" / f"{name}.png") for name in batch]
-    masked_images = [_masked_image(folder, candidates[name].image_id) for name in batch]
+  listed = [(unit.image_id, name) for unit in shown.units for name in unit.candidates]
+  features = []
+  for first in range(0, len(listed), _BATCH):
+    batch = [listed[min(i, len(listed) - 1)] for i in range(first, first + _BATCH)]
+    images = [load_image(shown.files["candidate", name]) for _, name in batch]
+    masked_images = [_masked_image(shown, image_id) for image_id, _ in batch]
     features.append(model.score(images, masked_images)[1])
+  found = mahalanobis_norm(model.bound.whitening, np.concatenate(features)[: len(listed)])
   norms = defaultdict(list)
-  if names:
-    found = mahalanobis_norm(model.bound.whitening, np.concatenate(features)[: len(names)])
-    for name, norm in zip(names, np.asarray(found).tolist(), strict=True):
-      norms[candidates[name].image_id].append(norm)
+  for (image_id, _), norm in zip(listed, np.asarray(found).tolist(), strict=True):
+    norms[image_id].append(norm)
   return sorted(norms, key=lambda image_id: -np.mean(norms[image_id]))
 
 
-def _masked_image(folder: Path, image_id: str) -> np.ndarray:
+def _masked_image(shown: Shown, image_id: str) -> np.ndarray:
   """Reads the image of a prompt, black in the hole."""
-  whole = folder / "images" / f"{image_id}.png"
-  masked = folder / "masks_color" / f"{image_id}_mask_color.png"
-  mask = load_mask(folder / "masks" / f"{image_id}_mask.png")
-  return load_image(whole if whole.exists() else masked) * (1 - mask)
+  mask = load_mask(shown.files["mask", image_id])
+  return load_image(shown.files["known", image_id]) * (1 - mask)
