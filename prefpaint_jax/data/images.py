@@ -7,6 +7,7 @@ error is one line that names the file.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -269,11 +270,18 @@ def save_png(
   Args:
     text: {keyword: text} of the PNG's text chunks.
   """
-  fields = PngImagePlugin.PngInfo()
+  content = png_bytes(image, text)
+  with atomic_path(path) as temporary:
+    temporary.write_bytes(content)
+
+
+def png_bytes(image: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
+  """Encodes an image as `save_png` writes it."""
+  fields, file = PngImagePlugin.PngInfo(), io.BytesIO()
   for name, value in (text or {}).items():
     fields.add_text(name, value)
-  with atomic_path(path) as temporary:
-    Image.fromarray(image).save(temporary, format="PNG", pnginfo=fields)
+  Image.fromarray(image).save(file, format="PNG", pnginfo=fields)
+  return file.getvalue()
 
 
 def luma(images: np.ndarray) -> np.ndarray:

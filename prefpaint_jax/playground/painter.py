@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from prefpaint_jax import mini
 from prefpaint_jax.data.decoding import open_bytes
 from prefpaint_jax.data.images import (
   load_image,
   load_mask,
+  png_bytes,
   resize_image,
   resize_prompt,
   to_bytes,
@@ -257,7 +258,7 @@ class Painter:
       if rewards is not None:
         text["reward"] = f"{rewards[i]:.4f}"
       pixels = to_bytes(sample)
-      files.append(_png(pixels, text))
+      files.append(png_bytes(pixels, text))
       shown.append(files[-1] if max(pixels.shape) <= MOST_SHOWN else shown_png(pixels))
     best = None
     if rewards is not None and np.isfinite(rewards).any():
@@ -290,15 +291,6 @@ def shown_png(pixels: np.ndarray) -> bytes:
   image.thumbnail((MOST_SHOWN, MOST_SHOWN), Image.Resampling.LANCZOS)
   file = io.BytesIO()
   image.save(file, "PNG", compress_level=1)
-  return file.getvalue()
-
-
-def _png(pixels: np.ndarray, text: dict[str, str]) -> bytes:
-  """Encodes a uint8 image as `data.images.save_png` writes it."""
-  fields, file = PngImagePlugin.PngInfo(), io.BytesIO()
-  for name, value in text.items():
-    fields.add_text(name, value)
-  Image.fromarray(pixels).save(file, format="PNG", pnginfo=fields)
   return file.getvalue()
 
 
