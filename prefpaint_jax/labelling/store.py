@@ -138,7 +138,7 @@ class AnswerFile:
   """
 
   def __init__(self, folder: Path, mode: str, shown: Shown):
-    """Reads the file and cuts off an answer that a killed process has not finished.
+    """Reads the file and cuts off a line that a killed process has not finished.
 
     Raises:
       ValueError: a line is damaged or of a simulated annotator, or the folder has answers of the
@@ -156,8 +156,7 @@ class AnswerFile:
           "them; move the other to another folder"
         )
     if self._path.exists():
-      numbers = {unit.image_id: len(unit.candidates) for unit in shown.units}
-      self._cut(numbers if mode == "scores" else {})
+      self._cut()
       os.fsync(self._file)  # a killed server may have written an answer that is acknowledged now
       self._read(folder, shown)
 
@@ -228,28 +227,20 @@ class AnswerFile:
     candidates = self._units[item.unit].candidates
     return [(name,) for name in candidates] if self._mode == "scores" else [candidates]
 
-  def _cut(self, numbers: Mapping[str, int]) -> None:
-    """Opens the file and cuts off an answer without an end.
+  def _cut(self) -> None:
+    """Opens the file and cuts off a line without an end.
 
-    Args:
-      numbers: {image ID: number of the lines of an answer}, if that is more than one.
+    The other lines of that answer stay: each is a rating, and the page sends the answer again.
     """
     content = self._path.read_bytes()
-    *lines, torn = content.split(b"\n")
     self._open()
-    if torn and (row := _read_row(torn)) and "time" not in row:
+    self._size = content.rfind(b"\n") + 1
+    torn = content[self._size :]
+    if torn and _is_object(torn):
       os.write(self._file, b"\n")  # a person's editor has left it out
       self._size = len(content) + 1
-      return
-    rows = map(_read_row, reversed(lines))
-    last = next(rows, {})
-    about = lambda row: [row.get(name) for name in ("image_id", "annotator", "time")]
-    count = 1 + sum(1 for _ in itertools.takewhile(lambda row: about(row) == about(last), rows))
-    if "time" in last and count < numbers.get(str(last.get("image_id")), 0):
-      lines = lines[:-count]
-    self._size = sum(len(line) + 1 for line in lines)
-    if self._size < len(content):
-      logging.warning("%s: cut off an answer that was not finished", self._path)
+    elif torn:
+      logging.warning("%s: cut off a line that was not finished", self._path)
       os.ftruncate(self._file, self._size)
 
   def _read(self, folder: Path, shown: Shown) -> None:
@@ -276,10 +267,9 @@ class AnswerFile:
       raise ValueError(f"{folder}/{errors[0]}; correct the file")
 
 
-def _read_row(line: bytes) -> dict:
-  """Reads a line; an empty object for one that is none."""
+def _is_object(line: bytes) -> bool:
+  """Returns whether a line is a whole JSON object."""
   try:
-    row = json.loads(line)
+    return isinstance(json.loads(line), dict)
   except (ValueError, RecursionError):
-    return {}
-  return row if isinstance(row, dict) else {}
+    return False

@@ -81,19 +81,32 @@ def test_answers_to_pairs_are_read_as_they_were_written(tmp_path):
   assert read["Ann", Item(1)].content == "image_0_2"
 
 
-def test_answer_that_was_cut_anywhere_is_removed_and_the_others_stay(tmp_path):
+def test_answer_that_was_cut_anywhere_keeps_its_whole_lines_and_is_given_again(tmp_path):
   file = tmp_path / "annotations.jsonl"
   before = written(tmp_path, ("Ann", Item(0), scores(0)), ("Bob", Item(0), scores(0)))
   whole = written(tmp_path, ("Ann", Item(1), scores(1)))
   ends = [end for end, byte in enumerate(whole, 1) if byte == ord("\n")]
-  sizes = {*range(len(before), len(whole), 40), *ends[6:-1], *(end - 1 for end in ends[6:])}
+  sizes = {*range(len(before), len(whole) - 1, 40), *ends[6:-1], *(end - 1 for end in ends[6:-1])}
   for size in sorted(sizes):
     file.write_bytes(whole[:size])
     read = AnswerFile(tmp_path, "scores", SCORES)
     assert list(read.answers) == [("Ann", Item(0)), ("Bob", Item(0))]
-    assert file.read_bytes() == before
+    lines = [end for end in ends if end <= size + 1]  # a line that lacks only its end is whole
+    assert file.read_bytes() == whole[: lines[-1]]
+    save(read, "Ann", Item(1), scores(1, 7))
     read.close()
-  assert written(tmp_path, ("Ann", Item(1), scores(1))).startswith(before)
+    marks = [row.get("corrects") for row in read_lines(file)[len(lines) :]]
+    assert marks == [True] * (len(lines) - 6) + [None] * (9 - len(lines))
+    assert AnswerFile(tmp_path, "scores", SCORES).answers["Ann", Item(1)] == scores(1, 7)
+
+
+def test_last_answer_stays_if_its_prompt_gets_another_candidate(tmp_path):
+  content = written(tmp_path, ("Ann", Item(0), scores(0)))
+  more = Unit("image_0", (*UNITS[0].candidates, "image_0_3"))
+  known = CANDIDATES | {"image_0_3": CandidateEntry("", "image_0", "")}
+  read = AnswerFile(tmp_path, "scores", Shown(PROMPTS, known, [more], {}))
+  assert not read.answers  # the prompt is shown again, with all four
+  assert (tmp_path / "annotations.jsonl").read_bytes() == content
 
 
 def test_last_line_of_an_editor_without_newline_is_kept(tmp_path):
