@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -175,6 +176,12 @@ def test_files_are_short():
     and (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_FILE_LINES
   ]
   assert not long, "\n".join(long)
+
+
+def test_files_of_tests_have_names_of_their_own():
+  """Without packages, pytest imports a file by its name, and collects nothing if two have one."""
+  names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+  assert not [name for name, count in names.items() if count > 1]
 
 
 def test_functions_are_short():
