@@ -153,6 +153,9 @@ def _mini(config: ConfigDict) -> None:
     ema_decay=0.9,
     clip_range=1e-3,
     log_prob_region="hole",
+    # Without it two samples of a prompt end at 0.35 to 0.38 of the base policy's distance; with it
+    # at 0.56, at no loss in the true WinRate (docs/mini.md).
+    kl_weight=0.1,
     checkpoint_every=20,
     sample_every=10,
     num_samples=16,

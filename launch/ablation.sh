@@ -19,7 +19,7 @@ align() {  # OPTIMIZER, NORM, SEED
   python -m prefpaint_jax.train --config=configs/rl.py:mini --workdir="$run" --config.seed="$3" \
     --config.optimizer="$1" --config.learning_rate=$rate \
     --config.trust.norm="$2" --config.trust.k=150 --config.trust.b=2.99 --config.trust.constant=1.4 \
-    --config.num_iterations=25 --config.eval_every=5 --config.eval_prompts=256 \
+    --config.kl_weight=0 --config.num_iterations=25 --config.eval_every=5 --config.eval_prompts=256 \
     --config.final_prompts=0 --config.sample_every=0
 }
 

@@ -54,7 +54,7 @@ reward first --config.num_prompts=1200 --config.num_test_prompts=64 --config.sam
 # candidates for the second reward model.
 echo "== second reward model, from samples of the base policy and of an aligned policy"
 python -m prefpaint_jax.train --config=configs/rl.py:mini --workdir="$workdir/aligned" \
-  --config.reward="$workdir/first/reward" --config.num_iterations=30 --config.sample_every=0 --config.final_prompts=0
+  --config.reward="$workdir/first/reward" --config.kl_weight=0 --config.num_iterations=30 --config.sample_every=0 --config.final_prompts=0
 reward second --config.policies="('mini','$workdir/aligned')" --config.num_prompts=5000 --config.perturbed=3 --
 rm -rf "$mini/reward"
 python - "$workdir/second/reward" "$mini/reward" <<'PYTHON'

@@ -37,6 +37,7 @@ LEVELS = (
   ("planning",),
   ("inpainter", "reward", FACE),  # what a user holds
   ("editing",),
+  ("playground",),
 )
 # The top level. No command imports another one.
 COMMANDS = (
@@ -44,6 +45,7 @@ COMMANDS = (
   "annotate",
   "benchmark",
   "collect",
+  "demo",
   "evaluate",
   "export",
   "inpaint",

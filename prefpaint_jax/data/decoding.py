@@ -56,18 +56,7 @@ def decode_file(path: str | os.PathLike[str], colours: bool = True) -> np.ndarra
 
 def decode_bytes(content: bytes, name: str, colours: bool = True) -> np.ndarray:
   """Decodes the content of an image file; see `decode_file`."""
-  try:
-    with _OPENING, warnings.catch_warnings():
-      warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-      limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-      try:
-        image = Image.open(io.BytesIO(_without_texts(content)))
-      finally:
-        Image.MAX_IMAGE_PIXELS = limit
-  except UnidentifiedImageError:
-    raise ValueError(f"{name}: not an image; give a PNG or JPEG") from None
-  except Exception as error:  # PIL's readers raise errors of all kinds for damaged headers
-    raise ValueError(_damaged(name, error)) from None
+  image = open_bytes(content, name)
   most = _memory() // _BYTES_PER_PIXEL
   if image.width * image.height > most:
     raise ValueError(
@@ -75,6 +64,26 @@ def decode_bytes(content: bytes, name: str, colours: bool = True) -> np.ndarray:
       "fit into memory; reduce it"
     )
   return pil_to_float(image, name, colours)
+
+
+def open_bytes(content: bytes, name: str) -> Image.Image:
+  """Opens the content of an image file: reads its format and size, and decodes no pixel.
+
+  Raises:
+    ValueError: it is no image, or its header is damaged.
+  """
+  try:
+    with _OPENING, warnings.catch_warnings():
+      warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+      limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+      try:
+        return Image.open(io.BytesIO(_without_texts(content)))
+      finally:
+        Image.MAX_IMAGE_PIXELS = limit
+  except UnidentifiedImageError:
+    raise ValueError(f"{name}: not an image; give a PNG or JPEG") from None
+  except Exception as error:  # PIL's readers raise errors of all kinds for damaged headers
+    raise ValueError(_damaged(name, error)) from None
 
 
 def _damaged(name: str, error: Exception) -> str:

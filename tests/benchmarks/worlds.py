@@ -20,7 +20,7 @@ SIZES = ("tiny", "mini", "medium", "sd15")
 # samples with the current policy; and no loss term is on that only one side implements. The
 # learning rate makes an optimiser step much larger than the rounding error of a parameter, so that
 # `check` can compare the steps.
-_COMMON = {"remat": False, "behaviour_refresh": 1, "learning_rate": 1e-4}
+_COMMON = {"remat": False, "behaviour_refresh": 1, "learning_rate": 1e-4, "kl_weight": 0.0}
 _CHANGES: dict[str, dict[str, Any]] = {
   "tiny": {"batch_size": 2, "samples_per_prompt": 2, "updates_per_iteration": 1},
   "mini": {},
