@@ -40,6 +40,7 @@ from prefpaint_jax.runtime.metrics import progress
 from prefpaint_jax.runtime.ranges import Text, check
 from prefpaint_jax.runtime.runs import PINNED, pin_steps
 from prefpaint_jax.runtime.signals import stop_requests
+from prefpaint_jax.runtime.text import print_next
 from prefpaint_jax.runtime.waiting import waiting
 from prefpaint_jax.runtime.workdir import open_workdir
 
@@ -178,13 +179,13 @@ def collect(config: ConfigDict, workdir: Path) -> None:
   if not is_complete:
     print("stopped; finished prompts are saved, and the same command goes on")
     return
-  then = "write their scores to annotations.jsonl in this folder"
-  if config.rewards:
-    then = f"scores.jsonl has the scores of {', '.join(config.rewards)}"
+  scored = f"; scores.jsonl has the scores of {', '.join(config.rewards)}" if config.rewards else ""
   print(
     f"{workdir}: {sum(map(len, drawn.values()))} prompts with "
-    f"{config.samples_per_prompt + config.perturbed} candidates each; {then}"
+    f"{config.samples_per_prompt + config.perturbed} candidates each{scored}"
   )
+  if not config.rewards:
+    print_next(("label", f"--candidates={workdir}"))
 
 
 def _collect(

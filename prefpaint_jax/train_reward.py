@@ -192,7 +192,8 @@ def report(
   titles = {"held_out": "annotated scores", "truth": "noise-free scores"}
   if config.simulated_preference and not has_truth:
     print("scores of pairs are not compared with the simulated preference: its unit is another one")
-  print(f"{len(scored.valid)} test prompts, {len(kinds)} candidates:")
+  number = np.count_nonzero(scored.valid.any(1))  # without those that fill the last batch
+  print(f"{number} test prompts, {len(kinds)} candidates:")
   for name, title in titles.items():
     for kind in ("", *(f"{kind}/" for kind in mask_io.KINDS)):
       part = {m: metrics.get(f"{name}/{kind}{m}") for m in ("pair_accuracy", "spearman", "mse")}

@@ -251,6 +251,7 @@ def test_a_signal_keeps_finished_prompts_and_the_same_command_goes_on(world, mon
   assert interrupts.status == 128 + signal.SIGINT
   assert 0 < len(lines(folder / "stopped" / "prompts.jsonl")) < 26
   command.collect(config, folder / "stopped")
+  assert f"prefpaint_jax.label --candidates={folder / 'stopped'}" in capsys.readouterr().err
   assert files(folder / "stopped") == files(folder / "whole")
 
 

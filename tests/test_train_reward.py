@@ -117,6 +117,7 @@ def test_command_writes_a_reward_with_its_bound_and_resumes_exactly(
 
   loaded = RewardModel.from_pretrained(tmp_path / "whole" / "reward")
   held_out = open_preferences(preferences, "test")
+  assert f"\n{len(held_out)} test prompts, " in f"\n{printed}"
   rewards, features, scores = [], [], []
   for one in held_out:
     r, z = loaded.score(one["candidates"] / 255.0, one["masked_image"][None] / 255.0)

@@ -166,6 +166,11 @@ def serve(app: Any, opened: socket.socket) -> None:
   import uvicorn
 
   config = uvicorn.Config(
-    app, log_level="warning", access_log=False, timeout_keep_alive=15, limit_concurrency=256
+    app,
+    log_level="warning",
+    access_log=False,
+    lifespan="off",  # at a second Ctrl-C uvicorn prints a traceback of the task of lifespan
+    timeout_keep_alive=15,
+    limit_concurrency=256,
   )
   uvicorn.Server(config).run(sockets=[opened])

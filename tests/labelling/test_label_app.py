@@ -3,13 +3,16 @@
 import io
 import json
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
-from labelling_world import label_server, read_lines, write_candidates
+from labelling_world import ROOT, label_server, read_lines, write_candidates
 from PIL import Image
 
 from prefpaint_jax.labelling.app import make_app
@@ -425,15 +428,25 @@ def test_killed_server_loses_and_doubles_no_acknowledged_answer(tmp_path, invite
 
 @pytest.mark.slow
 def test_second_server_of_a_folder_is_refused(tmp_path):
-  import subprocess
-  import sys
-
   folder = write_candidates(tmp_path / "candidates", 1)
   with label_server(folder, "--port=0"):
     command = [sys.executable, "-m", "prefpaint_jax.label", f"--candidates={folder}", "--port=0"]
     second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
   assert second.returncode == 1
   assert re.fullmatch(rf"error: {folder} is in use by process \d+ on .*\n", second.stderr)
+
+
+@pytest.mark.slow
+def test_server_that_is_interrupted_twice_prints_no_traceback(tmp_path):
+  folder = write_candidates(tmp_path / "candidates", 1)
+  command = [sys.executable, "-m", "prefpaint_jax.label", f"--candidates={folder}", "--port=0"]
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+    assert httpx.get(process.stdout.readline().strip()).status_code == 200
+    for _ in range(2):  # an impatient Ctrl-C
+      process.send_signal(signal.SIGINT)
+      time.sleep(0.03)
+    assert process.communicate(timeout=60)[1].strip() in ("", "Interrupted.")
 
 
 @pytest.mark.slow
