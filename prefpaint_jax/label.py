@@ -65,6 +65,8 @@ if __name__ == "__main__":
       raise ValueError(f"--host={host} is reached from other machines; give --annotators=FILE")
     if (_ORDER.value == "uncertain") != (_REWARD.value is not None):
       raise ValueError("--order=uncertain and --reward=FOLDER need each other; give both or none")
+    if not any(folder.glob("inpaint/*.png")):  # before the lock, a file in the folder
+      raise ValueError(f"{folder}: no candidates to show; run prefpaint_jax.collect first")
     with exclusive(folder), server.listening(host, _PORT.value) as opened:
       invited = _ANNOTATORS.value and read_invitations(Path(_ANNOTATORS.value))
       if invited and len(invited) < _PER_PROMPT.value:

@@ -268,7 +268,7 @@ LINES = [  # TMP is the folder of `answers`
   (("label", "--candidates=x", "--annotators="), "--annotators=: expected a name or path"),
   (("label", "--candidates=TMP", "--order=uncertain"), "--reward=FOLDER"),
   (("label", "--candidates=TMP", "--reward=mini"), "--order=uncertain and --reward=FOLDER"),
-  (("label", "--candidates=TMP", "--annotators=TMP/no.txt"), "no.txt: .*; check the path"),
+  (("label", "--candidates=TMP"), "no candidates to show; run prefpaint_jax.collect first"),
   (("label", "--candidates=TMP", "--report"), "annotations.jsonl: no such file; score"),
   (("export", "--workdir=", "--output=x"), "--workdir=: expected a name or path"),
   (("export", "--workdir=x", "--output="), "--output=: expected a name or path"),

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -224,12 +225,13 @@ def test_interrupted_save_keeps_the_earlier_image(tmp_path, monkeypatch):
   image = np.zeros((2, 2, 3), np.uint8)
   save_png(tmp_path / "1.png", image)
 
-  def interrupted(self, file, **options):
-    file.write_bytes(b"\x89PNG half")
+  def interrupted(self, content):
+    with self.open("wb") as file:
+      file.write(content[: len(content) // 2])
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(Image.Image, "save", interrupted)
-  with pytest.raises(KeyboardInterrupt):
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(Path, "write_bytes", interrupted)
     save_png(tmp_path / "1.png", image + 1)
   np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "1.png")), image)
 
