@@ -128,7 +128,7 @@ async def _answer(send: Callable, status: int, line: str) -> None:
 def check_installed() -> None:
   """Raises ValueError if a package of the extra `label` is missing."""
   if not (importlib.util.find_spec("starlette") and importlib.util.find_spec("uvicorn")):
-    raise ValueError("needs Starlette and uvicorn: pip install 'prefpaint_jax[label]'")
+    raise ValueError("needs Starlette and uvicorn: pip install starlette uvicorn")
 
 
 def is_loopback(host: str) -> bool:
