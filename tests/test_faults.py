@@ -20,6 +20,7 @@ import pytest
 from prefpaint_jax import testing, train
 from prefpaint_jax.align import run
 from prefpaint_jax.align.stages import Stages, make_stages
+from prefpaint_jax.align.state import Scores
 from prefpaint_jax.runtime import cli
 from prefpaint_jax.runtime.checkpoint import Checkpoints
 
@@ -61,12 +62,13 @@ def make_cheap_stages(*arguments) -> Stages:
     return images, masks, samples
 
   def score(frozen, prompts, samples, texts=None, on_host=None):
-    reward = jnp.mean(samples)
-    return reward, {"reward/mean": reward, "reward/nan_fraction": jnp.zeros(())}
+    reward = jnp.mean(samples, axis=(1, 2, 3))
+    scores = Scores(reward, jnp.isfinite(reward), reward, reward)
+    return scores, {"reward/mean": jnp.mean(reward), "reward/nan_fraction": jnp.zeros(())}
 
   @jax.jit
   def change_of(state, prompts, scores, indices):
-    return 1e-2 * (scores + mean(prompts) * jnp.sum(indices) + mean(state))
+    return 1e-2 * (jnp.mean(scores.reward) + mean(prompts) * jnp.sum(indices) + mean(state))
 
   def change_by(state, change):
     change_one = lambda x: x + change if jnp.issubdtype(x.dtype, jnp.floating) else x
