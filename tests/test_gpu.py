@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -104,7 +105,7 @@ def test_first_iteration_equals_the_cpus(tmp_path):
     for platform in ("cuda", "cpu")
   )
   names = {name for name in expected if name.startswith(("reward/", "trust/", "ppo/"))}
-  names -= {"ppo/loss", "ppo/approx_kl", "ppo/clip_fraction"}  # near zero
+  names -= {"ppo/approx_kl", "ppo/clip_fraction"}  # near zero
   assert len(names) > 8
   pick = lambda line: {name: line[name] for name in names}
   assert pick(ours) == pytest.approx(pick(expected), rel=5e-3, abs=1e-4)
@@ -117,14 +118,4 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
   assert train(tmp_path / "parts", 3, **flags) == whole
   for name in ("params", "opt_state"):
     folders = (tmp_path / run / "checkpoints" for run in ("parts", "whole"))
-    ours, expected = (dict(leaves_of(Checkpoints(folder).load(name))) for folder in folders)
-    assert ours.keys() == expected.keys()
-    for path, leaf in ours.items():
-      np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
-
-
-def leaves_of(tree: dict, prefix: str = ""):
-  """Yields (path, leaf) of nested dictionaries."""
-  for name, value in tree.items():
-    path = f"{prefix}/{name}"
-    yield from leaves_of(value, path) if isinstance(value, dict) else [(path, value)]
+    jax.tree.map(np.testing.assert_array_equal, *(Checkpoints(x).load(name) for x in folders))

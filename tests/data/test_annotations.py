@@ -1,6 +1,5 @@
 """Annotations: Krippendorff's alpha, joined scores, and the report of all errors."""
 
-import itertools
 import json
 import math
 import re
@@ -78,39 +77,6 @@ def errors_of(folder):
     first,
   )
   return errors
-
-
-def test_alpha_equals_the_published_value():
-  nan = math.nan
-  observers = [
-    [1, 2, 3, 3, 2, 1, 4, 1, 2, nan, nan, nan],
-    [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, nan, 3],
-    [nan, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, nan],
-    [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, nan],
-  ]  # Krippendorff's example of four observers and twelve units: alpha is 0.849 for interval data
-  alpha = agreement.krippendorff_alpha(np.transpose(observers))
-  assert round(alpha, 3) == 0.849
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_alpha_equals_a_sum_over_all_pairs_of_ratings(seed):
-  rng = np.random.default_rng(seed)
-  ratings = np.round(rng.normal(3, 1, (7, 1)) + rng.normal(0, seed / 2 + 0.1, (7, 4)), 1)
-  ratings[rng.random(ratings.shape) < 0.3] = np.nan
-  units = [unit[~np.isnan(unit)] for unit in ratings]
-  units = [unit for unit in units if len(unit) > 1]
-  values = np.concatenate(units)
-  pairs = lambda x: sum((a - b) ** 2 for a, b in itertools.permutations(x, 2))
-  observed = sum(pairs(unit) / (len(unit) - 1) for unit in units) / len(values)
-  expected = pairs(values) / (len(values) * (len(values) - 1))
-  alpha = agreement.krippendorff_alpha(rng.permuted(ratings, axis=1))
-  np.testing.assert_allclose(alpha, 1 - observed / expected, rtol=1e-12)
-
-
-def test_alpha_is_one_for_full_agreement_and_nan_without_pairs_or_variance():
-  assert agreement.krippendorff_alpha([[1, 1], [4, 4], [7, math.nan]]) == 1
-  for ratings in ([[1, math.nan], [math.nan, 2]], [[3, 3], [3, 3]], np.zeros((0, 2))):
-    assert math.isnan(agreement.krippendorff_alpha(ratings))
 
 
 def test_scores_are_averaged_over_annotators_and_criteria_are_weighted(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import brentq
 from test_annotations import errors_of, rating, write_candidates_folder, write_lines
 
-from prefpaint_jax.data import agreement, annotations, comparisons
+from prefpaint_jax.data import annotations, comparisons
 from prefpaint_jax.data.annotation_files import read_candidates, read_prompts
 from prefpaint_jax.data.answers import Answer, read_answers
 from prefpaint_jax.data.preference_records import build_preferences, summary
@@ -180,35 +180,6 @@ def test_scores_of_comparisons_leave_out_repeats_and_count_a_tie_as_half_a_win(t
   assert read.annotators == 2 and read.left_out == {"candidates": 1, "prompts": 0}
   assert [c.annotators for c in read.prompts[0].candidates] == [2, 2, 1]
   assert read.agreement["pairs"] == 1  # the only pair of two annotators has equal choices
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_nominal_alpha_equals_a_sum_over_all_pairs_of_ratings(seed):
-  rng = np.random.default_rng(seed)
-  ratings = rng.integers(-1, 2, (9, 4)).astype(float)
-  ratings[rng.random(ratings.shape) < 0.3] = np.nan
-  units = [unit[~np.isnan(unit)] for unit in ratings]
-  units = [unit for unit in units if len(unit) > 1]
-  values = np.concatenate(units)
-  differ = lambda x: sum(x[i] != x[j] for i in range(len(x)) for j in range(len(x)) if i != j)
-  observed = sum(differ(unit) / (len(unit) - 1) for unit in units) / len(values)
-  by_chance = differ(values) / (len(values) * (len(values) - 1))
-  alpha, equal, chance = agreement.nominal_agreement(ratings)
-  np.testing.assert_allclose([equal, chance], [1 - observed, 1 - by_chance], rtol=1e-12)
-  np.testing.assert_allclose(alpha, 1 - observed / by_chance, rtol=1e-12)
-
-
-def test_nominal_alpha_equals_the_published_value():
-  nan = math.nan
-  observers = [
-    [1, 2, 3, 3, 2, 1, 4, 1, 2, nan, nan, nan],
-    [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, nan, 3],
-    [nan, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, nan],
-    [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, nan],
-  ]  # Krippendorff's example of four observers: alpha is 0.743 for nominal data
-  assert round(agreement.nominal_agreement(np.transpose(observers))[0], 3) == 0.743
-  assert all(map(math.isnan, agreement.nominal_agreement([[1, nan], [nan, 2]])))
-  assert agreement.nominal_agreement([[1, 1], [2, 2]])[0] == 1
 
 
 def test_agreement_of_comparisons_does_not_depend_on_the_names_of_the_candidates():
