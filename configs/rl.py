@@ -39,7 +39,9 @@ def get_config(preset: str = "") -> ConfigDict:
   config.samples_per_prompt = 1  # above 1, advantages compare samples of the same prompt
   config.num_steps = 50  # T, DDIM steps
   config.mask_latents = "cells"  # missing latents: cells with any missing pixel, or corner (stock)
-  config.eta = 1.0  # scale of the noise of each DDIM step; above 0
+  config.eta = 1.0  # scale of the noise of each DDIM step; above 0 for ppo
+  config.window = 0  # steps with noise, which are trained (ppo); it slides (MixGRPO); 0: all steps
+  config.window_iterations = 25  # iterations before the window moves by one step
   # Classifier-free guidance by the prompts' texts, in the rollout and in the update; 1: none. The
   # UNet then takes two inputs for each image.
   config.guidance_scale = 1.0
@@ -68,6 +70,15 @@ def get_config(preset: str = "") -> ConfigDict:
   config.max_nan_fraction = 0.1  # the run stops if more of an iteration's rewards are not finite
 
   # Update.
+  config.algorithm = "ppo"  # ppo, nft (DiffusionNFT) or awm (docs/algorithms.md)
+  config.ratio_normalisation = False  # ppo: GRPO-Guard's importance ratio and weight of each step
+  config.nft = ConfigDict()
+  config.nft.beta = 1.0  # how far the two implicit policies are from the old policy
+  # The old policy moves to decay * old + (1 - decay) * policy after each iteration, where decay is
+  # rate * (updates - start), from 0 to maximum. Published: 0.001, 0, 0.5; or 0.0075, 75, 0.999.
+  config.nft.decay_rate = 0.001
+  config.nft.decay_start = 0
+  config.nft.decay_maximum = 0.5
   config.train_timesteps = 5  # K, steps of the chain to train in an iteration, drawn at random
   config.skip_steps = (0, 0)  # how many of the first and of the last steps are never drawn
   config.updates_per_iteration = 5  # optimiser updates that share the K steps; divides K
@@ -76,10 +87,12 @@ def get_config(preset: str = "") -> ConfigDict:
   config.optimizer = "adamw"  # or sgd, which ignores adam_b1, adam_b2, adam_eps and weight_decay
   config.learning_rate = 2e-6  # of the optimiser, after the warm-up
   config.warmup_updates = 0  # updates in which the learning rate rises to its value
-  config.clip_range = 1e-4  # the importance ratio is clipped to 1 ± this value
-  config.log_prob_region = "all"  # latents in the log-probability: all, or hole (missing ones)
+  config.clip_range = 1e-4  # the importance ratio is clipped to 1 ± this value (ppo, awm)
+  config.log_prob_region = "all"  # latents in the loss: all, or hole (missing ones)
   config.loss_reduction = "mean"  # mean or sum over samples and timesteps
-  config.kl_weight = 0.0  # weight of the KL divergence from the base policy
+  # Weight of the KL divergence from the base policy (ppo) or of the squared difference of the
+  # network's outputs (nft, awm).
+  config.kl_weight = 0.0
   config.ema_decay = 0.0  # decay of the moving average of the parameters, for export; 0: none
   config.adam_b1 = 0.9  # decay of AdamW's mean of gradients
   config.adam_b2 = 0.999  # decay of AdamW's mean of squared gradients

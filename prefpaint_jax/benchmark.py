@@ -127,10 +127,10 @@ class _Timer:
     for _ in range(1 + self._repeats):
       began = time.perf_counter()
       behaviour = behaviour_params(state)
-      encoded, trajectory, samples = compiled["rollout"](behaviour, frozen, *prompts)
+      encoded, record, samples = compiled["rollout"](behaviour, frozen, *prompts)
       scores, _ = compiled["score"](frozen, encoded, samples, None, None)
-      experience = Experience(encoded, trajectory, scores)
-      for indices in stages.draw_timesteps(jax.random.key(0)):
+      experience = Experience(encoded, record, scores)
+      for indices in stages.draw_timesteps(jax.random.key(0), stages.window(0)):
         state, _ = compiled["update"](state, frozen, experience, indices)
       state = jax.block_until_ready(stages.end_iteration(state))
       seconds.append(time.perf_counter() - began)
@@ -180,23 +180,26 @@ def benchmark(
   timer = _Timer(mesh, repeats, say)
 
   # The outputs of a stage are arguments of the next.
-  prompts, trajectory, samples = timer.stage(
-    "rollout", stages.rollout, behaviour_params(state), frozen, images, masks, key, context
+  window = stages.window(0)
+  inputs = frozen, images, masks, key, context, window
+  prompts, record, samples = timer.stage(
+    "rollout", stages.rollout, behaviour_params(state), *inputs
   )
   encode = functools.partial(encode_prompts, modules, settings, mesh=mesh)
   jit = fast_jit(mesh)
   timer.stage("encode", jit(encode), frozen, images, masks)
   decode_all = functools.partial(decode, modules, chunk=settings.decode_batch, mesh=mesh)
-  timer.stage("decode", jit(decode_all), frozen.vae, trajectory.latents[-1], prompts)
+  latents = record.latents[-1] if settings.keeps_chain else record.latents
+  timer.stage("decode", jit(decode_all), frozen.vae, latents, prompts)
   if any(read := reward_shapes(run.objective, config, mesh)):
     raise ValueError("config.reward reads texts or runs on the host; give a reward that does not")
   scores, _ = timer.stage("score", stages.score, frozen, prompts, samples, *read)
-  indices, experience = stages.draw_timesteps(key)[0], Experience(prompts, trajectory, scores)
+  indices, experience = stages.draw_timesteps(key, window)[0], Experience(prompts, record, scores)
   updates = settings.updates_per_iteration
   arguments = state, frozen, experience, indices
   state, _ = timer.stage("update", stages.update, *arguments, times=updates, donates_state=True)
-  del prompts, trajectory, samples, scores, experience, arguments
-  timer.iterations(stages, state, frozen, images, masks, key, context)
+  del prompts, record, latents, samples, scores, experience, arguments
+  timer.iterations(stages, state, *inputs)
   return {
     "policy": config.policy,
     "architecture": source,

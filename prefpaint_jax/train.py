@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from prefpaint_jax.align.held_out import HeldOut
 from prefpaint_jax.align.loading import load_run
 from prefpaint_jax.align.novelty import with_novelty
-from prefpaint_jax.align.optimizer import rate_of_iteration
+from prefpaint_jax.align.optimizer import counts_of_iteration
 from prefpaint_jax.align.referee import Referee
 from prefpaint_jax.align.results import (
   print_comparison,
@@ -134,9 +134,9 @@ def open_session(config: ConfigDict, workdir: Path, mesh: Mesh) -> tuple[Session
     )
     for found, referee in zip(prompts_of.values(), (Referee(earlier), None), strict=True)
   )
-  images_per_iteration = config.batch_size * settings.samples_per_prompt
-  rate = functools.partial(rate_of_iteration, config)
-  log = IterationLog(writer, config.num_iterations, start, images_per_iteration, rate)
+  images = config.batch_size * settings.samples_per_prompt
+  counts = functools.partial(counts_of_iteration, config, images, settings.passes_per_sample)
+  log = IterationLog(writer, config.num_iterations, start, images, counts)
   session = Session(config, workdir, mesh, run, loader, held_out, final, checkpoints, writer, log)
   return session, state
 
@@ -172,15 +172,15 @@ def iterate(
     batch = next(loader)
     images, masks = sharding.to_global(mesh, (batch["image"], batch["mask"]))
     context = run.texts and run.texts(list(batch["text"]))
-    behaviour = behaviour_params(state)
-    prompts, trajectory, samples = stages.rollout(
-      behaviour, frozen, images, masks, rollout_key, context
+    behaviour, window = behaviour_params(state), stages.window(iteration)
+    prompts, record, samples = stages.rollout(
+      behaviour, frozen, images, masks, rollout_key, context, window
     )
     read = reward_inputs(run.objective, mesh, batch, samples)
     scores, score_metrics = stages.score(frozen, prompts, samples, *read)
     log.scored(score_metrics)
-    experience, update_metrics = Experience(prompts, trajectory, scores), []
-    for indices in stages.draw_timesteps(timestep_key):
+    experience, update_metrics = Experience(prompts, record, scores), []
+    for indices in stages.draw_timesteps(timestep_key, window):
       state, metrics = stages.update(state, frozen, experience, indices)
       update_metrics.append(metrics)
     state = stages.end_iteration(state)

@@ -157,7 +157,8 @@ def loss_of(modules, settings: Settings):
   def loss(params, frozen, prompts, trajectory, scores, indices):
     count = jnp.maximum(scores.valid.sum(), 1) * indices.shape[0]
     experience = Experience(prompts, trajectory, scores)
-    return update.policy_loss(sampler, params, frozen.base, experience, indices, count)
+    batch = update.batch_of(sampler, experience, indices)
+    return update.policy_loss(sampler, params, frozen.base, batch, count)
 
   return loss
 

@@ -65,6 +65,23 @@ def rate_of_iteration(config: ConfigDict, iteration: int) -> float:
   return float(rate_of_update(config.learning_rate, config.warmup_updates, count - 1))
 
 
+def counts_of_iteration(
+  config: ConfigDict, images: int, passes: int, iteration: int
+) -> dict[str, float]:
+  """Returns the learning rate of an iteration, and what a run has cost up to it.
+
+  Args:
+    images: samples of an iteration.
+    passes: forward passes of the UNet for a sample (`Settings.passes_per_sample`).
+  """
+  sampled = iteration * images
+  return {
+    f"{config.algorithm}/learning_rate": rate_of_iteration(config, iteration),
+    "count/images": sampled,
+    "count/unet_passes": sampled * passes,
+  }
+
+
 def optimizer_from(config: ConfigDict) -> optax.GradientTransformation:
   """Makes the optimiser from the fields of an alignment config."""
   return make_optimizer(

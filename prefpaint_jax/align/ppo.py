@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from prefpaint_jax.diffusion.ddim import Latents, Sigma, Weight, mean_over_elements
+
 LARGEST_REWARD = 1e9
 
 
@@ -118,6 +120,31 @@ def ppo_loss(
     "approx_kl": jnp.expm1(log_ratio) - log_ratio,
   }
   return loss, metrics
+
+
+def noise_log_ratio(
+  x_prev: Latents,
+  mean: Latents,
+  sigma: Sigma,
+  noise: Latents,
+  weight: Weight | None = None,
+) -> Float[Array, " B"]:
+  """Computes GRPO-Guard's log-ratio, σ (log p − log p_old + KL), as mean(noise · (μ − μ_old)).
+
+  A transition is x_t' = μ_old + σ · noise. Its log-ratio is that mean over σ, minus the KL
+  divergence (μ − μ_old)² / 2σ². The log-ratio without the divergence and the factor 1/σ has no bias
+  below 0, and one scale for all steps (`verl_omni/trainer/diffusion/diffusion_algos.py`). It is 0
+  where σ = 0.
+
+  Args:
+    x_prev: x_t'.
+    mean: μ of the trained policy.
+    noise: that of the rollout.
+    weight: that of `ddim.log_prob`.
+  """
+  sigma = jnp.reshape(jnp.asarray(sigma, jnp.float32), (-1, *(1,) * (mean.ndim - 1)))
+  change = jnp.where(sigma > 0, mean - (x_prev - sigma * noise), 0.0)
+  return mean_over_elements(noise * change, weight)
 
 
 def draw_timesteps(

@@ -8,10 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from prefpaint_jax.align.settings import Settings
-from prefpaint_jax.align.state import Frozen, Sampler, gather, log_prob_weight, merged_params
+from prefpaint_jax.align.state import (
+  Endpoint,
+  Frozen,
+  Sampler,
+  gather,
+  log_prob_weight,
+  merged_params,
+)
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.diffusion.ddim import Trajectory
 from prefpaint_jax.models.conditioning import Context, Guidance, Prompts, combine
@@ -161,18 +168,20 @@ def rollout(
   masks: Float[Array, "P H W 1"],
   key: jax.Array,
   context: Context | None = None,
+  window: Int[Array, ""] | None = None,
   mesh: Mesh | None = None,
-) -> tuple[Prompts, Trajectory, Float[Array, "B H W 3"]]:
-  """Samples S inpaintings of each prompt with the policy, and keeps the DDIM chain.
+) -> tuple[Prompts, Trajectory | Endpoint, Float[Array, "B H W 3"]]:
+  """Samples S inpaintings of each prompt with the policy, and keeps what the algorithm trains on.
 
   Args:
     policy: the behaviour policy's parameters, or its LoRA adapters.
     images: in [0, 1]; pixels under the mask are ignored.
     masks: 1 = missing.
     context: of the prompts' texts; None: no prompt has a text.
+    window: first of the `settings.window` steps with noise; None: all steps have it.
 
   Returns:
-    The prompts of the B samples, their trajectory, and the samples in [0, 1].
+    The prompts of the B samples, their chain or their final latents, and the samples in [0, 1].
   """
   if sampler.settings.text_dropout and context is not None:
     key, text_key = jax.random.split(key)
@@ -180,11 +189,23 @@ def rollout(
   prompts, predict, noise, key = _start_chain(
     sampler, policy, frozen, images, masks, context, key, mesh
   )
-  weight = log_prob_weight(sampler.settings, prompts)
-  schedule, chunk = sampler.modules.schedule, sampler.settings.decode_batch
-  trajectory = ddim.rollout(predict, schedule, sampler.steps, noise, key, weight)
-  samples = decode(sampler.modules, frozen.vae, trajectory.latents[-1], prompts, chunk, mesh)
-  return prompts, trajectory, samples
+  settings, schedule, steps = sampler.settings, sampler.modules.schedule, sampler.steps
+  if window is not None:
+    index = jnp.arange(settings.num_steps)
+    inside = (index >= window) & (index < window + settings.window)
+    steps = steps._replace(sigma=jnp.where(inside, steps.sigma, 0.0))
+  if settings.keeps_chain:
+    weight = log_prob_weight(settings, prompts)
+    record = ddim.rollout(predict, schedule, steps, noise, key, weight)
+    latents = record.latents[-1]
+    if settings.ratio_normalisation:
+      record = record._replace(key=key)
+  else:
+    key, forward_key = jax.random.split(key)
+    latents = ddim.sample(predict, schedule, steps, noise, key)
+    record = Endpoint(latents, forward_key)
+  samples = decode(sampler.modules, frozen.vae, latents, prompts, settings.decode_batch, mesh)
+  return prompts, record, samples
 
 
 def inpaint(

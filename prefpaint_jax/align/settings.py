@@ -1,7 +1,7 @@
 """The settings of an iteration of alignment, and the checks of a run's config."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -50,6 +50,19 @@ class Trust:
 
 
 @dataclasses.dataclass(frozen=True)
+class Nft:
+  """The settings of DiffusionNFT; `align.nft` has their equations."""
+
+  beta: float = 1.0
+  decay_start: int = 0
+  decay_rate: float = 0.001
+  decay_maximum: float = 0.5
+
+  def __post_init__(self):
+    check_values(vars(self), RL, "nft.")
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
   """The settings of an iteration; `configs/rl.py` explains the fields.
 
@@ -81,6 +94,11 @@ class Settings:
   behaviour_dtype: str
   lora: bool  # train LoRA adapters of the base policy, not its parameters
   trust: Trust
+  algorithm: str = "ppo"
+  ratio_normalisation: bool = False
+  window: int = 0
+  window_iterations: int = 25
+  nft: Nft = Nft()
 
   def __post_init__(self):
     def check(condition: bool, message: str) -> None:
@@ -111,12 +129,54 @@ class Settings:
       f"timesteps_per_pass is {self.timesteps_per_pass}; expected 0 or a divisor of {each}, the "
       "timesteps of an update",
     )
+    self._check_algorithm(check, trainable)
+
+  def _check_algorithm(self, check: Callable[[bool, str], None], trainable: int) -> None:
+    """Checks the fields that only some algorithms have."""
+    name = self.algorithm
+    check(
+      self.eta > 0 or not self.keeps_chain,
+      "eta is 0 with algorithm='ppo'; a chain without noise has no policy gradient; give eta above "
+      "0, or --config.algorithm=nft",
+    )
+    for field in ("ratio_normalisation", "window"):
+      check(
+        self.keeps_chain or not getattr(self, field),
+        f"{field} is {getattr(self, field)} with algorithm={name!r}; only ppo has it; leave it out",
+      )
+    check(
+      not self.window or self.train_timesteps <= self.window <= trainable,
+      f"window is {self.window}; expected 0, or train_timesteps={self.train_timesteps} to "
+      f"{trainable}, the steps that skip_steps={self.skip_steps} leaves",
+    )
+    check(
+      name != "nft" or (self.behaviour_refresh == 1 and self.behaviour_dtype == "float32"),
+      f"behaviour_refresh is {self.behaviour_refresh} and behaviour_dtype {self.behaviour_dtype!r} "
+      "with algorithm='nft'; expected 1 and 'float32', because nft.decay_* moves its old policy",
+    )
+
+  @property
+  def keeps_chain(self) -> bool:
+    """Whether the update trains transitions of the chain, not noised final latents."""
+    return self.algorithm == "ppo"
+
+  @property
+  def keeps_behaviour(self) -> bool:
+    """Whether the state holds the behaviour policy beside the policy."""
+    return self.behaviour_refresh > 1 or not self.keeps_chain
+
+  @property
+  def passes_per_sample(self) -> int:
+    """Forward passes of the UNet for a sample of an iteration; a backward pass counts as two."""
+    update = 3 + (self.kl_weight > 0) + (not self.keeps_chain)
+    guided = 2 if self.guidance_scale != 1 else 1
+    return guided * (self.num_steps + self.train_timesteps * update)
 
 
 def settings_from(config: ConfigDict) -> Settings:
   """Makes the settings of an alignment config."""
   names = [field.name for field in dataclasses.fields(Settings)]
-  values = {name: config[name] for name in names if name not in ("trust", "lora")}
+  values = {name: config[name] for name in names if name not in ("trust", "lora", "nft")}
   values["skip_steps"] = tuple(config.skip_steps)
   if config.behaviour_dtype == "bfloat16" and (config.dtype != "bfloat16" or config.lora.rank > 0):
     # The update computes with these parameters in float32: the ratio would not be 1 at equal
@@ -131,7 +191,8 @@ def settings_from(config: ConfigDict) -> Settings:
       f"lora.init is {config.lora.init} with lora.rank=0; expected the rank of its adapters; set "
       "--config.lora.rank"
     )
-  return Settings(**values, lora=config.lora.rank > 0, trust=Trust(**config.trust))
+  nested = {"trust": Trust(**config.trust), "nft": Nft(**config.nft)}
+  return Settings(**values, **nested, lora=config.lora.rank > 0)
 
 
 def measures_novelty(trust: Trust, objective: Objective) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -20,6 +21,7 @@ from prefpaint_jax.align import rollout as rollout_lib
 from prefpaint_jax.align import score as score_lib
 from prefpaint_jax.align import update as update_lib
 from prefpaint_jax.align.state import (
+  Endpoint,
   Experience,
   Frozen,
   Sampler,
@@ -44,7 +46,8 @@ class Stages(NamedTuple):
   inpaint: Program
   kl_to_base: Program
   score: Program
-  draw_timesteps: Callable[[jax.Array], list[jax.Array]]  # key -> the step indices of each update
+  window: Callable[[int], np.int32 | None]  # iteration -> the first step with noise, if it slides
+  draw_timesteps: Callable[..., list[jax.Array]]  # (key, window) -> step indices of each update
   update: Program  # donates its state
   end_iteration: Program  # donates its state
   shapes: TrainState  # of jax.ShapeDtypeStruct
@@ -72,14 +75,24 @@ def make_stages(
   batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   along_time = NamedSharding(mesh, P(None, *batch.spec))
   prompts = Prompts(*(batch,) * 4, context=batch if has_texts else whole, guidance=whole)
-  trajectory = Trajectory(latents=along_time, log_probs=along_time, timesteps=whole)
+  key = whole if settings.ratio_normalisation else None
+  record = Trajectory(latents=along_time, log_probs=along_time, timesteps=whole, key=key)
+  if not settings.keeps_chain:
+    record = Endpoint(latents=batch, key=whole)
+  first, last = settings.skip_steps
+
+  def window(iteration: int) -> np.int32 | None:
+    positions = settings.num_steps - first - last - settings.window + 1
+    moved = iteration // settings.window_iterations
+    return np.int32(first + moved % positions) if settings.window else None
 
   @jax.jit
-  def draw_timesteps(key: jax.Array) -> list[jax.Array]:
-    first, last = settings.skip_steps
-    drawn = ppo.draw_timesteps(
-      key, settings.num_steps, settings.train_timesteps, first, settings.num_steps - last
-    )
+  def draw_timesteps(key: jax.Array, window: jax.Array | None = None) -> list[jax.Array]:
+    K = settings.train_timesteps
+    if window is None:
+      drawn = ppo.draw_timesteps(key, settings.num_steps, K, first, settings.num_steps - last)
+    else:
+      drawn = window + ppo.draw_timesteps(key, settings.window, K)
     return jnp.split(drawn, settings.updates_per_iteration)
 
   single = sampler._replace(settings=dataclasses.replace(settings, samples_per_prompt=1))
@@ -89,11 +102,12 @@ def make_stages(
     init=program(init, out_shardings=layout),
     rollout=program(
       functools.partial(rollout_lib.rollout, sampler, mesh=mesh),
-      out_shardings=(prompts, trajectory, batch),
+      out_shardings=(prompts, record, batch),
     ),
     inpaint=program(functools.partial(rollout_lib.inpaint, single, mesh=mesh)),
     kl_to_base=program(functools.partial(rollout_lib.kl_to_base, single, mesh=mesh)),
     score=program(functools.partial(score_lib.score, objective, settings, mesh=mesh)),
+    window=window,
     draw_timesteps=draw_timesteps,
     update=program(
       functools.partial(update_lib.update, sampler, optimizer, mesh=mesh),
@@ -127,14 +141,15 @@ def compile_iteration(
   """
   key, behaviour = jax.random.key(0), behaviour_params(state)
   size = *images.shape, sum(x.size for x in jax.tree.leaves(behaviour))
+  window = stages.window(0)
   with waiting("compiling the rollout", size):
-    prompts, trajectory, samples = stages.rollout.compile(
-      behaviour, frozen, images, masks, key, context
+    prompts, record, samples = stages.rollout.compile(
+      behaviour, frozen, images, masks, key, context, window
     )
   with waiting("compiling the score", size):
     scores, _ = stages.score.compile(frozen, prompts, samples, texts, on_host)
-  indices = stages.draw_timesteps(key)[0]
-  experience = Experience(prompts, trajectory, scores)
+  indices = stages.draw_timesteps(key, window)[0]
+  experience = Experience(prompts, record, scores)
   with waiting("compiling the update", size):
     state, _ = stages.update.compile(state, frozen, experience, indices)
     stages.end_iteration.compile(state)

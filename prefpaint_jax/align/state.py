@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from prefpaint_jax.align.settings import Settings
 from prefpaint_jax.diffusion.ddim import Steps, Trajectory
@@ -43,7 +43,7 @@ class TrainState(NamedTuple):
   iteration: Int[Array, ""]
   params: Params  # the UNet's, or the LoRA adapters
   opt_state: optax.OptState
-  behaviour: Params | None  # None: the policy itself, refreshed every iteration
+  behaviour: Params | None  # None: the policy itself, as it was when the iteration began
   ema: Params | None
   gradients: Params | None  # accumulated between updates
 
@@ -57,11 +57,36 @@ class Scores(NamedTuple):
   advantages: Float[Array, " B"]
 
 
+class Endpoint(NamedTuple):
+  """The result of a rollout without its chain, for algorithms that noise it."""
+
+  latents: Float[Array, "B h w c"]  # final
+  key: Key[Array, ""]  # of the noise of the forward process
+
+
 class Experience(NamedTuple):
-  """A scored rollout: the training data of an update."""
+  """A scored rollout: the training data of an iteration's updates."""
 
   prompts: Prompts
-  trajectory: Trajectory
+  record: Trajectory | Endpoint
+  scores: Scores
+
+
+class Pairs(NamedTuple):
+  """Pairs of a sample and a step: [k, B, ...] in an update, [n, ...] in a loss."""
+
+  latents: Float[Array, "*n h w c"]  # x_t, the network's input
+  target: Float[Array, "*n h w c"]  # x_t' of the transition, or x0
+  noise: Float[Array, "*n h w c"] | None  # of the transition or of x_t; None where unused
+  old_log_prob: Float[Array, "*n"] | None  # of the transition, under the behaviour policy
+
+
+class Batch(NamedTuple):
+  """The training data of one update, or of one pass of it."""
+
+  prompts: Prompts
+  indices: Int[Array, " k"]
+  pairs: Pairs
   scores: Scores
 
 
@@ -83,7 +108,7 @@ def init_state(
     iteration=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=optimizer.init(params),
-    behaviour=copy(behaviour) if settings.behaviour_refresh > 1 else None,
+    behaviour=copy(behaviour) if settings.keeps_behaviour else None,
     ema=copy() if settings.ema_decay else None,
     gradients=jax.tree.map(jnp.zeros_like, params) if settings.gradient_accumulation > 1 else None,
   )

@@ -1,9 +1,9 @@
 """The update: policy loss, gradients summed over passes and devices, one optimiser step.
 
-DDPO-style policy gradient over the DDIM chain with PPO clipping; each sample's loss is multiplied
-by the trust weight of its reward (PrefPaint, arXiv 2410.21966, sec. 4). Rollout and update share
-one `predict`, one dtype and one log-probability, so at equal parameters the importance ratio is 1
-to rounding.
+The loss is that of the algorithm (`align.algorithms`); that of each sample is multiplied by the
+trust weight of its reward (PrefPaint, arXiv 2410.21966, sec. 4). Rollout and update share one
+`predict`, one dtype and one log-probability, so at equal parameters the importance ratio is 1 to
+rounding.
 """
 # Shapes: B samples, T rollout steps, k trained steps of an update, h w latents.
 
@@ -14,10 +14,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from prefpaint_jax.align.ppo import ppo_loss
+from prefpaint_jax.align.algorithms import Terms, algorithm_of
+from prefpaint_jax.align.nft import old_policy_decay
 from prefpaint_jax.align.rollout import chunk_size
 from prefpaint_jax.align.settings import Settings
 from prefpaint_jax.align.state import (
+  Batch,
   Experience,
   Frozen,
   Sampler,
@@ -27,23 +29,28 @@ from prefpaint_jax.align.state import (
   log_prob_weight,
   merged_params,
 )
-from prefpaint_jax.diffusion import ddim
-from prefpaint_jax.diffusion.ddim import Trajectory
 from prefpaint_jax.kernels.dispatch import dispatch
 from prefpaint_jax.models.conditioning import Prompts
 from prefpaint_jax.runtime import sharding
 from prefpaint_jax.weights.names import Params
 
 
+def batch_of(sampler: Sampler, experience: Experience, indices: Int[Array, " k"]) -> Batch:
+  """Selects what the steps `indices` of an update train on."""
+  prompts, record, scores = experience
+  pairs = algorithm_of(sampler.settings).pairs(sampler, record, indices)
+  return Batch(prompts, indices, pairs, scores)
+
+
 def policy_loss(
   sampler: Sampler,
   params: Params,
   base: Params | None,
-  experience: Experience,
-  indices: Int[Array, " k"],
+  batch: Batch,
   count: Int[Array, ""],
+  behaviour: Params | None = None,
 ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
-  """Computes the PPO loss of the DDIM steps `indices`, and its metrics.
+  """Computes the loss of the algorithm for k steps of each sample, and its metrics.
 
   All k steps go through the UNet as one batch of B k, in sample-major order, so that a batch that
   is split over devices stays split.
@@ -53,50 +60,41 @@ def policy_loss(
     base: the base policy's parameters, for LoRA and for the KL term.
     count: samples times steps of the whole update. Losses and metrics are sums divided by it, so
       that those of all passes and devices add up to the mean.
+    behaviour: the behaviour policy's parameters, for algorithms that compare with its output.
   """
-  (modules, settings, steps), (prompts, trajectory, scores) = sampler, experience
+  (modules, settings, steps), (prompts, indices, pairs, scores) = sampler, batch
+  algorithm = algorithm_of(settings)
   k, B = indices.shape[0], scores.reward.shape[0]
-  flatten = lambda x: jnp.moveaxis(x, 0, 1).reshape(B * k, *x.shape[2:])
   per_sample = lambda x: jnp.repeat(x, k, axis=0)
   step = steps.at(jnp.tile(indices, B))
   valid = per_sample(scores.valid)
   # An invalid sample may be NaN throughout, and in a gradient 0 · NaN is NaN: mask the inputs.
-  if_valid = lambda x: jnp.where(valid[:, None, None, None], x, 0.0)
-  latents = if_valid(flatten(trajectory.latents[indices]))
-  x_prev = if_valid(flatten(trajectory.latents[indices + 1]))
-  old_log_prob = flatten(trajectory.log_probs[indices])
+  if_valid = lambda x: jnp.where(valid.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0)
+  flatten = lambda x: jnp.moveaxis(x, 0, 1).reshape(B * k, *x.shape[2:])
+  pairs = jax.tree.map(lambda x: if_valid(flatten(x)), pairs)
   repeated = prompts.repeat(k)
   repeated = repeated._replace(masked_latents=if_valid(repeated.masked_latents))
 
   # One timestep for the whole batch is one row of the time embedding.
   timestep = step.timestep if k > 1 else step.timestep[0]
-  output = modules.predict(merged_params(settings, base, params), repeated, latents, timestep)
+  predict = lambda params: modules.predict(params, repeated, pairs.latents, timestep)
+  output, old_output = predict(merged_params(settings, base, params)), None
+  if not settings.keeps_chain:
+    old_output = jax.lax.stop_gradient(predict(merged_params(settings, base, behaviour)))
   weight = log_prob_weight(settings, repeated)
-  mean = ddim.predict_mean(modules.schedule, step, latents, output)
-  log_prob = ddim.log_prob(x_prev, mean, step.sigma, weight)
-  loss, ppo = ppo_loss(
-    log_prob,
-    old_log_prob,
-    per_sample(scores.advantages),
-    per_sample(scores.trust),
-    settings.clip_range,
-    valid,
-  )
-  terms = {
-    "ppo/clip_fraction": ppo["clipped"],
-    "ppo/approx_kl": ppo["approx_kl"],
-    "ppo/ratio_mean": ppo["ratio"],
-    "ppo/policy_loss": loss,
-  }
+  advantages, trust = (if_valid(per_sample(x)) for x in (scores.advantages, scores.trust))
+  terms = Terms(step, output, old_output, weight, advantages, trust)
+  loss, metrics = algorithm.loss(sampler, pairs, terms)
+  metrics["policy_loss"] = loss
   if settings.kl_weight:
-    base_output = modules.predict(base, repeated, latents, timestep)
-    base_mean = ddim.predict_mean(modules.schedule, step, latents, base_output)
-    kl = ddim.gaussian_kl(mean, base_mean, step.sigma, weight)
+    outputs = output, predict(base)
+    kl = algorithm.divergence(sampler, step, pairs.latents, *outputs, weight)
     loss = loss + settings.kl_weight * kl
-    terms["ppo/kl_to_base"] = kl
+    metrics["kl_to_base"] = kl
   total = lambda x: jnp.sum(jnp.where(valid, x, 0.0))
   divisor = 1.0 if settings.loss_reduction == "sum" else count
-  return total(loss) / divisor, {name: total(x) / count for name, x in terms.items()}
+  named = {f"{settings.algorithm}/{name}": total(x) / count for name, x in metrics.items()}
+  return total(loss) / divisor, named
 
 
 def update(
@@ -108,7 +106,7 @@ def update(
   indices: Int[Array, " k"],
   mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """Takes one optimiser step on the DDIM steps `indices` of a rollout.
+  """Takes one optimiser step on the steps `indices` of a rollout.
 
   A pass takes `samples_per_pass` samples of each device and `timesteps_per_pass` steps of them
   through the UNet. The sum over passes is that of the whole batch, whose advantages, weights and
@@ -119,33 +117,35 @@ def update(
   parameters are gathered once and gradients are reduced once, whatever the number of passes.
 
   Returns:
-    The new state and the metrics `ppo/*`.
+    The new state and the metrics of the algorithm, such as `ppo/policy_loss`.
   """
   settings = sampler.settings
-  passes = indices.reshape(-1, settings.timesteps_per_pass or indices.shape[0])
-  count = jnp.maximum(jnp.sum(experience.scores.valid), 1) * indices.shape[0]
+  batch = batch_of(sampler, experience, indices)
+  k = indices.shape[0]
+  count = jnp.maximum(jnp.sum(batch.scores.valid), 1) * k
 
-  def sum_passes(params, base, count, passes, experience):
+  def sum_passes(params, behaviour, base, count, batch):
     """Returns gradients and metrics of these samples, summed over the passes."""
-    samples = experience.scores.reward.shape[0]
+    samples = batch.scores.reward.shape[0]
     size = chunk_size(samples, settings.samples_per_pass)
-    every = passes, None
-    if size < samples:
-      first = jnp.arange(0, samples, size)
-      every = jnp.repeat(passes, len(first), axis=0), jnp.tile(first, len(passes))
+    steps = settings.timesteps_per_pass or k
+    starts = jnp.arange(0, k, steps), jnp.arange(0, samples, size)
+    every = tuple(x.reshape(-1) for x in jnp.meshgrid(*starts, indexing="ij"))
 
-    def one_pass(some: jax.Array, first: jax.Array | None):
-      part = experience if first is None else _part(experience, first, size)
-      loss = lambda params: policy_loss(sampler, params, base, part, some, count)
+    def one_pass(first_step: int | jax.Array, first: int | jax.Array):
+      part = batch
+      if len(every[0]) > 1:
+        part = _part(batch, first_step, steps, first, size)
+      loss = lambda params: policy_loss(sampler, params, base, part, count, behaviour)
       gradients, metrics = jax.grad(loss, has_aux=True)(params)
       gradients = dispatch(LAYOUTS, gradients)
       # Gradients of rounded parameters are rounded, as within the UNet; their sums are float32.
       return jax.tree.map(lambda x: x.astype(jnp.float32), gradients), metrics
 
     if len(every[0]) == 1:
-      return one_pass(passes[0], None)
+      return one_pass(0, 0)
 
-    def add(total: Params, one: tuple[jax.Array, jax.Array | None]):
+    def add(total: Params, one: tuple[jax.Array, jax.Array]):
       gradients, metrics = one_pass(*one)
       return jax.tree.map(jnp.add, total, gradients), metrics
 
@@ -154,12 +154,14 @@ def update(
     return gradients, jax.tree.map(jnp.sum, metrics)
 
   if mesh is not None and mesh.size > 1:
-    sum_passes = _per_device(sum_passes, mesh, state.params, experience.prompts)
-  params, base = gather(sampler, state.params, mesh), frozen.base
+    sum_passes = _per_device(sum_passes, mesh, state.params, batch.prompts)
+  params, behaviour, base = gather(sampler, state.params, mesh), None, frozen.base
+  if not settings.keeps_chain:
+    behaviour = gather(sampler, state.behaviour, mesh)
   if settings.kl_weight and not settings.lora:
     base = gather(sampler, base, mesh)
-  gradients, metrics = sum_passes(params, base, count, passes, experience)
-  metrics["ppo/grad_norm"] = optax.tree.norm(gradients)
+  gradients, metrics = sum_passes(params, behaviour, base, count, batch)
+  metrics[f"{settings.algorithm}/grad_norm"] = optax.tree.norm(gradients)
   n = settings.gradient_accumulation
   if n > 1:
     gradients = jax.tree.map(jnp.add, state.gradients, gradients)
@@ -174,15 +176,18 @@ def update(
   return state, metrics
 
 
-def _part(experience: Experience, first: jax.Array, size: int) -> Experience:
-  """Selects `size` samples, from number `first` on."""
-  prompts, trajectory, scores = experience
+def _part(
+  batch: Batch, first_step: int | jax.Array, steps: int, first: int | jax.Array, size: int
+) -> Batch:
+  """Selects `steps` steps of `size` samples, from the numbers `first_step` and `first` on."""
+  prompts, indices, pairs, scores = batch
+  cut_steps = lambda x: jax.lax.dynamic_slice_in_dim(x, first_step, steps)
+  indices, pairs = jax.tree.map(cut_steps, (indices, pairs))
+  if size == scores.reward.shape[0]:
+    return Batch(prompts, indices, pairs, scores)
   cut = lambda x, axis=0: jax.lax.dynamic_slice_in_dim(x, first, size, axis)
-  return Experience(
-    prompts.map_samples(cut),
-    trajectory._replace(latents=cut(trajectory.latents, 1), log_probs=cut(trajectory.log_probs, 1)),
-    Scores(*map(cut, scores)),
-  )
+  pairs = jax.tree.map(lambda x: cut(x, 1), pairs)
+  return Batch(prompts.map_samples(cut), indices, pairs, Scores(*map(cut, scores)))
 
 
 def _row_major(tree: Params) -> Params:
@@ -219,15 +224,12 @@ def _per_device(sum_passes, mesh: Mesh, params: Params, prompts: Prompts):
     return jax.tree.map(reduce, gradients, layout), jax.lax.psum(metrics, mesh.axis_names)
 
   own, whole, own_in_time = P(mesh.axis_names), P(), P(None, mesh.axis_names)
-  experience = Experience(
-    jax.tree.map(lambda is_own: own if is_own else whole, prompts.per_sample),
-    Trajectory(own_in_time, own_in_time, whole),
-    own,
-  )
+  own_prompts = jax.tree.map(lambda is_own: own if is_own else whole, prompts.per_sample)
+  batch = Batch(own_prompts, whole, own_in_time, own)
   return jax.shard_map(
     sum_and_reduce,
     mesh=mesh,
-    in_specs=(*(whole,) * 4, experience),
+    in_specs=(*(whole,) * 4, batch),
     out_specs=(layout, whole),
     check_vma=False,
   )
@@ -251,11 +253,16 @@ def end_iteration(settings: Settings, state: TrainState) -> TrainState:
   """Counts the iteration, and refreshes the behaviour policy where the next one begins with it.
 
   Of iterations counted from 1, every `behaviour_refresh`-th begins with a copy of the policy, as in
-  the released code. A refreshed policy samples that iteration, before its updates.
+  the released code. A refreshed policy samples that iteration, before its updates. NFT's old policy
+  moves after every iteration instead.
   """
   iteration = state.iteration + 1
   behaviour = state.behaviour
-  if behaviour is not None:
+  if settings.algorithm == "nft":
+    updates = iteration // settings.gradient_accumulation * settings.updates_per_iteration
+    decay = old_policy_decay(settings.nft, updates)
+    behaviour = optax.incremental_update(state.params, behaviour, 1.0 - decay)
+  elif behaviour is not None:
     refresh = (iteration + 1) % settings.behaviour_refresh == 0
     renew = lambda new, old: jnp.where(refresh, new.astype(old.dtype), old)
     behaviour = jax.tree.map(renew, state.params, behaviour)

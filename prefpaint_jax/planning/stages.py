@@ -168,7 +168,8 @@ def _measure_stages(
   images, masks = image_shapes(config, mesh)
   replicated = sharding.replicated(mesh)
   key = sharding.with_shardings(jax.eval_shape(jax.random.key, 0), replicated)
-  indices = jax.eval_shape(stages.draw_timesteps, key)[0]
+  window = stages.window(0)
+  indices = jax.eval_shape(stages.draw_timesteps, key, window)[0]
   context = context_shapes(config, mesh, frozen) if run.has_texts else None
   live = [state, frozen, run.judge_params, images, masks, context]
   # A run that compares with the base policy keeps its parameters; with a KL term `frozen.base` is
@@ -183,15 +184,14 @@ def _measure_stages(
     live.append(outputs)
     return outputs
 
-  prompts, trajectory, samples = measure(
-    "rollout", stages.rollout, behaviour_params(state), frozen, images, masks, key, context
-  )
+  inputs = behaviour_params(state), frozen, images, masks, key, context, window
+  prompts, record, samples = measure("rollout", stages.rollout, *inputs)
   read = reward_shapes(run.objective, config, mesh)
   scores, _ = measure("score", stages.score, frozen, prompts, samples, *read)
   arguments = (
     state,
     frozen,
-    Experience(prompts, trajectory, scores),
+    Experience(prompts, record, scores),
     sharding.with_shardings(indices, replicated),
   )
   measure("update", stages.update, *arguments, times=run.settings.updates_per_iteration)

@@ -47,6 +47,7 @@ ARGUMENTS: dict[str, Range] = {
 }
 
 # Values that the code names too.
+ALGORITHMS = ("ppo", "nft", "awm")
 COMBINATIONS = ("sum", "gdpo", "winrate")
 TRUST_NORMS = ("mahalanobis", "released", "novelty", "ensemble", "constant", "none")
 KINDS = ("outpainting", "warping", "box", "brush")
@@ -67,7 +68,9 @@ RL: dict[str, Range] = {
   "batch_size": COUNT,
   "samples_per_prompt": Integer(1, 10**4),
   "num_steps": NUM_STEPS,
-  "eta": Number(0, 1, excluded=(0,)),  # a chain without noise has no policy gradient
+  "eta": ETA,
+  "window": Integer(0, 1000),
+  "window_iterations": COUNT,
   "guidance_scale": GUIDANCE_SCALE,
   "text_dropout": SHARE,
   "samples_per_pass": COUNT_OR_NONE,
@@ -86,6 +89,12 @@ RL: dict[str, Range] = {
   "advantage_clip": Number(0, 1e6, excluded=(0,)),
   "advantage_std": Choice(("batch", "group")),
   "max_nan_fraction": SHARE,
+  "algorithm": Choice(ALGORITHMS),
+  "ratio_normalisation": Boolean(),
+  "nft.beta": Number(0, 100, excluded=(0,)),
+  "nft.decay_start": COUNT_OR_NONE,
+  "nft.decay_rate": SHARE,
+  "nft.decay_maximum": DECAY,
   "train_timesteps": NUM_STEPS,
   "skip_steps": Several(Integer(0, 1000), 2),
   "updates_per_iteration": NUM_STEPS,

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from prefpaint_jax.runtime.config_fields import COUNT_OR_NONE
+from prefpaint_jax.runtime.config_fields import ALGORITHMS, COUNT_OR_NONE
 from prefpaint_jax.runtime.files import parse_json, write_text
 from prefpaint_jax.runtime.finite import check_metrics
 from prefpaint_jax.runtime.ranges import check
@@ -22,7 +22,11 @@ from prefpaint_jax.runtime.tensorboard import EventFile
 from prefpaint_jax.runtime.workdir import CONFIG, flatten, read_workdir
 
 # Metrics of an update that are finite as long as the run is.
-FINITE = ("ppo/policy_loss", "ppo/kl_to_base", "ppo/grad_norm")
+FINITE = tuple(
+  f"{algorithm}/{name}"
+  for algorithm in ALGORITHMS
+  for name in ("policy_loss", "kl_to_base", "grad_norm")
+)
 # Metrics that TensorBoard shows beside the hyperparameters, for those runs that write them.
 RESULTS = (
   "reward/mean",
@@ -199,7 +203,7 @@ class IterationLog:
     total: int,
     start: int,
     images_per_iteration: int,
-    learning_rate: Callable[[int], float],
+    more: Callable[[int], Mapping[str, float]],
   ):
     """Starts the clock and the progress bar.
 
@@ -208,9 +212,9 @@ class IterationLog:
       total: number of iterations of the run.
       start: number of iterations that an earlier start has done.
       images_per_iteration: number of samples per iteration, for `time/images_per_s`.
-      learning_rate: computes the rate of an iteration, for `ppo/learning_rate`.
+      more: computes metrics that follow from the number of the iteration alone.
     """
-    self._writer, self._images, self._learning_rate = writer, images_per_iteration, learning_rate
+    self._writer, self._images, self._more = writer, images_per_iteration, more
     self._bar = progress(total, start, visible=writer.is_writer)
     self._pending: tuple[int, dict[str, float], list[Any], float] | None = None
     self.restart_clock()
@@ -259,7 +263,7 @@ class IterationLog:
     updates = jax.device_get(update_metrics)
     self._updated_at = time.perf_counter()
     line |= {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
-    line["ppo/learning_rate"] = self._learning_rate(iteration)
+    line |= self._more(iteration)
     line["time/update_s"] = self._updated_at - scored_at
     line["time/iteration_s"] = line["time/rollout_s"] + line["time/update_s"]
     line["time/images_per_s"] = self._images / line["time/iteration_s"]

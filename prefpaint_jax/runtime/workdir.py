@@ -37,6 +37,14 @@ EARLIER = {
   "blended": False,
   "lpips": "",
   "trust.reference": 256,
+  "algorithm": "ppo",
+  "ratio_normalisation": False,
+  "window": 0,
+  "window_iterations": 25,
+  "nft.beta": 1.0,
+  "nft.decay_start": 0,
+  "nft.decay_rate": 0.001,
+  "nft.decay_maximum": 0.5,
 }
 
 

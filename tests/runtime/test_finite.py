@@ -24,7 +24,7 @@ def test_metric_that_is_not_finite_is_an_error_that_names_it():
 @pytest.mark.parametrize("name", ["ppo/policy_loss", "ppo/grad_norm"])
 def test_line_of_a_diverged_update_is_written_and_then_an_error(name, tmp_path):
   writer = MetricsWriter(tmp_path)
-  log = IterationLog(writer, 3, 0, 1, learning_rate=lambda _: 1.0)
+  log = IterationLog(writer, 3, 0, 1, lambda _: {"ppo/learning_rate": 1.0})
   log.scored({"reward/mean": jnp.zeros(())})
   updates = [
     {"ppo/policy_loss": 0.0, "ppo/grad_norm": 1.0, name: value} for value in (1.0, jnp.inf)
