@@ -142,6 +142,8 @@ def test_losses_gradients_and_rewards_of_every_mesh_equal_one_device(sizes):
 # device has 16 and 2 samples.
 MICRO = {
   "groups": {},
+  "nft": {"algorithm": "nft", "kl_weight": 0.5, "log_prob_region": "hole"},
+  "normalised_ratio": {"ratio_normalisation": True},
   "adapters_and_kl": {"moved": 0.01, "kl_weight": 0.5, "rank": 2},
   "guided_texts_and_kl_and_accumulation": {
     "moved": 0.003,
