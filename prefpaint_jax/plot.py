@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from prefpaint_jax.evaluation.curves import group_runs, load_run, single_runs, table
-from prefpaint_jax.evaluation.panels import draw
+from prefpaint_jax.evaluation.panels import AXES, draw
 from prefpaint_jax.runtime import cli
 from prefpaint_jax.runtime.cli import within
 from prefpaint_jax.runtime.config_fields import COUNT
@@ -42,6 +42,7 @@ def main(
   only: str = "",
   reach: Sequence[str] = (),
   last: Sequence[str] = (),
+  unit: str = "iteration",
 ) -> None:
   """Draws the curves of runs into a PNG, and prints the table of `reach` and `last`.
 
@@ -53,6 +54,7 @@ def main(
     only: regular expression; draws only the metrics that it is found in.
     reach: "METRIC=LEVEL" entries of the table.
     last: metrics whose last value the table has.
+    unit: the horizontal axis, one of `panels.AXES`.
   """
   if output.suffix.lower() != ".png":
     raise ValueError(f"--output is {output}; give a name that ends in .png")
@@ -64,7 +66,7 @@ def main(
   runs = [load_run(name) for name in names]
   groups = group_runs(runs) if mean else single_runs(runs)
   lines = table(groups, targets, last) if reach or last else []
-  figure = draw(groups, smooth, only)
+  figure = draw(groups, smooth, only, unit)
   with atomic_path(output) as partial:
     figure.savefig(partial, format="png")
   print(*lines, output, sep="\n")
@@ -94,6 +96,7 @@ if __name__ == "__main__":
     "reach", [], "METRIC=LEVEL: print the iterations until the metric reaches the level."
   )
   _LAST = flags.DEFINE_multi_string("last", [], "METRIC: print its last value.")
+  _X = flags.DEFINE_enum("x", "iteration", tuple(AXES), "The horizontal axis of the curves.")
   cli.run(
     lambda: main(
       _WORKDIR.value,
@@ -103,5 +106,6 @@ if __name__ == "__main__":
       _ONLY.value,
       _REACH.value,
       _LAST.value,
+      _X.value,
     )
   )

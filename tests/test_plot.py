@@ -446,3 +446,21 @@ def test_a_run_with_judges_ends_with_gains_over_iterations_and_over_the_kl_diver
     assert drawn == [[[a, b] for a, b in zip(x, y, strict=True)] for y in ([1, 2, 3], [-2, -4, -6])]
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["reward", "judge other"]
   assert by_kl.get_xlabel() == "KL to the base policy, nats"
+
+
+def test_curves_can_be_drawn_against_images_and_unet_passes(tmp_path):
+  cheap, dear = (
+    [line | {"count/images": 8 * i, "count/unet_passes": 8 * i * passes} for i, line in lines]
+    for passes, lines in ((34, enumerate(numbers(0), 1)), (42, enumerate(numbers(1), 1)))
+  )
+  write_run(tmp_path / "a", cheap)
+  write_run(tmp_path / "b", dear, seed=1)
+  groups = single_runs([load_run(tmp_path / name) for name in "ab"])
+  for unit, ends in {"images": (96, 96), "unet_passes": (96 * 34, 96 * 42)}.items():
+    figure = draw(groups, unit=unit)
+    drawn = list(curves(panels(figure)["reward"]).values())
+    assert [x[-1] for x, _ in drawn] == list(ends)
+    np.testing.assert_array_equal(drawn[1][1], column(dear, "reward/mean"))
+  write_run(tmp_path / "old", seed=2)
+  with pytest.raises(ValueError, match="no values of count/images; give --x=iteration"):
+    draw(single_runs([load_run(tmp_path / "old")]), unit="images")

@@ -21,7 +21,7 @@ class Run(NamedTuple):
   """Config and metrics of a run."""
 
   config: dict[str, Any]  # flat: {"trust.norm": "none"}
-  iterations: np.ndarray  # ascending [N]
+  iterations: np.ndarray  # ascending [N]; or what they have cost (see `against`)
   columns: dict[str, np.ndarray]  # by key, float64 [N]; NaN if null or not written
   workdir: Path
 
@@ -78,6 +78,24 @@ def load_run(workdir: str | Path) -> Run:
   keys = dict.fromkeys(key for numbers in by_iteration.values() for key in numbers)
   columns = {key: np.array([by_iteration[i].get(key, np.nan) for i in iterations]) for key in keys}
   return Run(config, iterations, columns, workdir)
+
+
+def against(run: Run, unit: str) -> Run:
+  """Returns the run with what it has cost in the place of its iterations.
+
+  Args:
+    unit: "iteration", "images" (samples of training) or "unet_passes" (forward passes; a backward
+      pass counts as two).
+
+  Raises:
+    ValueError: the run did not write its cost.
+  """
+  if unit == "iteration":
+    return run
+  cost = run.columns.get(f"count/{unit}", np.full(len(run.iterations), np.nan))
+  if np.isnan(cost[run.iterations > 0]).any():
+    raise ValueError(f"{run.workdir}: has no values of count/{unit}; give --x=iteration")
+  return run._replace(iterations=np.where(run.iterations > 0, cost, 0.0))
 
 
 def single_runs(runs: Sequence[Run]) -> list[Group]:

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from prefpaint_jax.evaluation.curves import HELD_OUT, Curve, Group, base_levels, curve
+from prefpaint_jax.evaluation.curves import HELD_OUT, Curve, Group, against, base_levels, curve
 from prefpaint_jax.evaluation.overoptimisation import KL, draw_gains, judged_scores
 
 # Metrics and titles of the first panels; the panels of held-out metrics follow.
@@ -25,7 +25,12 @@ PANELS = {
   "time/images_per_s": "images per second",
   "train/loss": "training loss",
   "ppo/learning_rate": "learning rate",
+  "nft/change": "squared change from the old policy",
+  "nft/learning_rate": "learning rate of NFT",
+  "awm/clip_fraction": "clip fraction of AWM",
+  "awm/learning_rate": "learning rate of AWM",
 }
+AXES = {"iteration": "iteration", "images": "images", "unet_passes": "UNet passes"}
 # Parts of a metric, which are drawn in its panel: spread, ends of its interval, base policy.
 PARTS = ("/std", "/low", "/high", "/base")
 # Parts of the names of held-out metrics, and the words for them in titles.
@@ -84,7 +89,9 @@ def choose_panels(
   return panels or constant
 
 
-def draw(groups: Sequence[Group], smooth: int = 1, only: str = "") -> Figure:
+def draw(
+  groups: Sequence[Group], smooth: int = 1, only: str = "", unit: str = "iteration"
+) -> Figure:
   """Draws one panel per metric, with one curve per group that has the metric.
 
   If a group has several runs, shades are ranges over seeds, and single runs have no shade. More
@@ -93,16 +100,18 @@ def draw(groups: Sequence[Group], smooth: int = 1, only: str = "") -> Figure:
   Args:
     smooth: odd number of iterations of a centred moving average; held-out metrics are not averaged.
     only: regular expression; draws only the metrics that it is found in.
+    unit: the horizontal axis, one of AXES.
 
   Raises:
     ValueError: if `smooth` is not odd or there is no value to draw.
   """
+  groups = [group._replace(runs=[against(run, unit) for run in group.runs]) for group in groups]
   if smooth < 1 or smooth % 2 == 0:
     raise ValueError(f"smooth is {smooth}; give an odd number, for a centred average")
   panels = choose_panels(groups, smooth, only)
   averaged = any(len(group.runs) > 1 for group in groups)
   scores = [] if only else judged_scores(groups)
-  axis_of = {"iteration": "iteration", KL: "KL to the base policy, nats"} if scores else {}
+  axis_of = {"iteration": AXES[unit], KL: "KL to the base policy, nats"} if scores else {}
   number = len(panels) + len(axis_of)
   columns = number if number < 3 else 2 if number == 4 else 3
   rows = -(-number // columns)
@@ -123,13 +132,13 @@ def draw(groups: Sequence[Group], smooth: int = 1, only: str = "") -> Figure:
     _finish_axes(axes, key, curves)
     axes.set_title(title, fontsize=9.5, loc="left")
     if place + columns > number:  # no panel below
-      axes.set_xlabel("iteration", fontsize=9)
+      axes.set_xlabel(AXES[unit], fontsize=9)
     if smooth > 1 and not key.startswith(HELD_OUT):
       axes.set_ylabel(f"average of {smooth} iterations", fontsize=8, color="#555555")
 
-  for place, (against, words) in enumerate(axis_of.items(), start=len(panels) + 1):
+  for place, (divergence, words) in enumerate(axis_of.items(), start=len(panels) + 1):
     axes = figure.add_subplot(rows, columns, place)
-    draw_gains(axes, groups, scores, COLOURS, against)
+    draw_gains(axes, groups, scores, COLOURS, divergence)
     axes.axhline(0.0, zorder=1, **BASE)
     _finish_axes(axes, "", [])
     axes.set_title("held-out gains in SD", fontsize=9.5, loc="left")
