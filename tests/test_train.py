@@ -225,25 +225,52 @@ def test_another_seed_gives_other_rewards(world, finished, tmp_path):
 
 
 # ------------------------------------------------------------------------------ killed and resumed
-def test_crashed_and_resumed_equals_uninterrupted(world, finished, tmp_path, monkeypatch):
+def crash_and_resume(config: ConfigDict, workdir: Path, monkeypatch, at: int):
+  """Interrupts a run after the line of iteration `at`; returns the state of its second start."""
   write = metrics.MetricsWriter.write
 
   def write_and_crash(self, iteration, scalars):
     write(self, iteration, scalars)
-    if iteration == 4:
+    if iteration == at:
       raise RuntimeError("power cut")
 
-  config = make_config(world, **RHYTHMS)
   with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
     patch.setattr(metrics.MetricsWriter, "write", write_and_crash)
-    train(config, tmp_path)
-  checkpoints = Checkpoints(tmp_path / "checkpoints")
+    train(config, workdir)
+  checkpoints = Checkpoints(workdir / "checkpoints")
   for _ in range(100):  # the crash may interrupt a save in the background
-    if checkpoints.latest() == 3:
+    if checkpoints.latest() == at - 1:
       break
     time.sleep(0.1)
-  assert checkpoints.latest() == 3
-  assert_same_run(tmp_path, train(config, tmp_path), finished)
+  assert checkpoints.latest() == at - 1
+  return train(config, workdir)
+
+
+def test_crashed_and_resumed_equals_uninterrupted(world, finished, tmp_path, monkeypatch):
+  state = crash_and_resume(make_config(world, **RHYTHMS), tmp_path, monkeypatch, at=4)
+  assert_same_run(tmp_path, state, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"algorithm": "nft", "eta": 0.0, "kl_weight": 0.1, "nft.decay_rate": 0.1},
+    {"ratio_normalisation": True, "window": 2, "window_iterations": 1, "train_timesteps": 2},
+  ],
+  ids=["nft", "window"],
+)
+def test_crashed_run_of_another_algorithm_resumes_exactly(world, tmp_path, monkeypatch, changes):
+  fields = {"num_iterations": 4, "checkpoint_every": 2, "ema_decay": 0.5}
+  config = make_config(world, **fields | {"sample_every": 2, "eval_every": 0} | changes)
+  whole = Run(config, tmp_path / "whole")
+  prefix = f"{config.algorithm}/"
+  assert {f"{prefix}grad_norm", f"{prefix}learning_rate"} <= whole.lines()[-1].keys()
+  passes = whole.lines()[-1]["count/unet_passes"] / whole.lines()[-1]["count/images"]
+  K = config.train_timesteps
+  assert passes == config.num_steps + K * (5 if config.algorithm == "nft" else 3)
+  state = crash_and_resume(config, tmp_path / "crashed", monkeypatch, at=3)
+  assert_same_run(tmp_path / "crashed", state, whole)
 
 
 @pytest.mark.slow

@@ -88,6 +88,7 @@ OPTIONS = {
     "fsdp": 4,
   },
   "own_policy": {"dtype": "bfloat16", "behaviour_refresh": 1},
+  "normalised_ratio": {"dtype": "bfloat16", "ratio_normalisation": True},
 }
 
 
