@@ -74,11 +74,11 @@ def get_config(preset: str = "") -> ConfigDict:
   config.ratio_normalisation = False  # ppo: GRPO-Guard's importance ratio and weight of each step
   config.nft = ConfigDict()
   config.nft.beta = 1.0  # how far the two implicit policies are from the old policy
-  # The old policy moves to decay * old + (1 - decay) * policy after each iteration, where decay is
-  # rate * (updates - start), from 0 to maximum. Published: 0.001, 0, 0.5; or 0.0075, 75, 0.999.
-  config.nft.decay_rate = 0.001
-  config.nft.decay_start = 0
-  config.nft.decay_maximum = 0.5
+  # After an iteration the old policy is decay * old + (1 - decay) * policy, where decay is
+  # rate * (updates - start), within 0 and maximum. Published: 0.001, 0, 0.5 or 0.0075, 75, 0.999.
+  config.nft.decay_rate = 0.001  # rate
+  config.nft.decay_start = 0  # start
+  config.nft.decay_maximum = 0.5  # maximum
   config.train_timesteps = 5  # K, steps of the chain to train in an iteration, drawn at random
   config.skip_steps = (0, 0)  # how many of the first and of the last steps are never drawn
   config.updates_per_iteration = 5  # optimiser updates that share the K steps; divides K
