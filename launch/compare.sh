@@ -32,3 +32,52 @@ offline() {  # LOSS, SEED, FLAG...: on pairs that one reward ranks
   python -m prefpaint_jax.train_dpo --config=configs/dpo.py:mini --workdir="$workdir/$loss/seed$seed" \
     --config.preferences="$data/preferences" --config.seed="$seed" --config.loss="$loss" "$@"
 }
+
+for seed in $seeds; do
+  online ppo "$seed"
+  online guard "$seed" --config.ratio_normalisation=True --config.clip_range=1e-4
+  online nft "$seed" --config.algorithm=nft --config.advantage_clip=5 --config.kl_weight=0
+  offline dpo "$seed"
+  offline capo "$seed"
+  python -m prefpaint_jax.evaluate --config=configs/eval.py:mini --workdir="$workdir/eval/seed$seed" \
+    --config.policy="$workdir/ppo/seed$seed" --config.samples_per_prompt=4 \
+    --config.rivals="('$workdir/guard/seed$seed','$workdir/nft/seed$seed','$workdir/dpo/seed$seed','$workdir/capo/seed$seed')"
+done
+
+for unit in images unet_passes; do
+  python -m prefpaint_jax.plot --workdir="$(echo "$workdir"/{ppo,guard,nft}/seed* | tr ' ' ,)" --mean \
+    --x=$unit --output="$workdir/$unit.png" \
+    --only='^held_out/(true_preference_gain_in_sd|reward_gain_in_sd|drift/distance)$'
+done
+
+python - "$workdir" <<'PYTHON'
+import json, pathlib, sys
+import numpy as np
+
+workdir = pathlib.Path(sys.argv[1])
+files = [json.loads((file / "eval.json").read_text()) for file in sorted((workdir / "eval").iterdir())]
+policies = {"PPO": lambda found: found}
+for name in ("guard", "nft", "dpo", "capo"):
+  policies[name] = lambda found, name=name: next(
+    policy for folder, policy in found["rivals"].items() if f"/{name}/" in folder
+  )
+
+
+def row(select):
+  figures = []
+  for found in map(select, files):
+    true, learned = (found["judges"][judge]["all"] for judge in ("true preference", "mini"))
+    diversity = found["drift"]["measures"]["diversity"]
+    flagged = [name for name, x in found["drift"]["measures"].items() if x["flagged"]]
+    values = [x[key]["value"] for x in (true, learned) for key in ("winrate/s1", "gain_in_sd")]
+    figures.append([*values, diversity["policy"] / diversity["baseline"], len(flagged)])
+  columns = np.array(figures).T
+  return [f"{x.mean():.2f} [{x.min():.2f}, {x.max():.2f}]" for x in columns]
+
+
+titles = ["", "true WinRate", "true gain, SD", "learned WinRate", "learned gain, SD"]
+print("|", " | ".join([*titles, "diversity", "drifts flagged"]), "|")
+print("|", " | ".join(["---"] * 7), "|")
+for name, select in policies.items():
+  print("|", " | ".join([name, *row(select)]), "|")
+PYTHON
