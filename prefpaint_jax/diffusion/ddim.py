@@ -153,7 +153,7 @@ def predict_mean(
   return jnp.sqrt(alpha_prev) * original + direction * noise
 
 
-def _mean_over_elements(values: jax.Array, weight: Weight | None) -> jax.Array:
+def mean_over_elements(values: jax.Array, weight: Weight | None) -> jax.Array:
   """Averages [B, ...] over all dimensions but B; gives 0 where a sample's weights sum to 0."""
   axes = tuple(range(1, values.ndim))
   if weight is None:
@@ -182,7 +182,7 @@ def log_prob(
   sigma = jnp.where(is_random, sigma, 1.0)
   deviation = (x_prev.astype(jnp.float32) - mean.astype(jnp.float32)) / sigma
   density = -0.5 * deviation**2 - jnp.log(sigma) - 0.5 * math.log(2 * math.pi)
-  return _mean_over_elements(jnp.where(is_random, density, 0.0), weight)
+  return mean_over_elements(jnp.where(is_random, density, 0.0), weight)
 
 
 def gaussian_kl(
@@ -196,7 +196,7 @@ def gaussian_kl(
   is_random = sigma > 0
   deviation = mean.astype(jnp.float32) - base_mean.astype(jnp.float32)
   deviation = jnp.where(is_random, deviation, 0.0) / jnp.where(is_random, sigma, 1.0)
-  return _mean_over_elements(0.5 * deviation**2, weight)
+  return mean_over_elements(0.5 * deviation**2, weight)
 
 
 def step(
