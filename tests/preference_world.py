@@ -85,7 +85,7 @@ def write_scored(
   for n, (name, image, mask) in enumerate(zip(ids, images, masks, strict=True)):
     save_png(source / "images" / f"{name}.png", to_bytes(image))
     save_png(source / "masks" / f"{name}_mask.png", to_bytes(mask[..., 0]))
-    prompt = {"image_id": name, "kind": "holes", "source": "x", "text": texts[n % len(texts)]}
+    prompt = {"image_id": name, "kind": "box", "source": "x", "text": texts[n % len(texts)]}
     rows["prompts"].append(prompt)
     for k, score in enumerate(scores[n].tolist()):
       own = {"image_id": name, "candidate": f"{name}_{k}"}

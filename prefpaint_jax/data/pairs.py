@@ -139,14 +139,7 @@ def stack_pairs(
   Returns:
     {masked_image: uint8 [b, H, W, 3], mask: uint8 [b, H, W, 1], candidates: uint8 [b, 2, H, W, 3],
      score_gap: float32 [b]}, and the tokens of encoder number n as ids_n and attention_n.
-
-  Raises:
-    ValueError: two pairs differ in size.
   """
-  shapes = {pair["masked_image"].shape[:2] for pair in pairs}
-  if len(shapes) > 1:
-    sizes = " and ".join(f"{height}x{width}" for height, width in sorted(shapes))
-    raise ValueError(f"preferences of two sizes in one batch, {sizes}; give --config.size")
   names = "masked_image", "mask", "candidates", "score_gap"
   batch = {name: np.stack([pair[name] for pair in pairs]) for name in names}
   for number, (ids, attention) in enumerate(

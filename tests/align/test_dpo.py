@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from alignment_world import assert_trees_close, quick_jit
+from alignment_world import quick_jit
 
 from prefpaint_jax import testing
 from prefpaint_jax.align import dpo, pair_update
 from prefpaint_jax.align.settings import Trust
-from prefpaint_jax.preference.bound import mahalanobis_norm
 
 PAIRS, SIDE, BETA = 3, 4, 50.0
 SETTINGS = pair_update.PairSettings("dpo", BETA, "hole", lora=False, trust=Trust("none"))
@@ -153,7 +152,9 @@ def terms_of(settings, frozen, params, batch, seed=0):
   return terms(frozen, params, batch, jax.random.key(seed))
 
 
-@pytest.mark.parametrize("region", ["all", "hole", "masked"])
+@pytest.mark.parametrize(
+  "region", ["hole", *(pytest.param(x, marks=pytest.mark.slow) for x in ("all", "masked"))]
+)
 def test_policy_equal_to_the_reference_has_a_loss_of_exactly_log_2(region):
   _, frozen, batch, _ = world()
   settings = dataclasses.replace(SETTINGS, beta=5000.0, region=region)
