@@ -24,6 +24,10 @@ PANELS = {
   "trust/mean": "trust weight γ",
   "time/images_per_s": "images per second",
   "train/loss": "training loss",
+  "dpo/loss": "loss of the pairs",
+  "dpo/margin": "margin of the pairs",
+  "dpo/implicit_accuracy": "implicit accuracy",
+  "validation/implicit_accuracy": "implicit accuracy, validation",
   "ppo/learning_rate": "learning rate",
 }
 # Parts of a metric, which are drawn in its panel: spread, ends of its interval, base policy.
