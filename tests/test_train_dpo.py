@@ -13,10 +13,13 @@ import numpy as np
 import optax
 import pytest
 from alignment_world import assert_trees_close
+from flax.traverse_util import flatten_dict
 from preference_world import load_config, write_scored
 
 from prefpaint_jax import testing, train_dpo
 from prefpaint_jax.data.images import load_image, save_png, to_bytes
+from prefpaint_jax.data.pairs import Pairs
+from prefpaint_jax.data.preferences import open_preferences
 from prefpaint_jax.evaluation import model_card
 from prefpaint_jax.inpainter import Inpainter, open_policy
 from prefpaint_jax.models import architectures
@@ -221,6 +224,33 @@ def test_adapters_of_a_run_on_a_run_are_exported_and_added_to_its_base(finished,
   base, merged = open_policy(str(finished)), open_policy(str(tmp_path / "lora"))
   base.add_lora(file)
   assert_trees_close(base.params["unet"], merged.params["unet"], 1e-6)
+
+
+@pytest.mark.slow
+def test_sdxl_with_texts_and_trust_trains_its_adapters(world, tmp_path, compiled_once):
+  testing.tiny_inpainter(generation="xl").save_pretrained(tmp_path / "policy")
+  fields = {
+    "policy": str(tmp_path / "policy"),
+    "preferences": world["with_texts"],
+    "pairs": "all",
+    "loss": "capo",
+    "region": "masked",
+    "num_iterations": 2,
+    "lora.rank": 2,
+    "reward": world["reward"],
+    "trust.norm": "mahalanobis",
+    "ema_decay": 0.0,
+  }
+  adapters = train_dpo.train_dpo(make_config(world, **fields), tmp_path / "run")
+  ups = [x for name, x in flatten_dict(adapters, sep="/").items() if name.endswith("/up")]
+  assert ups and all(np.abs(x).max() > 0 for x in ups)
+  line = lines_of(tmp_path / "run")[-1]
+  assert line["trust/std"] > 0 and 0 < line["trust/mean"] < np.exp(0.7)
+  # Margins are about 0 at the start: the loss is the mean of the squared gaps.
+  gaps = [
+    pair["score_gap"] for pair in Pairs(open_preferences(world["with_texts"], "train"), "all")
+  ]
+  assert 0 < lines_of(tmp_path / "run")[0]["dpo/loss"] < 1.5 * np.max(gaps) ** 2
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ RL: dict[str, Range] = {
 DPO: dict[str, Range] = {
   **{name: RL[name] for name in RL if name.startswith(("adam_", "lora."))},
   "seed": SEED,
-  "num_iterations": COUNT_OR_NONE,
+  "num_iterations": Integer(1, 10**9),
   "dtype": DTYPE,
   "policy": NAME,
   "preferences": NAME,
