@@ -202,15 +202,10 @@ def recorded_terms(loss: str, prediction_type: str = "epsilon", trust: Trust = S
   return *jax.device_get(found), batch, schedule
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("loss", "prediction_type"),
-  [
-    ("dpo", "epsilon"),
-    *(
-      pytest.param(*x, marks=pytest.mark.slow)
-      for x in (("capo", "v_prediction"), ("dpo", "sample"))
-    ),
-  ],
+  [("dpo", "epsilon"), ("capo", "v_prediction"), ("dpo", "sample")],
 )
 def test_pair_shares_its_timestep_and_with_dpo_its_noise_and_terms_equal_diffusers(
   torch, loss, prediction_type
