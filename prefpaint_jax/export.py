@@ -24,7 +24,7 @@ from prefpaint_jax.evaluation import model_card
 from prefpaint_jax.runtime import cli, files, workdir
 from prefpaint_jax.runtime.cli import within
 from prefpaint_jax.runtime.ranges import Step, Text
-from prefpaint_jax.runtime.runs import open_run
+from prefpaint_jax.runtime.runs import open_run, trained_tree
 from prefpaint_jax.weights import adapters
 from prefpaint_jax.weights.adapter_names import LAYOUTS
 from prefpaint_jax.weights.folder import SAVED_TYPES
@@ -69,7 +69,7 @@ def main() -> None:
   evaluation = model_card.read_evaluation(_EVALUATION.value, run)
   opened = open_run(_WORKDIR.value)
   if opened is None:
-    raise ValueError(f"{run}: a diffusers folder, not a run; give the --workdir of train")
+    raise ValueError(f"{run}: a diffusers folder, not a run; give the --workdir of a run")
   config, checkpoints = opened
   step = checkpoints.resolve(_STEP.value)  # now: a run in progress adds checkpoints
   policy = inpainter.open_policy(_WORKDIR.value, step=step)
@@ -94,7 +94,7 @@ def _export_adapters(file: Path) -> None:
       f"{_WORKDIR.value}: a run without LoRA adapters (lora.rank is 0); expected one with them; "
       "leave out --lora to export the whole policy"
     )
-  trained = checkpoints.load("ema" if config.ema_decay else "params", _STEP.value)
+  trained = checkpoints.load(trained_tree(config), _STEP.value)
   base = inpainter.open_policy(config.policy).params["unet"]
   adapters.save(file, trained, base, _LORA.value)
   print(f"{file}: adapters of {config.policy}; open with diffusers' load_lora_weights or --lora")

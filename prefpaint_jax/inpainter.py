@@ -29,7 +29,7 @@ from prefpaint_jax.runtime.compilation import enable_cache
 from prefpaint_jax.runtime.config_check import check_values
 from prefpaint_jax.runtime.config_fields import ARGUMENTS
 from prefpaint_jax.runtime.memory import check_memory
-from prefpaint_jax.runtime.runs import open_run, pinned_step
+from prefpaint_jax.runtime.runs import open_run, pinned_step, trained_tree
 from prefpaint_jax.weights import folder as weights
 from prefpaint_jax.weights.names import Params
 from prefpaint_jax.weights.pipeline_parts import read_pipeline_configs, read_tokenizers
@@ -302,8 +302,7 @@ def open_policy(
   inpainter = open_policy(config.policy, dtype, pinned_step(name), remat)
   mask_latents = config.get("mask_latents", "corner")
   inpainter.modules = dataclasses.replace(inpainter.modules, mask_latents=mask_latents)
-  kept = "ema" if config.ema_decay else "params"
-  trained = checkpoints.load(kept, step)
+  trained = checkpoints.load(trained_tree(config), step)
   if config.get("lora", {}).get("rank", 0):
     trained = lora.merge(inpainter.params["unet"], trained)
   inpainter.params["unet"] = trained

@@ -1,6 +1,7 @@
 """A small preference dataset, made by the commands collect, annotate and preferences."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 from prefpaint_jax import testing
 from prefpaint_jax.annotate import annotate
 from prefpaint_jax.collect import collect
-from prefpaint_jax.data.images import save_png
+from prefpaint_jax.data.images import save_png, to_bytes
 from prefpaint_jax.data.preference_records import build_preferences
 from prefpaint_jax.models import architectures
 
@@ -66,3 +67,34 @@ def make_preferences(folder: Path) -> Path:
   collect(collect_config(folder), folder / "candidates")
   annotate(folder / "candidates", annotators=2, noise=0.5, seed=0)
   return build_preferences(folder / "candidates", folder / "preferences")
+
+
+def write_scored(
+  folder: Path, scores: np.ndarray, test: int = 2, texts: tuple[str, ...] = ("",)
+) -> Path:
+  """Writes a preference dataset of random candidates, without a network; returns its folder.
+
+  Args:
+    scores: [N, C] of the candidates of N prompts, the last `test` of them in the test split.
+    texts: which the prompts have in turn.
+  """
+  source, rng = folder / "candidates", np.random.default_rng(0)
+  images, masks = testing.tiny_prompts(len(scores))
+  ids = [f"p{n}" for n in range(len(scores))]
+  rows: dict[str, list[dict]] = {"prompts": [], "candidates": [], "scores": []}
+  for n, (name, image, mask) in enumerate(zip(ids, images, masks, strict=True)):
+    save_png(source / "images" / f"{name}.png", to_bytes(image))
+    save_png(source / "masks" / f"{name}_mask.png", to_bytes(mask[..., 0]))
+    prompt = {"image_id": name, "kind": "box", "source": "x", "text": texts[n % len(texts)]}
+    rows["prompts"].append(prompt)
+    for k, score in enumerate(scores[n].tolist()):
+      own = {"image_id": name, "candidate": f"{name}_{k}"}
+      filled = np.where(mask > 0, rng.uniform(size=image.shape), image)
+      save_png(source / "inpaint" / f"{name}_{k}.png", to_bytes(filled))
+      rows["candidates"].append(own | {"policy": "x"})
+      rows["scores"].append(own | {"scores": {"x": score}})
+  for name, own in rows.items():
+    (source / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in own))
+  (source / "train.txt").write_text("\n".join(ids[:-test]) + "\n")
+  (source / "test.txt").write_text("\n".join(ids[-test:]) + "\n")
+  return build_preferences(source, folder / "preferences", rewards="x")

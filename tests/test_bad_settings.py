@@ -13,7 +13,7 @@ import jax
 import pytest
 from preference_world import load_config
 
-from prefpaint_jax import collect, evaluate, pretrain, train, train_reward
+from prefpaint_jax import collect, evaluate, pretrain, train, train_dpo, train_reward
 from prefpaint_jax.align.settings import check_prompts, settings_from
 from prefpaint_jax.data import preferences
 from prefpaint_jax.planning import stages
@@ -23,6 +23,7 @@ from prefpaint_jax.runtime.config_fields import CONFIGS
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
   "rl": train.train,
+  "dpo": train_dpo.train_dpo,
   "pretrain": pretrain.pretrain,
   "collect": collect.collect,
   "eval": evaluate.evaluate,
@@ -31,6 +32,7 @@ COMMANDS = {
 }
 NAMES = {
   "rl": "train",
+  "dpo": "train_dpo",
   "pretrain": "pretrain",
   "collect": "collect",
   "eval": "evaluate",

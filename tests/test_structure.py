@@ -56,6 +56,7 @@ COMMANDS = (
   "pretrain",
   "testing",
   "train",
+  "train_dpo",
   "train_reward",
 )
 

@@ -135,6 +135,15 @@ class StoredPreferences(Sequence[Preference]):
     """Returns the ID of a preference without decoding its images."""
     return self._features(index)["id"].bytes_list.value[0].decode()
 
+  def outline(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """Returns ranks int [C], normalised scores [C] and text without decoding images."""
+    feature = self._features(index)
+    return (
+      np.array(feature["candidates/rank"].int64_list.value),
+      np.array(feature["candidates/normalised_score"].float_list.value, np.float32),
+      b"".join(feature["text"].bytes_list.value).decode(),
+    )
+
   def __getitem__(self, index: int) -> Preference:
     feature = self._features(index)
     id_ = feature["id"].bytes_list.value[0].decode()

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from prefpaint_jax.evaluation import tables
 from prefpaint_jax.runtime import files, workdir
-from prefpaint_jax.runtime.runs import base_of
+from prefpaint_jax.runtime.runs import base_of, is_dpo
 from prefpaint_jax.runtime.text import first_line
 
 CARD, SAMPLES = "README.md", "samples.png"
@@ -19,6 +19,7 @@ CARD, SAMPLES = "README.md", "samples.png"
 _SETTINGS = (
   *("size", "num_iterations", "batch_size", "samples_per_prompt", "num_steps", "train_timesteps"),
   *("eta", "guidance_scale", "learning_rate", "clip_range", "behaviour_refresh", "ema_decay"),
+  *("loss", "beta", "region", "pairs", "gradient_accumulation"),
   *("trust.norm", "trust.k", "trust.b", "lora.rank", "dtype", "seed"),
 )
 _HUB_NAME = r"[\w.-]+/[\w.-]+"
@@ -27,8 +28,7 @@ _PAGE = """\
 # {title}
 
 Stable Diffusion inpainting, aligned with human preference: `{base}` after {iteration} iterations of
-reinforcement learning from the reward model `{reward}`, by the method of PrefPaint in
-`prefpaint_jax`.
+{method} in `prefpaint_jax`.
 {samples}
 ## Use
 
@@ -47,15 +47,14 @@ image = pipeline(
 ).images[0]
 ```
 
-These are the steps, the noise and the guidance of the training.
+{sampler}
 
 ## Training
 
 | | |
 |---|---|
 | base model | `{base}` |
-| reward | `{reward}` |
-| prompts | `{prompts}` |
+{data}
 | iteration | {iteration} |
 {settings}
 
@@ -118,12 +117,11 @@ def write_card(
     title=title,
     base=_public(base),
     iteration=source.iteration,
-    reward=_public(config.reward),
-    prompts=_public(config.prompts),
     samples=samples,
-    num_steps=config.num_steps,
-    eta=config.eta,
+    num_steps=config.get("num_steps", 50),
+    eta=config.get("eta", 1.0),
     guidance_scale=config.get("guidance_scale", 1.0),
+    **_method(config),
     settings="\n".join(rows),
     evaluation=_figures(evaluation, source.iteration) if evaluation else "Not evaluated.",
     licence=f"`{licence}`, that of the base model."
@@ -132,6 +130,23 @@ def write_card(
     "of this file.",
   )
   files.write_text(folder / CARD, f"---\n{data.to_yaml()}\n---\n\n{page}")
+
+
+def _method(config: ConfigDict) -> dict[str, str]:
+  """Returns the texts of the card that depend on the command that trained the policy."""
+  names = ("preferences",) if is_dpo(config) else ("reward", "prompts")
+  texts = {"data": "\n".join(f"| {name} | `{_public(config[name])}` |" for name in names)}
+  if is_dpo(config):
+    loss = {"dpo": "Diffusion-DPO", "capo": "CaPO"}[config.loss]
+    return texts | {
+      "method": f"{loss} on the preferences `{_public(config.preferences)}`",
+      "sampler": "The training has no sampler: choose the steps, the noise and the guidance.",
+    }
+  return texts | {
+    "method": f"reinforcement learning from the reward model `{_public(config.reward)}`, by the\n"
+    "method of PrefPaint",
+    "sampler": "These are the steps, the noise and the guidance of the training.",
+  }
 
 
 def read_evaluation(path: str | None, run: Path) -> dict[str, Any] | None:

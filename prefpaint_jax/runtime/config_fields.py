@@ -134,6 +134,42 @@ RL: dict[str, Range] = {
   "simulated_preference": Boolean(),
 }
 
+DPO: dict[str, Range] = {
+  **{name: RL[name] for name in RL if name.startswith(("adam_", "lora."))},
+  "seed": SEED,
+  "num_iterations": Integer(1, 10**9),
+  "dtype": DTYPE,
+  "policy": NAME,
+  "preferences": NAME,
+  "pairs": Choice(("extremes", "all")),
+  "size": SIZE,
+  "batch_size": COUNT,
+  "mask_latents": RL["mask_latents"],
+  "loss": Choice(("dpo", "capo")),
+  "beta": Number(0, 1e9, excluded=(0,)),
+  "region": Choice(("all", "hole", "masked")),
+  "reward": NAME,
+  "trust.norm": Choice(("mahalanobis", "released", "none")),
+  "trust.k": TRUST_K,
+  "trust.b": TRUST_B,
+  "trust.minimum": RL["trust.minimum"],
+  "trust.maximum": RL["trust.maximum"],
+  "gradient_accumulation": COUNT,
+  "optimizer": RL["optimizer"],
+  "learning_rate": RATE,
+  "warmup_updates": COUNT_OR_NONE,
+  "ema_decay": DECAY,
+  "weight_decay": RL["weight_decay"],
+  "moments_dtype": DTYPE,
+  "clip_norm": RL["clip_norm"],
+  "remat": Boolean(),
+  "mesh.data": AXIS,
+  "mesh.fsdp": AXIS,
+  "checkpoint_every": Integer(1, 10**9),  # the last checkpoint is the result
+  "judge_every": COUNT_OR_NONE,
+  "log_every": COUNT_OR_NONE,
+}
+
 PRETRAIN: dict[str, Range] = {
   "seed": SEED,
   "dtype": DTYPE,
@@ -266,6 +302,7 @@ EVAL: dict[str, Range] = {
 # By file in configs/: the ranges, and the commands that take the file.
 CONFIGS: dict[str, tuple[dict[str, Range], tuple[str, ...]]] = {
   "rl": (RL, ("train", "plan", "benchmark")),
+  "dpo": (DPO, ("train_dpo",)),
   "pretrain": (PRETRAIN, ("pretrain",)),
   "collect": (COLLECT, ("collect",)),
   "preferences": (PREFERENCES, ("data.preferences",)),

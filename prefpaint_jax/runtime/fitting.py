@@ -1,4 +1,4 @@
-"""Supervised training of one network, which `pretrain` and `train_reward` share."""
+"""Supervised training of one network, which `pretrain`, `train_reward` and `train_dpo` share."""
 
 import functools
 from collections.abc import Callable
@@ -62,6 +62,7 @@ def fit(
   log_every: int,
   judge: Callable[[Params], tuple[float, dict[str, float]]] | None = None,
   judge_every: int = 0,
+  keep_best: bool = True,
   restored: Callable[[], None] = lambda: None,
 ) -> Params | None:
   """Minimises a loss; writes metrics and checkpoints to the workdir, and resumes exactly from it.
@@ -78,14 +79,16 @@ def fit(
     log_every: iterations between lines of metrics; 0: none.
     judge: computes (score, metrics) from parameters; see Returns.
     judge_every: iterations between calls of `judge`, which also runs after the last update.
+    keep_best: give `judge` host arrays and keep those with the highest score; False: give it the
+      arrays on the devices and keep none.
     restored: called before the first iteration, when the state is restored or made.
 
   Returns:
-    The parameters with the highest score, as host arrays; the last parameters if `judge` is None or
+    The parameters with the highest score, as host arrays; the last parameters if none are kept or
     the scores are NaN. None if the process was asked to stop.
   """
   is_writer = jax.process_index() == 0
-  init = functools.partial(_init, optimizer, ema_decay, judge is not None)
+  init = functools.partial(_init, optimizer, ema_decay, bool(judge and keep_best))
   checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
   state, layout = _begin(init, params, checkpoints, loader, mesh)
   step = _make_step(loss, optimizer, ema_decay, layout)
@@ -107,9 +110,8 @@ def fit(
       is_due = lambda every, done=done: bool(every) and (done % every == 0 or done == iterations)
       line = _show(metrics, bar) if is_due(log_every) else {}
       if judge and (is_due(judge_every) or done == iterations):
-        score, judge_metrics = judge(jax.device_get(gather(current(state))))
+        state, judge_metrics = _judge(judge, state, current(state), gather)
         line |= judge_metrics
-        state = _keep_best(state, current(state), score)
       if line:
         writer.write(done, line)
         check_metrics(done, line, metrics)
@@ -121,11 +123,15 @@ def fit(
   for part in (bar, checkpoints, writer):
     part.close()
   if done < iterations:
-    interrupts.end_early()
-    if is_writer:
-      print(f"{workdir}: stopped after iteration {done} and saved; the same command goes on")
-    return None
-  return jax.device_get(gather(state.best if judge else current(state)))
+    return _end_early(workdir, done, is_writer)
+  return jax.device_get(gather(current(state) if state.best is None else state.best))
+
+
+def _end_early(workdir: Path, done: int, is_writer: bool) -> None:
+  """Says how a stopped run goes on, and sets the exit status of the command."""
+  interrupts.end_early()
+  if is_writer:
+    print(f"{workdir}: stopped after iteration {done} and saved; the same command goes on")
 
 
 def _show(metrics: dict[str, jax.Array], bar: Any) -> dict[str, float]:
@@ -153,7 +159,7 @@ def _begin(
 
 
 def _init(
-  optimizer: optax.GradientTransformation, ema_decay: float, judged: bool, params: Params
+  optimizer: optax.GradientTransformation, ema_decay: float, keep_best: bool, params: Params
 ) -> State:
   """Makes the state before the first update."""
   copy = lambda: jax.tree.map(jnp.copy, params)  # no buffer may be donated twice
@@ -162,18 +168,30 @@ def _init(
     params=params,
     opt_state=optimizer.init(params),
     average=copy() if ema_decay else None,
-    best=copy() if judged else None,
+    best=copy() if keep_best else None,
     best_score=jnp.array(-jnp.inf),
   )
 
 
-def _keep_best(state: State, params: Params, score: float) -> State:
-  """Returns the state with `params` as the best parameters, if their score is the highest."""
+def _judge(
+  judge: Callable[[Params], tuple[float, dict[str, float]]],
+  state: State,
+  params: Params,
+  gather: Callable[[Params], Params],
+) -> tuple[State, dict[str, float]]:
+  """Judges `params`; keeps them as the best parameters, if it keeps some and this score is higher.
+
+  Returns:
+    The state and the metrics of `judge`.
+  """
+  if state.best is None:
+    return state, judge(params)[1]
+  score, metrics = judge(jax.device_get(gather(params)))
   # NaN is not <= any number: the latest parameters then become the best.
   if score <= float(state.best_score):
-    return state
+    return state, metrics
   copy = jax.tree.map(jnp.copy, params)
-  return state._replace(best=copy, best_score=jnp.array(score, jnp.float32))
+  return state._replace(best=copy, best_score=jnp.array(score, jnp.float32)), metrics
 
 
 def _make_step(

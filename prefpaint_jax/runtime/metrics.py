@@ -34,6 +34,7 @@ RESULTS = (
   "held_out/reward_winrate",
   "held_out/reward_gain_in_sd",
   "validation/pair_accuracy",
+  "validation/implicit_accuracy",
 )
 
 

@@ -1,4 +1,4 @@
-"""Runs of `train` as other commands read them: the config, the checkpoints, and one fixed step."""
+"""Runs of `train` and `train_dpo` as other commands read them: config, checkpoints, fixed step."""
 
 import os
 from collections.abc import Mapping
@@ -14,11 +14,12 @@ from prefpaint_jax.runtime.files import read_json, write_json
 from prefpaint_jax.runtime.ranges import Integer, Optional, shorten
 from prefpaint_jax.runtime.workdir import CONFIG, read_workdir
 
+COMMANDS = ("train", "train_dpo")  # whose workdirs hold a policy
 PINNED = "checkpoints.json"  # the file of `pin_steps` in the workdir of a command
 
 
 def open_run(name: str) -> tuple[ConfigDict, Checkpoints] | None:
-  """Returns config and checkpoints of a run of `train`; None if `name` is not a workdir.
+  """Returns config and checkpoints of a run; None if `name` is not a workdir.
 
   Raises:
     ValueError: `name` is the workdir of another command, or its config.json is damaged.
@@ -28,11 +29,23 @@ def open_run(name: str) -> tuple[ConfigDict, Checkpoints] | None:
   workdir = Path(name)
   if (workdir / "model_index.json").is_file() or not (workdir / CONFIG).is_file():
     return None
-  config = read_workdir(workdir, "train")
+  config = read_workdir(workdir, *COMMANDS)
   for field in ("policy", "ema_decay"):
     if field not in config:
       raise ValueError(f"{workdir / CONFIG}: no field {field!r}; restore it, or give another run")
   return config, Checkpoints(workdir / "checkpoints", best=config.get("keep_best", ""))
+
+
+def is_dpo(config: ConfigDict) -> bool:
+  """Returns whether the config of a run is that of `train_dpo`."""
+  return "preferences" in config
+
+
+def trained_tree(config: ConfigDict) -> str:
+  """Returns the name of the policy in a run's checkpoints: the moving average, if it has one."""
+  if not config.ema_decay:
+    return "params"
+  return "average" if is_dpo(config) else "ema"  # as the state of `fitting` and of `align`
 
 
 def base_of(name: str) -> str:

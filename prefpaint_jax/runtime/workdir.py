@@ -189,12 +189,12 @@ def exclusive(folder: Path) -> Iterator[None]:
     yield
 
 
-def read_workdir(workdir: Path, command: str | None = None) -> ConfigDict:
+def read_workdir(workdir: Path, *commands: str) -> ConfigDict:
   """Reads the config of a run.
 
   Args:
     workdir: folder of the run.
-    command: the command that must have made it; None: any.
+    commands: those that may have made it; none: any.
 
   Raises:
     ValueError: the folder has no config.json, is that of another command, or a field has a value
@@ -205,9 +205,9 @@ def read_workdir(workdir: Path, command: str | None = None) -> ConfigDict:
   if not file.is_file():
     raise ValueError(f"{workdir}: no config.json; give the --workdir of a run")
   stored = read_json(file)
-  owner = stored.pop(COMMAND, command)
-  if command is not None and owner != command:
-    raise ValueError(f"{workdir} is the workdir of {owner}; give one of {command}")
+  owner = stored.pop(COMMAND, next(iter(commands), None))
+  if commands and owner not in commands:
+    raise ValueError(f"{workdir} is the workdir of {owner}; give one of {' or '.join(commands)}")
   check_stored(stored, owner, file)
   try:
     return ConfigDict(stored)
