@@ -123,7 +123,18 @@ def _nft(sampler: Sampler, pairs: Pairs, terms: Terms) -> Loss:
     "change": mean_over_elements((original - old) ** 2, weight),
     "error": mean_over_elements((original - pairs.target) ** 2, weight),
   }
-  return terms.trust * loss, metrics
+  return terms.trust * _velocity_scale(schedule, terms.step) * loss, metrics
+
+
+def _velocity_scale(schedule: Schedule, step: Steps) -> jax.Array:
+  """Computes √(1−ᾱ) / |∂x̂0/∂output| [n]: 1 for v-prediction and √ᾱ for ε-prediction.
+
+  With it the gradient of NFT with respect to the output has one scale for all prediction types,
+  that of the published velocities. Without it the noisiest steps of ε-networks outweigh all others.
+  """
+  zeros = jnp.zeros((len(step.timestep), 1, 1, 1))
+  slope = jnp.abs(ddim.original_sample(schedule, step, zeros, zeros + 1)).reshape(-1)
+  return jnp.sqrt(1 - step.alpha) / slope
 
 
 def _awm(sampler: Sampler, pairs: Pairs, terms: Terms) -> Loss:

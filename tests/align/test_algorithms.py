@@ -141,7 +141,9 @@ def forward_loss(theirs: Torch, kind: str):
       error = clean(policy) - x0
       size = theirs.mean(error.abs()).clamp(min=1e-5).detach()
       terms.append(theirs.mean(error**2) / size)
-    return trust * clip * (r * terms[0] / beta + (1 - r) * terms[1] / beta) + kl
+    loss = clip * (r * terms[0] / beta + (1 - r) * terms[1] / beta)
+    # An ε-network's gradient gets the scale of a v-network's, which is the published one.
+    return trust * (signal if theirs.prediction == "epsilon" else 1.0) * loss + kl
 
   return of_step
 

@@ -1,7 +1,9 @@
 """All algorithms reach the optimum of a Gaussian policy in two dimensions, which is known.
 
 The policy's samples are N(m, s² I): its network is the exact ε of that distribution, and m is its
-one parameter. The reward −‖x − g‖² is highest, over all m, at m = g.
+one parameter. The reward −‖x − g‖² is highest, over all m, at m = g. Pairs are preferred with the
+log-odds a·(w − l), for which Diffusion-DPO's margin at timestep t is (β k²/2) m·(w − l) with
+k = √(ᾱ (1−ᾱ)) / (ᾱ s² + 1 − ᾱ), so that its optimum is m = 2a / (β k²).
 """
 
 import functools
@@ -13,7 +15,8 @@ import optax
 import pytest
 from alignment_world import ToyModules, make_settings, quick_jit
 
-from prefpaint_jax.align import ppo, update
+from prefpaint_jax.align import dpo, ppo, update
+from prefpaint_jax.align.pair_update import prediction_errors
 from prefpaint_jax.align.settings import Nft
 from prefpaint_jax.align.state import (
   Endpoint,
@@ -26,15 +29,20 @@ from prefpaint_jax.align.state import (
 )
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.models.conditioning import Context, Prompts
+from prefpaint_jax.models.pipeline import Modules
 
 SAMPLES, SPREAD = 256, 0.5
 GOAL = np.array([0.8, -0.6], np.float32)
 
 
-class GaussianModules:
+class GaussianModules(Modules):
   """Predicts ε̂ = √(1−ᾱ) (x_t − √ᾱ m) / (ᾱ s² + 1 − ᾱ), the mean of ε given x_t."""
 
   schedule = ToyModules.schedule
+
+  def __init__(self):
+    """Makes no networks."""
+
   round_params = staticmethod(lambda params: params)
 
   @classmethod
@@ -63,7 +71,7 @@ def test_mean_of_the_policy_reaches_the_optimum(changes):
   )
   schedule = GaussianModules.schedule
   steps = ddim.ddim_steps(schedule, settings.num_steps, settings.eta)
-  sampler, optimizer = Sampler(GaussianModules, settings, steps), optax.adam(0.03)
+  sampler, optimizer = Sampler(GaussianModules(), settings, steps), optax.adam(0.03)
   zeros = jnp.zeros((SAMPLES, 1, 1, 2))
   one = jnp.ones((SAMPLES, 1, 1, 1))
   prompts = Prompts(one, one, one, zeros, Context(jnp.zeros((1, 1, 1))))
@@ -102,3 +110,38 @@ def test_mean_of_the_policy_reaches_the_optimum(changes):
   np.testing.assert_allclose(np.mean(means[-50:], axis=0), GOAL, atol=0.1)
   # The samples are those of the policy.
   np.testing.assert_allclose(np.mean(latents, axis=0).reshape(2), GOAL, atol=0.25)
+
+
+def test_dpo_reaches_the_optimum_of_pairs_and_capo_the_gap_of_their_scores():
+  B, beta, timestep, liking = 8192, 50.0, 501, np.array([1.5, -1.0])
+  rng = np.random.default_rng(0)
+  pairs = SPREAD * rng.normal(size=(B, 2, 2))
+  odds = (pairs[:, 0] - pairs[:, 1]) @ liking
+  swapped = rng.random(B) > 1 / (1 + np.exp(-odds))
+  pairs[swapped] = pairs[swapped][:, ::-1]
+  clean = jnp.asarray(pairs.reshape(2 * B, 1, 1, 2), jnp.float32)
+  one = jnp.ones((2 * B, 1, 1, 1))
+  prompts = Prompts(one, one, one, jnp.zeros_like(clean), Context(jnp.zeros((1, 1, 1))))
+  noise = jnp.repeat(jax.random.normal(jax.random.key(0), clean[::2].shape), 2, axis=0)
+  t = jnp.full(2 * B, timestep)
+  errors = lambda m: prediction_errors(
+    GaussianModules(), "hole", {"m": m}, prompts, clean, noise, t
+  ).reshape(B, 2)
+  reference = errors(jnp.zeros(2))
+  margin = lambda m: dpo.preference_margin(errors(m), reference, beta)
+
+  alpha = float(GaussianModules.schedule.alphas_cumprod[timestep])
+  slope = beta * alpha * (1 - alpha) / (alpha * SPREAD**2 + 1 - alpha) ** 2 / 2
+  gap = jnp.asarray((pairs[:, 0] - pairs[:, 1]) @ liking, jnp.float32)
+  for loss in (lambda m: dpo.dpo_loss(margin(m)), lambda m: dpo.capo_loss(margin(m), gap)):
+    optimizer, m = optax.adam(0.02), jnp.zeros(2)
+    state = optimizer.init(m)
+
+    @quick_jit
+    def step(m, state, loss=loss, optimizer=optimizer):
+      changes, state = optimizer.update(jax.grad(lambda m: loss(m).mean())(m), state)
+      return m + changes, state
+
+    for _ in range(200):
+      m, state = step(m, state)
+    np.testing.assert_allclose(m, liking / slope, rtol=0.08)
