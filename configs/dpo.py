@@ -7,7 +7,7 @@ from ml_collections import ConfigDict, config_dict
 PRESETS = {
   "": "Stable Diffusion 1.5 inpainting with the settings of Diffusion-DPO: all parameters, 2048 "
   "pairs an update",
-  "mini": "the embedded model; about two minutes on two CPU cores",
+  "mini": "the embedded model; about three minutes on two CPU cores",
   "sd15": "Stable Diffusion 1.5 with LoRA on one GPU; not tuned",
   "sdxl": "Stable Diffusion XL inpainting at 1024 pixels with LoRA; not tuned",
 }
