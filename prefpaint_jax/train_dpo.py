@@ -91,6 +91,7 @@ def load(
 
   Args:
     policy: the `Inpainter` to train.
+    has_texts: prompts have texts, which the program then encodes.
 
   Returns:
     The settings, the frozen trees, and the parameters that the run trains first.

@@ -105,8 +105,10 @@ class Pairs(Sequence[Pair]):
     )
 
 
-def open_pairs(splits: dict[str, StoredPreferences], which: str, folder: str | Path) -> Any:
-  """Makes the pairs of each split, {split: `Pairs`}.
+def open_pairs(
+  splits: dict[str, StoredPreferences], which: str, folder: str | Path
+) -> dict[str, Pairs]:
+  """Makes the pairs of each split.
 
   Args:
     splits: of `preferences.open_splits`.
