@@ -37,6 +37,7 @@ EARLIER = {
   "blended": False,
   "lpips": "",
   "trust.reference": 256,
+  "whiten": False,
 }
 
 
