@@ -5,7 +5,8 @@
 
 1. Trains the network on human scores, and keeps the parameters with the highest pair accuracy on
    the validation split.
-2. Refits the last layer by ridge regression, which the error bound assumes.
+2. Refits the last layer by ridge regression, which the error bound assumes. With `config.whiten`
+   whitens the features first.
 3. Estimates the noise scale R of the bound on the test split, which nothing was chosen on, and
    compares the bound with the errors there.
 
@@ -43,6 +44,7 @@ from prefpaint_jax.preference.fit import (
   moments_of,
   score_all,
 )
+from prefpaint_jax.preference.whitening import whiten
 from prefpaint_jax.reward import RewardModel
 from prefpaint_jax.runtime import cli, fitting, sharding
 from prefpaint_jax.runtime.config_check import check_fields
@@ -63,6 +65,11 @@ def check(config: ConfigDict) -> None:
     raise ValueError("score_weight and pair_weight are both 0; there is nothing to learn")
   if not (config.score_weight > 0 or config.ridge > 0):
     raise ValueError("score_weight is 0, so the reward has no scale; give ridge above 0")
+  if config.whiten and config.network.activation != "identity":
+    raise ValueError(
+      f"whiten is True with network.activation {config.network.activation!r} after the features; "
+      "expected a linear layer, which can hold the whitening; give network.activation=identity"
+    )
 
 
 def make_optimizer(config: ConfigDict, network: RewardNetwork) -> optax.GradientTransformation:
@@ -138,6 +145,9 @@ def _train_reward(
 
   ### Last layer: ridge regression on the features, and the bound on its error.
   moments = moments_of(scorer, params, train)
+  if config.whiten:
+    params = whiten(params, moments, network.dtype)
+    moments = moments_of(scorer, params, train)
   w, bound = refit(moments, config.ridge, moments_of(scorer, params, test), config.norm_bound)
   if config.noise_scale is not None:
     bound = dataclasses.replace(bound, noise_scale=config.noise_scale)

@@ -166,6 +166,21 @@ def test_command_writes_a_reward_with_its_bound_and_resumes_exactly(
 
 
 @pytest.mark.slow
+def test_command_writes_a_reward_with_whitened_features(tmp_path, preferences):
+  changes = {"whiten": True, "network.activation": "identity", "network.feature_dim": 8}
+  config = load_config("reward", "mini", preferences=str(preferences), **SMALL | changes)
+  train_reward.train_reward(config, tmp_path)
+  loaded = RewardModel.from_pretrained(tmp_path / "reward")
+  whole = loaded.bound.matrix / (loaded.bound.count + loaded.bound.lam)
+  np.testing.assert_allclose(whole, np.eye(8), atol=1e-2)
+  one = next(iter(open_preferences(preferences, "test")))
+  rewards, z = loaded.score(one["candidates"] / 255.0, one["masked_image"][None] / 255.0)
+  np.testing.assert_allclose(
+    z @ loaded.params["mlp"]["last_layer"]["kernel"][:, 0], rewards, rtol=1e-4
+  )
+
+
+@pytest.mark.slow
 def test_comparisons_train_a_reward_that_is_not_measured_against_another_unit(tmp_path, capsys):
   source = tmp_path / "candidates"
   collect(collect_config(tmp_path), source)
@@ -199,6 +214,7 @@ def test_comparisons_train_a_reward_that_is_not_measured_against_another_unit(tm
     ({"frozen_share": 2.0}, r"frozen_share is 2\.0"),
     ({"score_weight": 0.0, "pair_weight": 0.0}, "nothing to learn"),
     ({"preferences": "nowhere"}, "nowhere: no such folder"),
+    ({"whiten": True}, "whiten is True with network.activation 'gelu'.*give network.activation="),
   ],
 )
 def test_errors_name_the_field_in_one_line(tmp_path, change, message):

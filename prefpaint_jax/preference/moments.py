@@ -35,11 +35,14 @@ class Moments(NamedTuple):
   cross: Float64[np.ndarray, " D"]  # Σ y z
   squares: Scalar  # Σ y²
   count: Scalar  # N
+  total: Float64[np.ndarray, " D"]  # Σ z
 
   @classmethod
   def zeros(cls, width: int) -> "Moments":
     """Returns the moments of no samples, for `width` features."""
-    return cls(np.zeros((width, width)), np.zeros(width), np.zeros(()), np.zeros(()))
+    return cls(
+      np.zeros((width, width)), np.zeros(width), np.zeros(()), np.zeros(()), np.zeros(width)
+    )
 
   @classmethod
   def of(cls, features: Unchecked, targets: Unchecked) -> "Moments":
@@ -57,7 +60,8 @@ class Moments(NamedTuple):
       bad = int((~np.isfinite(targets)).sum())
       raise ValueError(f"{bad} of {len(targets)} targets are not finite; leave them out")
     count = np.float64(len(targets))
-    return cls(gram(features), features.T @ targets, targets @ targets, count)
+    products = gram(features), features.T @ targets, targets @ targets
+    return cls(*products, count, features.sum(axis=0))
 
   def __add__(self, other: "Moments") -> "Moments":
     """Returns the moments of the union of two sets of samples."""

@@ -261,6 +261,7 @@ REWARD: dict[str, Range] = {
   "score_weight": WEIGHT,
   "pair_weight": WEIGHT,
   "ema_decay": DECAY,
+  "whiten": Boolean(),
   "ridge": Number(0, 1e12),
   "noise_scale": BOUND,
   "norm_bound": BOUND,

@@ -45,6 +45,7 @@ EARLIER = {
   "nft.decay_start": 0,
   "nft.decay_rate": 0.001,
   "nft.decay_maximum": 0.5,
+  "whiten": False,
 }
 
 

@@ -70,7 +70,8 @@ def test_moments_of_a_stream_equal_the_direct_sums():
   for start in range(0, len(z), 96):
     streamed = streamed.add(jnp.asarray(z[start : start + 96]), y[start : start + 96])
   exact_z, exact_y = z.astype(np.float64), y.astype(np.float64)
-  expected = (exact_z.T @ exact_z, exact_z.T @ exact_y, exact_y @ exact_y, 100_000)
+  products = exact_z.T @ exact_z, exact_z.T @ exact_y, exact_y @ exact_y
+  expected = (*products, 100_000, exact_z.sum(0))
   for found, wanted in zip(streamed, expected, strict=True):
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, wanted, rtol=1e-9)
