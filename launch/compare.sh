@@ -36,7 +36,9 @@ offline() {  # LOSS, SEED, FLAG...: on pairs that one reward ranks
 for seed in $seeds; do
   online ppo "$seed"
   online guard "$seed" --config.ratio_normalisation=True --config.clip_range=1e-4
-  online nft "$seed" --config.algorithm=nft --config.advantage_clip=5 --config.kl_weight=0
+  # 6 of the steps, so that the old policy's and the base's passes cost no more than PPO's.
+  online nft "$seed" --config.algorithm=nft --config.advantage_clip=5 --config.kl_weight=1 \
+    --config.learning_rate=2e-4 --config.clip_norm=1.0 --config.train_timesteps=6
   offline dpo "$seed"
   offline capo "$seed"
   python -m prefpaint_jax.evaluate --config=configs/eval.py:mini --workdir="$workdir/eval/seed$seed" \
