@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Compares the algorithms on the mini model: PPO, PPO with GRPO-Guard's ratio, NFT, Diffusion-DPO and
-# CaPO, each from three seeds, with one reward. Every run has 7,680 images and 322,560 passes of the
-# UNet (a backward pass counts as two): the online algorithms sample 60 iterations of 128 images, the
-# offline ones train on pairs from 960 prompts with 8 candidates each. Then judges all policies on
-# the same prompts, draws the curves and prints the tables. The same command resumes an interrupted
+# CaPO, each from three seeds, with one reward. Every run has 7,680 images and at most 322,560 passes of
+# the UNet (a backward pass counts as two): the online algorithms sample 60 iterations of 128 images,
+# the offline ones train on pairs from 960 prompts with 8 candidates each. Then judges all policies on
+# the same prompts, draws the curves and prints the table. The same command resumes an interrupted
 # comparison.
 #
 #   launch/compare.sh [WORKDIR]      # default runs/compare
@@ -39,8 +39,8 @@ for seed in $seeds; do
   # 6 of the steps, so that the old policy's and the base's passes cost no more than PPO's.
   online nft "$seed" --config.algorithm=nft --config.advantage_clip=5 --config.kl_weight=1 \
     --config.learning_rate=2e-4 --config.clip_norm=1.0 --config.train_timesteps=6
-  offline dpo "$seed"
-  offline capo "$seed"
+  offline dpo "$seed" --config.num_iterations=480
+  offline capo "$seed" --config.num_iterations=480 --config.beta=100
   python -m prefpaint_jax.evaluate --config=configs/eval.py:mini --workdir="$workdir/eval/seed$seed" \
     --config.policy="$workdir/ppo/seed$seed" --config.samples_per_prompt=4 \
     --config.rivals="('$workdir/guard/seed$seed','$workdir/nft/seed$seed','$workdir/dpo/seed$seed','$workdir/capo/seed$seed')"
