@@ -50,7 +50,8 @@ def get_config(preset: str = "") -> ConfigDict:
   # After the warm-up: 1e-8 times 2048, by which the code of Diffusion-DPO multiplies it.
   config.learning_rate = 2.048e-5
   config.warmup_updates = 500  # updates in which the learning rate rises to its value
-  config.ema_decay = 0.0  # decay of the moving average of the parameters, for export; 0: none
+  # Decay of the moving average of the parameters in an iteration, for export; 0: no average.
+  config.ema_decay = 0.0
   config.adam_b1 = 0.9  # decay of AdamW's mean of gradients
   config.adam_b2 = 0.999  # decay of AdamW's mean of squared gradients
   config.adam_eps = 1e-8  # added to the root of AdamW's mean of squares

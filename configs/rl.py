@@ -74,11 +74,11 @@ def get_config(preset: str = "") -> ConfigDict:
   config.ratio_normalisation = False  # ppo: GRPO-Guard's importance ratio and weight of each step
   config.nft = ConfigDict()
   config.nft.beta = 1.0  # how far the two implicit policies are from the old policy
-  # After an iteration the old policy is decay * old + (1 - decay) * policy, where decay is
-  # rate * (updates - start), within 0 and maximum. Published: 0.001, 0, 0.5 or 0.0075, 75, 0.999.
-  config.nft.decay_rate = 0.001  # rate
-  config.nft.decay_start = 0  # start
-  config.nft.decay_maximum = 0.5  # maximum
+  # After an iteration the old policy is decay * old + (1 - decay) * policy. Published: rate 0.001,
+  # start 0, maximum 0.5; or 0.0075, 75 and 0.999.
+  config.nft.decay_rate = 0.001  # by which the decay grows in an update
+  config.nft.decay_start = 0  # updates before it grows
+  config.nft.decay_maximum = 0.5  # highest decay
   config.train_timesteps = 5  # K, steps of the chain to train in an iteration, drawn at random
   config.skip_steps = (0, 0)  # how many of the first and of the last steps are never drawn
   config.updates_per_iteration = 5  # optimiser updates that share the K steps; divides K

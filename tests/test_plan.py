@@ -98,6 +98,25 @@ def test_memory_of_an_update_grows_with_the_samples_of_a_pass_and_not_with_the_b
 
 
 @pytest.mark.slow
+def test_nft_keeps_one_latent_for_each_sample_and_a_copy_of_the_policy(quick_compilation, tmp_path):
+  def planned(**fields):
+    config = tiny_config(tmp_path, num_steps=6, **fields)
+    return config, stages.plan(config, jax.devices()[:1])
+
+  config, ppo = planned(window=3, train_timesteps=2)
+  _, nft = planned(algorithm="nft", train_timesteps=2)
+  outputs = [one["stages"]["rollout"]["memory"]["outputs"] for one in (ppo, nft)]
+  shape = assembly.make_modules(architectures.tiny_configs(), "float32").latent_shape(
+    config.batch_size * config.samples_per_prompt, config.size, config.size
+  )
+  chain = 4 * 6 * (np.prod(shape) + shape[0])  # float32: states but the last, log-probabilities
+  assert outputs[0] - outputs[1] == pytest.approx(chain, abs=200)  # timesteps, a key, padding
+  arguments = [one["stages"]["update"]["memory"]["arguments"] for one in (ppo, nft)]
+  copy = 4 * nft["parameters"]["unet"]
+  assert arguments[1] - arguments[0] == pytest.approx(copy - chain, rel=0.01, abs=2000)
+
+
+@pytest.mark.slow
 def test_estimate_is_the_longer_of_work_and_memory_plus_the_links(report):
   chip = Chip(flops=1e9, memory=1e12, bandwidth=1e15, links=1e9)
   fitted = report | stages.fit_to_chip(report, chip)

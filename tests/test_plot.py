@@ -457,10 +457,15 @@ def test_curves_can_be_drawn_against_images_and_unet_passes(tmp_path):
   write_run(tmp_path / "b", dear, seed=1)
   groups = single_runs([load_run(tmp_path / name) for name in "ab"])
   for unit, ends in {"images": (96, 96), "unet_passes": (96 * 34, 96 * 42)}.items():
-    figure = draw(groups, unit=unit)
-    drawn = list(curves(panels(figure)["reward"]).values())
+    drawn = list(curves(panels(draw(groups, unit=unit))["reward"]).values())
     assert [x[-1] for x, _ in drawn] == list(ends)
     np.testing.assert_array_equal(drawn[1][1], column(dear, "reward/mean"))
+    # Averages are over iterations, whatever the axis.
+    smooth, expected = (
+      list(curves(panels(draw(groups, 3, unit=one))["reward"]).values())
+      for one in (unit, "iteration")
+    )
+    np.testing.assert_array_equal(smooth[1][1], expected[1][1])
   write_run(tmp_path / "old", seed=2)
   with pytest.raises(ValueError, match="no values of count/images; give --x=iteration"):
     draw(single_runs([load_run(tmp_path / "old")]), unit="images")

@@ -266,6 +266,7 @@ def test_crashed_run_of_another_algorithm_resumes_exactly(world, tmp_path, monke
   whole = Run(config, tmp_path / "whole")
   prefix = f"{config.algorithm}/"
   assert {f"{prefix}grad_norm", f"{prefix}learning_rate"} <= whole.lines()[-1].keys()
+  assert whole.compiled["rollout"] == whole.compiled["update"] == 1  # also where the window slides
   passes = whole.lines()[-1]["count/unet_passes"] / whole.lines()[-1]["count/images"]
   K = config.train_timesteps
   assert passes == config.num_steps + K * (5 if config.algorithm == "nft" else 3)

@@ -1,11 +1,11 @@
-"""The algorithms: what each reads of a rollout, and its loss for pairs of a sample and a step.
+"""The algorithms: the part of a rollout that each trains on, and its loss.
 
 "ppo" trains the transitions of the DDIM chain by their importance ratio (`align.ppo`). "nft" and
 "awm" need no chain: they noise the final latents and train the network's prediction there, "nft" by
 regression (`align.nft`), "awm" by an importance ratio whose log-probability is minus the squared
 error of the prediction (Advantage Weighted Matching, Xue et al. 2025, arXiv 2509.25050).
 """
-# Shapes: B samples, k steps of an update, n = B k pairs, h w latents, c channels.
+# Shapes: B samples, k steps of an update, n = B k examples, h w latents, c channels.
 
 import dataclasses
 import functools
@@ -19,14 +19,14 @@ from jaxtyping import Array, Float, Int
 from prefpaint_jax.align.nft import nft_loss
 from prefpaint_jax.align.ppo import noise_log_ratio, ppo_loss
 from prefpaint_jax.align.settings import Settings
-from prefpaint_jax.align.state import Endpoint, Pairs, Sampler
+from prefpaint_jax.align.state import Endpoint, Examples, Sampler
 from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.diffusion.ddim import Steps, Trajectory, Weight, mean_over_elements
 from prefpaint_jax.diffusion.schedule import Schedule
 
 
 class Terms(NamedTuple):
-  """What a loss is computed from, beside the pairs: one row for each pair."""
+  """The inputs of a loss besides the examples, with one row for each of them."""
 
   step: Steps
   output: Float[Array, "n h w c"]  # of the trained policy's network
@@ -42,61 +42,66 @@ Loss = tuple[Float[Array, " n"], dict[str, Float[Array, " n"]]]  # and metrics
 class Algorithm(NamedTuple):
   """An algorithm as pure functions."""
 
-  pairs: Callable[[Sampler, Trajectory | Endpoint, Int[Array, " k"]], Pairs]  # leaves [k, B, ...]
-  loss: Callable[[Sampler, Pairs, Terms], Loss]
+  # (sampler, record, indices) -> examples with leaves [k, B, ...].
+  examples: Callable[[Sampler, Trajectory | Endpoint, Int[Array, " k"]], Examples]
+  loss: Callable[[Sampler, Examples, Terms], Loss]
   # (sampler, step, x_t, output, the base policy's output, weight) -> divergence from the base [n].
   divergence: Callable[..., Float[Array, " n"]]
 
 
 def _noise(key: jax.Array, indices: Int[Array, " k"], like: jax.Array) -> jax.Array:
   """Draws the noise [k, B, h, w, c] of some steps as a rollout does, from fold_in(key, step)."""
-  keys = (jax.random.fold_in(key, index) for index in indices)
-  return jnp.stack([jax.random.normal(key, like.shape) for key in keys])
+  # Not under vmap, where some implementations of PRNGs draw other numbers than the rollout.
+  draw = lambda index: jax.random.normal(jax.random.fold_in(key, index), like.shape)
+  return jnp.stack([draw(index) for index in indices])
 
 
 # --------------------------------------------------------------------------- transitions of a chain
-def _transitions(sampler: Sampler, record: Trajectory, indices: jax.Array) -> Pairs:
+def _transitions(sampler: Sampler, record: Trajectory, indices: jax.Array) -> Examples:
   latents, noise = record.latents, None
   if sampler.settings.ratio_normalisation:
     noise = _noise(record.key, indices, latents[0])
-  return Pairs(latents[indices], latents[indices + 1], noise, record.log_probs[indices])
+  return Examples(latents[indices], latents[indices + 1], noise, record.log_probs[indices])
 
 
-def _ppo(sampler: Sampler, pairs: Pairs, terms: Terms) -> Loss:
+def _ppo(sampler: Sampler, examples: Examples, terms: Terms) -> Loss:
   settings, schedule = sampler.settings, sampler.modules.schedule
   step, weight = terms.step, terms.weight
-  mean = ddim.predict_mean(schedule, step, pairs.latents, terms.output)
+  mean = ddim.predict_mean(schedule, step, examples.latents, terms.output)
   if settings.ratio_normalisation:
-    log_ratio = noise_log_ratio(pairs.target, mean, step.sigma, pairs.noise, weight)
+    log_ratio = noise_log_ratio(examples.target, mean, step.sigma, examples.noise, weight)
     trust = terms.trust * _balance(sampler, step)
     loss, metrics = ppo_loss(
       log_ratio, jnp.zeros_like(log_ratio), terms.advantages, trust, settings.clip_range
     )
   else:
-    log_prob = ddim.log_prob(pairs.target, mean, step.sigma, weight)
+    log_prob = ddim.log_prob(examples.target, mean, step.sigma, weight)
     loss, metrics = ppo_loss(
-      log_prob, pairs.old_log_prob, terms.advantages, terms.trust, settings.clip_range
+      log_prob, examples.old_log_prob, terms.advantages, terms.trust, settings.clip_range
     )
   return loss, _ratio_metrics(metrics)
 
 
 def _balance(sampler: Sampler, step: Steps) -> jax.Array:
-  """Computes GRPO-Guard's weight of each step: 1 / |∂μ/∂output|, of mean 1 over trained steps.
+  """Computes the weight of each step with `ratio_normalisation`, of mean 1 over trained steps.
 
   The gradient of log ρ with respect to the network's output is noise times ∂μ/∂output, which falls
-  along the chain as the steps get smaller. With flow matching it is the step in time, dt.
+  along the chain as the steps get smaller. The weight is 1 / |∂μ/∂output|, in the place of
+  GRPO-Guard's 1 / dt, but at most twice the median: the last step of a chain with an offset of 1 is
+  from t = 1 to 0, and would have ten times the weight of the others.
   """
   first, last = sampler.settings.skip_steps
   trained = Steps(*(x[first : len(x) - last] for x in sampler.steps))
-  schedule = sampler.modules.schedule
-  return 1 / (_gain(schedule, step) * jnp.mean(1 / _gain(schedule, trained)))
+  inverse = lambda step: 1 / _slope(ddim.predict_mean, sampler.modules.schedule, step)
+  highest = 2 * jnp.median(inverse(trained))
+  weight = lambda step: jnp.minimum(inverse(step), highest)
+  return weight(step) / jnp.mean(weight(trained))
 
 
-def _gain(schedule: Schedule, step: Steps) -> jax.Array:
-  """Computes |∂μ/∂output| [n] of steps; μ is linear in the output."""
+def _slope(function: Callable, schedule: Schedule, step: Steps) -> jax.Array:
+  """Computes |∂function/∂output| [n] of steps for a `function` of DDIM, linear in the output."""
   zeros = jnp.zeros((len(step.timestep), 1, 1, 1))
-  mean = ddim.predict_mean(_unclipped(schedule), step, zeros, zeros + 1)
-  return jnp.abs(mean).reshape(-1)
+  return jnp.abs(function(_unclipped(schedule), step, zeros, zeros + 1)).reshape(-1)
 
 
 def _kl(sampler: Sampler, step: Steps, latents, output, base_output, weight) -> jax.Array:
@@ -105,41 +110,39 @@ def _kl(sampler: Sampler, step: Steps, latents, output, base_output, weight) -> 
 
 
 # ------------------------------------------------------------------------------- forward process
-def _noised(sampler: Sampler, record: Endpoint, indices: jax.Array) -> Pairs:
+def _noised(sampler: Sampler, record: Endpoint, indices: jax.Array) -> Examples:
   noise = _noise(record.key, indices, record.latents)
   noise_to = functools.partial(ddim.add_noise, sampler.modules.schedule, record.latents)
   timesteps = jnp.asarray(sampler.steps.timestep)[indices]
   latents = jnp.stack([noise_to(*one) for one in zip(noise, timesteps, strict=True)])
-  return Pairs(latents, jnp.broadcast_to(record.latents, noise.shape), noise, None)
+  return Examples(latents, jnp.broadcast_to(record.latents, noise.shape), noise, None)
 
 
-def _nft(sampler: Sampler, pairs: Pairs, terms: Terms) -> Loss:
+def _nft(sampler: Sampler, examples: Examples, terms: Terms) -> Loss:
   settings, schedule = sampler.settings, _unclipped(sampler.modules.schedule)
-  clean = functools.partial(ddim.original_sample, schedule, terms.step, pairs.latents)
+  clean = functools.partial(ddim.original_sample, schedule, terms.step, examples.latents)
   original, old = clean(terms.output), clean(terms.old_output)
   clip, beta, weight = settings.advantage_clip, settings.nft.beta, terms.weight
-  loss = nft_loss(original, old, pairs.target, terms.advantages, clip, beta, weight)
+  loss = nft_loss(original, old, examples.target, terms.advantages, clip, beta, weight)
   metrics = {
     "change": mean_over_elements((original - old) ** 2, weight),
-    "error": mean_over_elements((original - pairs.target) ** 2, weight),
+    "error": mean_over_elements((original - examples.target) ** 2, weight),
   }
   return terms.trust * _velocity_scale(schedule, terms.step) * loss, metrics
 
 
 def _velocity_scale(schedule: Schedule, step: Steps) -> jax.Array:
-  """Computes √(1−ᾱ) / |∂x̂0/∂output| [n]: 1 for v-prediction and √ᾱ for ε-prediction.
+  """Computes √(1−ᾱ) / |∂x̂0/∂output| [n]: 1 for v-prediction, √ᾱ for ε and √(1−ᾱ) for x̂0.
 
   With it the gradient of NFT with respect to the output has one scale for all prediction types,
   that of the published velocities. Without it the noisiest steps of ε-networks outweigh all others.
   """
-  zeros = jnp.zeros((len(step.timestep), 1, 1, 1))
-  slope = jnp.abs(ddim.original_sample(schedule, step, zeros, zeros + 1)).reshape(-1)
-  return jnp.sqrt(1 - step.alpha) / slope
+  return jnp.sqrt(1 - step.alpha) / _slope(ddim.original_sample, schedule, step)
 
 
-def _awm(sampler: Sampler, pairs: Pairs, terms: Terms) -> Loss:
+def _awm(sampler: Sampler, examples: Examples, terms: Terms) -> Loss:
   schedule, t = sampler.modules.schedule, terms.step.timestep
-  target = ddim.training_target(schedule, pairs.target, pairs.noise, t)
+  target = ddim.training_target(schedule, examples.target, examples.noise, t)
   log_prob, old_log_prob = (
     -mean_over_elements((output - target) ** 2, terms.weight)
     for output in (terms.output, terms.old_output)

@@ -215,7 +215,7 @@ class HeldOut:
         line[f"held_out/{name}/base"] = base_score["value"]
       else:
         line[f"held_out/drift/{name}"] = float(np.mean(values) - np.mean(base[name]))
-    if self._run.judges.rewards:
+    if self._run.judges.rewards and self._run.settings.eta > 0:  # else it is 0 for every policy
       divergences = [self._kl_to_base(params, chunk) for chunk in range(count // self._chunk)]
       line["held_out/kl_to_base"] = float(np.mean(divergences))
     if self.referee is not None:

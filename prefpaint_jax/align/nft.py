@@ -2,9 +2,10 @@
 
 The final latents x0 of a sample are noised to x_t = sqrt(ᾱ) x0 + sqrt(1−ᾱ) ε. The network's output
 at x_t implies clean latents x̂0. Two implicit policies, x̂0⁺ = β x̂0 + (1−β) x̂0_old and
-x̂0⁻ = (1+β) x̂0_old − β x̂0, are regressed on x0: the first as far as the sample is good, the second
-as far as it is bad. The published form mixes velocities; for one x_t, x̂0 is affine in the velocity,
-in ε and in v alike, so the mixture of x̂0 is the same policy for every prediction type.
+x̂0⁻ = (1+β) x̂0_old − β x̂0, are regressed on x0: the first with a weight that grows with the
+advantage, the second with the rest of the weight. The published form mixes velocities; for one x_t,
+x̂0 is affine in the velocity, in ε and in v alike, so the mixture of x̂0 is the same policy for every
+prediction type.
 """
 # Shapes: B samples, h w latents, c channels.
 

@@ -145,6 +145,10 @@ class Settings:
         f"{field} is {getattr(self, field)} with algorithm={name!r}; only ppo has it; leave it out",
       )
     check(
+      name == "nft" or self.nft == Nft(),
+      f"nft is {self.nft} with algorithm={name!r}; only nft has these fields; leave them out",
+    )
+    check(
       not self.window or self.train_timesteps <= self.window <= trainable,
       f"window is {self.window}; expected 0, or train_timesteps={self.train_timesteps} to "
       f"{trainable}, the steps that skip_steps={self.skip_steps} leaves",

@@ -72,8 +72,8 @@ class Experience(NamedTuple):
   scores: Scores
 
 
-class Pairs(NamedTuple):
-  """Pairs of a sample and a step: [k, B, ...] in an update, [n, ...] in a loss."""
+class Examples(NamedTuple):
+  """A training example for each sample and step: [k, B, ...] in an update, [n, ...] in a loss."""
 
   latents: Float[Array, "*n h w c"]  # x_t, the network's input
   target: Float[Array, "*n h w c"]  # x_t' of the transition, or x0
@@ -86,7 +86,7 @@ class Batch(NamedTuple):
 
   prompts: Prompts
   indices: Int[Array, " k"]
-  pairs: Pairs
+  examples: Examples
   scores: Scores
 
 

@@ -38,8 +38,8 @@ from prefpaint_jax.weights.names import Params
 def batch_of(sampler: Sampler, experience: Experience, indices: Int[Array, " k"]) -> Batch:
   """Selects what the steps `indices` of an update train on."""
   prompts, record, scores = experience
-  pairs = algorithm_of(sampler.settings).pairs(sampler, record, indices)
-  return Batch(prompts, indices, pairs, scores)
+  examples = algorithm_of(sampler.settings).examples(sampler, record, indices)
+  return Batch(prompts, indices, examples, scores)
 
 
 def policy_loss(
@@ -62,7 +62,7 @@ def policy_loss(
       that those of all passes and devices add up to the mean.
     behaviour: the behaviour policy's parameters, for algorithms that compare with its output.
   """
-  (modules, settings, steps), (prompts, indices, pairs, scores) = sampler, batch
+  (modules, settings, steps), (prompts, indices, examples, scores) = sampler, batch
   algorithm = algorithm_of(settings)
   k, B = indices.shape[0], scores.reward.shape[0]
   per_sample = lambda x: jnp.repeat(x, k, axis=0)
@@ -71,24 +71,24 @@ def policy_loss(
   # An invalid sample may be NaN throughout, and in a gradient 0 · NaN is NaN: mask the inputs.
   if_valid = lambda x: jnp.where(valid.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0)
   flatten = lambda x: jnp.moveaxis(x, 0, 1).reshape(B * k, *x.shape[2:])
-  pairs = jax.tree.map(lambda x: if_valid(flatten(x)), pairs)
+  examples = jax.tree.map(lambda x: if_valid(flatten(x)), examples)
   repeated = prompts.repeat(k)
   repeated = repeated._replace(masked_latents=if_valid(repeated.masked_latents))
 
   # One timestep for the whole batch is one row of the time embedding.
   timestep = step.timestep if k > 1 else step.timestep[0]
-  predict = lambda params: modules.predict(params, repeated, pairs.latents, timestep)
+  predict = lambda params: modules.predict(params, repeated, examples.latents, timestep)
   output, old_output = predict(merged_params(settings, base, params)), None
   if not settings.keeps_chain:
-    old_output = jax.lax.stop_gradient(predict(merged_params(settings, base, behaviour)))
+    old_output = predict(merged_params(settings, base, behaviour))
   weight = log_prob_weight(settings, repeated)
   advantages, trust = (if_valid(per_sample(x)) for x in (scores.advantages, scores.trust))
   terms = Terms(step, output, old_output, weight, advantages, trust)
-  loss, metrics = algorithm.loss(sampler, pairs, terms)
+  loss, metrics = algorithm.loss(sampler, examples, terms)
   metrics["policy_loss"] = loss
   if settings.kl_weight:
     outputs = output, predict(base)
-    kl = algorithm.divergence(sampler, step, pairs.latents, *outputs, weight)
+    kl = algorithm.divergence(sampler, step, examples.latents, *outputs, weight)
     loss = loss + settings.kl_weight * kl
     metrics["kl_to_base"] = kl
   total = lambda x: jnp.sum(jnp.where(valid, x, 0.0))
@@ -180,14 +180,14 @@ def _part(
   batch: Batch, first_step: int | jax.Array, steps: int, first: int | jax.Array, size: int
 ) -> Batch:
   """Selects `steps` steps of `size` samples, from the numbers `first_step` and `first` on."""
-  prompts, indices, pairs, scores = batch
+  prompts, indices, examples, scores = batch
   cut_steps = lambda x: jax.lax.dynamic_slice_in_dim(x, first_step, steps)
-  indices, pairs = jax.tree.map(cut_steps, (indices, pairs))
+  indices, examples = jax.tree.map(cut_steps, (indices, examples))
   if size == scores.reward.shape[0]:
-    return Batch(prompts, indices, pairs, scores)
+    return Batch(prompts, indices, examples, scores)
   cut = lambda x, axis=0: jax.lax.dynamic_slice_in_dim(x, first, size, axis)
-  pairs = jax.tree.map(lambda x: cut(x, 1), pairs)
-  return Batch(prompts.map_samples(cut), indices, pairs, Scores(*map(cut, scores)))
+  examples = jax.tree.map(lambda x: cut(x, 1), examples)
+  return Batch(prompts.map_samples(cut), indices, examples, Scores(*map(cut, scores)))
 
 
 def _row_major(tree: Params) -> Params:
@@ -254,13 +254,14 @@ def end_iteration(settings: Settings, state: TrainState) -> TrainState:
 
   Of iterations counted from 1, every `behaviour_refresh`-th begins with a copy of the policy, as in
   the released code. A refreshed policy samples that iteration, before its updates. NFT's old policy
-  moves after every iteration instead.
+  moves instead after every iteration that stepped the optimiser.
   """
   iteration = state.iteration + 1
   behaviour = state.behaviour
   if settings.algorithm == "nft":
     updates = iteration // settings.gradient_accumulation * settings.updates_per_iteration
-    decay = old_policy_decay(settings.nft, updates)
+    stepped = iteration % settings.gradient_accumulation == 0
+    decay = jnp.where(stepped, old_policy_decay(settings.nft, updates), 1.0)
     behaviour = optax.incremental_update(state.params, behaviour, 1.0 - decay)
   elif behaviour is not None:
     refresh = (iteration + 1) % settings.behaviour_refresh == 0

@@ -21,7 +21,7 @@ class Run(NamedTuple):
   """Config and metrics of a run."""
 
   config: dict[str, Any]  # flat: {"trust.norm": "none"}
-  iterations: np.ndarray  # ascending [N]; or what they have cost (see `against`)
+  iterations: np.ndarray  # ascending [N]
   columns: dict[str, np.ndarray]  # by key, float64 [N]; NaN if null or not written
   workdir: Path
 
@@ -36,7 +36,7 @@ class Group(NamedTuple):
 class Curve(NamedTuple):
   """Values of a metric over the iterations, with a shaded range."""
 
-  iterations: np.ndarray  # [N]
+  iterations: np.ndarray  # [N], or their `positions`
   values: np.ndarray  # [N]
   low: np.ndarray | None = None  # ends of the shaded range [N]; None: no shade
   high: np.ndarray | None = None
@@ -80,8 +80,8 @@ def load_run(workdir: str | Path) -> Run:
   return Run(config, iterations, columns, workdir)
 
 
-def against(run: Run, unit: str) -> Run:
-  """Returns the run with what it has cost in the place of its iterations.
+def positions(group: Group, unit: str, iterations: np.ndarray) -> np.ndarray:
+  """Returns what a run of the group has cost at `iterations`, which its runs share.
 
   Args:
     unit: "iteration", "images" (samples of training) or "unet_passes" (forward passes; a backward
@@ -91,11 +91,13 @@ def against(run: Run, unit: str) -> Run:
     ValueError: the run did not write its cost.
   """
   if unit == "iteration":
-    return run
+    return iterations
+  run = group.runs[0]
   cost = run.columns.get(f"count/{unit}", np.full(len(run.iterations), np.nan))
-  if np.isnan(cost[run.iterations > 0]).any():
+  cost = np.where(run.iterations > 0, cost, 0.0)[np.isin(run.iterations, iterations)]
+  if np.isnan(cost).any():
     raise ValueError(f"{run.workdir}: has no values of count/{unit}; give --x=iteration")
-  return run._replace(iterations=np.where(run.iterations > 0, cost, 0.0))
+  return cost
 
 
 def single_runs(runs: Sequence[Run]) -> list[Group]:

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from prefpaint_jax.evaluation.curves import HELD_OUT, Curve, Group, against, base_levels, curve
+from prefpaint_jax.evaluation.curves import HELD_OUT, Curve, Group, base_levels, curve, positions
 from prefpaint_jax.evaluation.overoptimisation import KL, draw_gains, judged_scores
 
 # Metrics and titles of the first panels; the panels of held-out metrics follow.
@@ -44,7 +44,7 @@ WORDS = {
   "gain_in_sd": "gain in SD",
   "kl_to_base": "KL to the base policy",
 }
-FROM_ZERO = ("ppo/clip_fraction", "time/images_per_s", "ppo/learning_rate")
+FROM_ZERO = ("/clip_fraction", "time/images_per_s", "/learning_rate")  # ends of metrics
 LOGARITHMIC = ("ppo/approx_kl",)  # if all values are positive
 
 # The colours of Okabe and Ito without yellow, which is too pale for a line.
@@ -109,13 +109,12 @@ def draw(
   Raises:
     ValueError: if `smooth` is not odd or there is no value to draw.
   """
-  groups = [group._replace(runs=[against(run, unit) for run in group.runs]) for group in groups]
   if smooth < 1 or smooth % 2 == 0:
     raise ValueError(f"smooth is {smooth}; give an odd number, for a centred average")
   panels = choose_panels(groups, smooth, only)
   averaged = any(len(group.runs) > 1 for group in groups)
   scores = [] if only else judged_scores(groups)
-  axis_of = {"iteration": AXES[unit], KL: "KL to the base policy, nats"} if scores else {}
+  axis_of = {"iteration": "iteration", KL: "KL to the base policy, nats"} if scores else {}
   number = len(panels) + len(axis_of)
   columns = number if number < 3 else 2 if number == 4 else 3
   rows = -(-number // columns)
@@ -125,6 +124,7 @@ def draw(
   for place, (key, (title, curves)) in enumerate(panels.items(), start=1):
     axes = first = figure.add_subplot(rows, columns, place, sharex=first)
     for index, (group, one) in enumerate(zip(groups, curves, strict=True)):
+      one = one._replace(iterations=positions(group, unit, one.iterations))
       if len(group.runs) == 1 and (averaged or len(groups) > SHADED_RUNS):
         one = one._replace(low=None, high=None)
       _draw_curve(axes, one, group.label, index, key.startswith(HELD_OUT))
@@ -212,11 +212,11 @@ def _finish_axes(axes: Axes, key: str, curves: Sequence[Curve]) -> None:
   drawn = np.concatenate([np.empty(0), *(one.values for one in curves)])
   if key in LOGARITHMIC and (drawn[np.isfinite(drawn)] > 0).all():
     axes.set_yscale("log")
-  elif key == "ppo/learning_rate":
+  elif key.endswith("/learning_rate"):
     axes.yaxis.set_major_formatter("{x:g}")
   else:  # an offset of the ticks would be drawn over the title
     axes.ticklabel_format(axis="y", useOffset=False, style="plain")
-  if key in FROM_ZERO:
+  if key.endswith(FROM_ZERO):
     axes.set_ylim(bottom=0)
   axes.margins(x=0.02)
   axes.grid(color="#e4e6ea", linewidth=0.6)

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from alignment_world import (
   TOY,
@@ -15,17 +16,22 @@ from alignment_world import (
   ToyModules,
   made_up_scores,
   make_settings,
+  quick_jit,
   sampler_of,
   steps_of,
   toy_prompts,
   toy_rollout,
+  world,
 )
 
+from prefpaint_jax import testing
 from prefpaint_jax.align import nft, update
 from prefpaint_jax.align import rollout as rollout_lib
 from prefpaint_jax.align.settings import Nft
-from prefpaint_jax.align.state import Endpoint, Experience
+from prefpaint_jax.align.stages import make_stages
+from prefpaint_jax.align.state import Endpoint, Experience, TrainState
 from prefpaint_jax.diffusion import ddim
+from prefpaint_jax.runtime import sharding
 
 MOVED = TOY | {"a": TOY["a"] + np.float32(0.03), "b": TOY["b"] - np.float32(0.05)}
 OLD = TOY | {"a": TOY["a"] + np.float32(0.01)}
@@ -116,7 +122,7 @@ def forward_loss(theirs: Torch, kind: str):
   x0 = theirs.tensor(endpoint().latents)
 
   def of_step(number, index, t, alpha):
-    noise = theirs.tensor(theirs.batch.pairs.noise[number])
+    noise = theirs.tensor(theirs.batch.examples.noise[number])
     signal, spread = math.sqrt(alpha), math.sqrt(1 - alpha)
     xt = signal * x0 + spread * noise
     new, old = theirs.output(theirs.params, xt, t), theirs.output(theirs.old, xt, t).detach()
@@ -175,8 +181,11 @@ def test_forward_losses_and_gradients_equal_the_published_formula_in_torch(
 
 
 @pytest.mark.parametrize("region", ["all", "hole"])
-def test_normalised_ratio_and_step_weights_equal_the_published_formula_in_torch(region):
-  """GRPO-Guard: ρ = exp(σ (log p − log p_old + mean(Δμ²) / 2σ²)), with the rollout's own means."""
+def test_normalised_ratio_equals_the_published_formula_in_torch(region):
+  """GRPO-Guard: ρ = exp(σ (log p − log p_old + mean(Δμ²) / 2σ²)), with the rollout's own means.
+
+  The weight of a step is ours: 1 / |∂μ/∂output|, at most twice the median, of mean 1.
+  """
   torch = pytest.importorskip("torch", reason="parity needs torch: pip install torch")
   settings = make_settings(
     ratio_normalisation=True, log_prob_region=region, clip_range=0.01, updates_per_iteration=1
@@ -191,7 +200,8 @@ def test_normalised_ratio_and_step_weights_equal_the_published_formula_in_torch(
   for alpha, alpha_prev, sigma in zip(*map(np.float64, steps[1:]), strict=True):
     direction = math.sqrt(1 - alpha_prev - sigma**2)
     slopes.append(abs(direction - math.sqrt(alpha_prev * (1 - alpha) / alpha)))
-  weights = (1 / np.array(slopes)) / np.mean(1 / np.array(slopes))
+  weights = np.minimum(1 / np.array(slopes), 2 * np.median(1 / np.array(slopes)))
+  weights /= np.mean(weights)
 
   def of_step(number, index, t, alpha):
     alpha_prev, sigma = float(steps.alpha_prev[index]), float(steps.sigma[index])
@@ -239,15 +249,17 @@ def test_old_policy_moves_by_the_published_schedules():
 
 
 def test_old_policy_is_a_moving_average_and_that_of_awm_a_copy():
-  from prefpaint_jax.align.state import TrainState
-
-  def after(algorithm, **changes):
+  def after(algorithm, done=9, **changes):
     settings = make_settings(algorithm=algorithm, updates_per_iteration=1, **changes)
-    state = TrainState(jnp.int32(9), MOVED, (), OLD, None, None)
+    state = TrainState(jnp.int32(done), MOVED, (), OLD, None, None)
     return update.end_iteration(settings, state).behaviour
 
   moved = after("nft", nft=Nft(decay_rate=0.02))  # the tenth update: decay 0.2
   assert moved["a"] == pytest.approx(0.2 * float(OLD["a"]) + 0.8 * float(MOVED["a"]), rel=1e-6)
+  # With accumulation over two iterations it moves with every second one, after five updates here.
+  moved = after("nft", nft=Nft(decay_rate=0.02), gradient_accumulation=2)
+  assert moved["a"] == pytest.approx(0.1 * float(OLD["a"]) + 0.9 * float(MOVED["a"]), rel=1e-6)
+  assert after("nft", done=8, gradient_accumulation=2) == OLD
   assert after("awm") == MOVED
 
 
@@ -304,22 +316,28 @@ def test_only_the_hole_counts_and_its_area_does_not_scale_the_loss(changes):
     hole = (np.arange(4).reshape(1, 2, 2, 1) < area).astype(np.float32)
     own = prompts._replace(mask_latents=np.broadcast_to(hole, (B, 2, 2, 1)))
     batch = update.batch_of(sampler, Experience(own, record, scores), jnp.asarray(INDICES))
-    if batch.pairs.noise is not None:
-      noise = np.asarray(batch.pairs.noise)
+    if batch.examples.noise is not None:
+      noise = np.asarray(batch.examples.noise)
       noise = jnp.asarray(np.broadcast_to(noise[:, :, :1, :1], noise.shape))
-      pairs = batch.pairs._replace(noise=noise)
+      examples = batch.examples._replace(noise=noise)
       if not settings.keeps_chain:
         steps = steps_of(settings).at(jnp.asarray(INDICES))
         x_t = [
           ddim.add_noise(ToyModules.schedule, record.latents, n, t)
           for n, t in zip(noise, steps.timestep, strict=True)
         ]
-        pairs = pairs._replace(latents=jnp.stack(x_t))
-      batch = batch._replace(pairs=pairs)
-    return update.policy_loss(sampler, MOVED, TOY, batch, jnp.int32(2 * B), OLD)[0]
+        examples = examples._replace(latents=jnp.stack(x_t))
+      batch = batch._replace(examples=examples)
+    count = jnp.int32(2 * B)
+    total = lambda params: update.policy_loss(sampler, params, TOY, batch, count, OLD)[0]
+    return jax.value_and_grad(total)(MOVED)
 
-  assert loss(1) == pytest.approx(float(loss(4)), rel=1e-5)
-  assert loss(2) == pytest.approx(float(loss(4)), rel=1e-5)
+  whole, whole_gradient = loss(4)
+  for area in (1, 2):
+    part, gradient = loss(area)
+    assert part == pytest.approx(float(whole), rel=1e-5)
+    for name, value in whole_gradient.items():
+      assert gradient[name] == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
 
 
 @of_all
@@ -340,45 +358,53 @@ def test_samples_that_are_not_valid_change_nothing_even_as_nan(changes):
 
 # ------------------------------------------------------------------------------- sliding window
 def test_window_slides_over_the_trained_steps_and_begins_again():
-  from prefpaint_jax import testing
-  from prefpaint_jax.align.stages import make_stages
-  from prefpaint_jax.runtime import sharding
-
   settings = make_settings(
     num_steps=6, skip_steps=(1, 1), window=2, window_iterations=3, train_timesteps=2
   )
-  import optax
-  from alignment_world import world
-
   modules, base, objective, _ = world()
   mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
   stages = make_stages(sampler_of(modules, settings), objective, optax.sgd(1.0), mesh, base)
   assert [int(stages.window(i)) for i in range(0, 15, 3)] == [1, 2, 3, 1, 2]
   drawn = stages.draw_timesteps(jax.random.key(0), stages.window(5))
   assert sorted(np.concatenate(drawn)) == [2, 3]
-  del testing
 
 
+@pytest.mark.slow
 def test_chain_has_noise_in_its_window_only():
-  from alignment_world import world
-
-  from prefpaint_jax import testing
-
   settings = make_settings(window=2, train_timesteps=2)
   modules, params, _, frozen = world()
   sampler = sampler_of(modules, settings)
-  rollout = jax.jit(functools.partial(rollout_lib.rollout, sampler))
+  rollout = quick_jit(functools.partial(rollout_lib.rollout, sampler))
+  predict = quick_jit(modules.predict)
   prompts, record, _ = rollout(
     params, frozen, *testing.tiny_prompts(4), jax.random.key(0), None, np.int32(1)
   )
-  repeated = prompts
-  without = dataclasses.replace(settings, eta=1.0)
   for index in range(settings.num_steps):
-    step = steps_of(without).at(index)
-    output = modules.predict(params, repeated, record.latents[index], step.timestep)
-    mean = ddim.predict_mean(
-      modules.schedule, step._replace(sigma=jnp.float32(0)), record.latents[index], output
-    )
+    step = sampler.steps.at(index)._replace(sigma=jnp.float32(0))
+    output = predict(params, prompts, record.latents[index], step.timestep)
+    mean = ddim.predict_mean(modules.schedule, step, record.latents[index], output)
     is_deterministic = np.allclose(mean, record.latents[index + 1], atol=1e-4)
     assert is_deterministic == (index not in (1, 2))
     assert np.any(record.log_probs[index] != 0) == (index in (1, 2))
+
+
+# ------------------------------------------------------------------------------------ settings
+@pytest.mark.parametrize(
+  ("changes", "expected"),
+  [
+    ({"eta": 0.0}, "eta is 0 with algorithm='ppo'; .* --config.algorithm=nft"),
+    ({"algorithm": "nft", "window": 2}, "window is 2 with algorithm='nft'; only ppo has it"),
+    (
+      {"algorithm": "awm", "ratio_normalisation": True},
+      "ratio_normalisation is True with algorithm",
+    ),
+    ({"window": 1, "train_timesteps": 2}, "window is 1; expected 0, or train_timesteps=2 to 4"),
+    ({"window": 4, "skip_steps": (1, 0)}, "window is 4; expected 0, or train_timesteps=2 to 3"),
+    ({"algorithm": "nft", "behaviour_refresh": 2}, "behaviour_refresh is 2 .* expected 1"),
+    ({"algorithm": "nft", "behaviour_dtype": "bfloat16"}, "behaviour_dtype 'bfloat16' with"),
+    ({"nft": Nft(beta=0.5)}, r"nft is Nft\(beta=0.5.* with algorithm='ppo'; only nft"),
+  ],
+)
+def test_fields_of_another_algorithm_are_an_error_of_one_line(changes, expected):
+  with pytest.raises(ValueError, match=rf"\A[^\n]*{expected}[^\n]*\Z"):
+    make_settings(**{"train_timesteps": 2, "updates_per_iteration": 1} | changes)

@@ -31,6 +31,7 @@ from prefpaint_jax.diffusion import ddim
 from prefpaint_jax.models.conditioning import Context, Prompts
 from prefpaint_jax.models.pipeline import Modules
 
+pytestmark = pytest.mark.slow
 SAMPLES, SPREAD = 256, 0.5
 GOAL = np.array([0.8, -0.6], np.float32)
 

@@ -77,6 +77,9 @@ class Iteration:
       sharding.specs(tree, sharding.DEFAULT_RULES, self.mesh), tree
     )
     state = stages.init(place(trained))
+    if not settings.keeps_chain:  # the old policy differs from the policy
+      moved_on = jax.tree.map(lambda x: 1.02 * x, state.behaviour)
+      state = state._replace(behaviour=moved_on)
     images, masks = sharding.to_global(self.mesh, testing.tiny_prompts(PROMPTS))
     key = jax.random.key(0)
     self.sent = {}
@@ -143,6 +146,12 @@ def test_losses_gradients_and_rewards_of_every_mesh_equal_one_device(sizes):
 MICRO = {
   "groups": {},
   "nft": {"algorithm": "nft", "kl_weight": 0.5, "log_prob_region": "hole"},
+  "awm_adapters_and_accumulation": {
+    "algorithm": "awm",
+    "moved": 0.01,
+    "rank": 2,
+    "gradient_accumulation": 2,
+  },
   "normalised_ratio": {"ratio_normalisation": True},
   "adapters_and_kl": {"moved": 0.01, "kl_weight": 0.5, "rank": 2},
   "guided_texts_and_kl_and_accumulation": {
