@@ -57,7 +57,7 @@ def make_cheap_stages(*arguments) -> Stages:
   def inpaint(policy, frozen, images, masks, key, context=None):
     return images + masks * jnp.tanh(mean(policy) * jax.random.normal(key, images.shape))
 
-  def rollout(policy, frozen, images, masks, key, context=None):
+  def rollout(policy, frozen, images, masks, key, context=None, window=None):
     samples = inpaint(policy, frozen, images, masks, key)
     return images, masks, samples
 
