@@ -60,9 +60,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.ema_decay = 0.0  # decay of the parameters' moving average; 0: no average
 
   # Bound.
-  # Whitens the features before the last layer is fitted: mean 0, covariance I over the training
-  # samples. Needs network.activation=identity.
-  config.whiten = False
+  config.whiten = False  # features of mean 0 and covariance I; needs network.activation=identity
   config.ridge = 1.0  # λ of the last layer's ridge regression and of V
   # R of the bound; None: estimated from the residuals on the test split.
   config.noise_scale = config_dict.placeholder(float)

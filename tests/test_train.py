@@ -440,7 +440,7 @@ def test_batch_that_does_not_divide_over_the_devices_is_an_error(world, tmp_path
     ({"batch_size": 24}, "16 prompts are fewer than batch_size 24"),
     ({"train_timesteps": 4}, "train_timesteps is 4; expected 1 to 3"),
     ({"updates_per_iteration": 3}, "updates_per_iteration is 3; expected a divisor of"),
-    ({"eta": 0.0}, "eta is 0.0; expected a number above 0"),
+    ({"eta": 0.0}, "eta is 0 with algorithm='ppo'"),
     ({"size": 9}, "images are 9x9: both sides must be multiples of 2"),
     ({"trust.norm": "l2"}, r"trust\.norm is 'l2'"),
     ({"keep_best": "reward/men"}, "keep_best is 'reward/men'; expected '' or one of reward"),
