@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compares the algorithms on the mini model: PPO, PPO with GRPO-Guard's ratio, NFT, Diffusion-DPO and
 # CaPO, each from three seeds, with one reward. Every run scores 7,680 samples: 60 iterations of 128,
-# or 960 prompts with 8 candidates each, of which 32 prompts are held out. PPO takes 322,560 forward
+# or 960 prompts with 8 candidates each, of which some 70 prompts are for validation. PPO takes 322,560 forward
 # passes of the UNet (a backward pass counts as two), NFT 307,200, DPO and CaPO 199,680. Then judges
 # all policies on the same prompts, draws the curves and prints the table. The same command resumes
 # an interrupted comparison.
@@ -23,7 +23,7 @@ offline() {  # LOSS, SEED, FLAG...: on pairs that one reward ranks
   local loss=$1 seed=$2 data=$workdir/data/seed$2
   shift 2
   python -m prefpaint_jax.collect --config=configs/collect.py:mini --workdir="$data/candidates" \
-    --config.seed="$((seed + 2))" --config.num_prompts=928 --config.num_test_prompts=32 \
+    --config.seed="$((seed + 2))" --config.num_prompts=960 --config.num_test_prompts=0 \
     --config.samples_per_prompt=8 --config.rewards="('mini',)"
   if [[ ! -d $data/preferences/preferences ]]; then
     python -m prefpaint_jax.data.preferences --config=configs/preferences.py \

@@ -27,7 +27,7 @@ from prefpaint_jax.align.pair_update import PairFrozen, PairSettings, pair_loss,
 from prefpaint_jax.align.run import check_dtype
 from prefpaint_jax.align.settings import Trust
 from prefpaint_jax.data.pairs import Pairs, open_pairs, pair_loader, stack_pairs
-from prefpaint_jax.data.preferences import open_splits
+from prefpaint_jax.data.preferences import open_training_splits
 from prefpaint_jax.inpainter import Inpainter, open_policy
 from prefpaint_jax.models import lora
 from prefpaint_jax.models.pipeline import Modules
@@ -189,7 +189,7 @@ def _train_dpo(
 ) -> Params | None:
   """Trains in a workdir that this process holds; see `train_dpo`."""
   check_dtype(config.dtype, mesh.devices.flat[0])
-  splits = open_splits(config.preferences, config.size)
+  splits = open_training_splits(config.preferences, config.size)
   judged = ("train", "validation") if config.judge_every else ("train",)
   pairs = open_pairs({name: splits[name] for name in judged}, config.pairs, config.preferences)
   is_new = not any(workdir.glob("checkpoints/*"))

@@ -25,7 +25,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from prefpaint_jax.data import images
 from prefpaint_jax.data.annotations import BadAnnotations
-from prefpaint_jax.data.examples import SPLITS, VALIDATION, in_validation
+from prefpaint_jax.data.examples import VALIDATION, in_validation
 from prefpaint_jax.data.images import to_bytes
 from prefpaint_jax.data.preference_records import build_preferences, summary
 from prefpaint_jax.data.records import endless_batches, find_records
@@ -73,20 +73,27 @@ def open_preferences(
 def open_splits(
   folder: str | Path, size: int | tuple[int, int] | None = None
 ) -> dict[str, StoredPreferences]:
-  """Opens the splits "train", "validation" and "test"; see `open_preferences`.
+  """Opens the splits "train", "validation" and "test"; see `open_training_splits`."""
+  return open_training_splits(folder, size) | {"test": open_preferences(folder, "test", size)}
+
+
+def open_training_splits(
+  folder: str | Path, size: int | tuple[int, int] | None = None
+) -> dict[str, StoredPreferences]:
+  """Opens the splits "train" and "validation"; see `open_preferences`.
 
   If the dataset has no validation split, a hash of the IDs splits it off the training prompts.
 
   Raises:
     ValueError: there is only one training prompt.
   """
-  train, test = (open_preferences(folder, split, size) for split in SPLITS)
+  train = open_preferences(folder, "train", size)
   if train.has_validation:
-    return {"train": train, VALIDATION: open_preferences(folder, VALIDATION, size), "test": test}
+    return {"train": train, VALIDATION: open_preferences(folder, VALIDATION, size)}
   if len(train) < 2:
     raise ValueError(f"preferences: {folder} has 1 training prompt; give 2 or more")
   chosen = np.array(in_validation([train.id(index) for index in range(len(train))]))
-  return {"train": train.take(~chosen), VALIDATION: train.take(chosen), "test": test}
+  return {"train": train.take(~chosen), VALIDATION: train.take(chosen)}
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:
