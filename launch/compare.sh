@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compares the algorithms on the mini model: PPO, PPO with GRPO-Guard's ratio, NFT, Diffusion-DPO and
 # CaPO, each from three seeds, with one reward. Every run scores 7,680 samples: 60 iterations of 128,
-# or 960 prompts with 8 candidates each, of which some 70 prompts are for validation. PPO takes 322,560 forward
+# or 960 prompts with 8 candidates each, some 70 of them for validation. PPO takes 322,560 forward
 # passes of the UNet (a backward pass counts as two), NFT 307,200, DPO and CaPO 199,680. Then judges
 # all policies on the same prompts, draws the curves and prints the table. The same command resumes
 # an interrupted comparison.
