@@ -49,7 +49,8 @@ done
 for unit in images unet_passes; do
   python -m prefpaint_jax.plot --workdir="$(echo "$workdir"/{ppo,guard,nft}/seed* | tr ' ' ,)" --mean \
     --x=$unit --output="$workdir/$unit.png" \
-    --only='^held_out/(true_preference_gain_in_sd|reward_gain_in_sd|drift/distance)$'
+    --only='^held_out/(true_preference_gain_in_sd|reward_gain_in_sd|drift/distance)$' \
+    --reach=held_out/true_preference_gain_in_sd=0.5 --reach=held_out/reward_gain_in_sd=0.8
 done
 
 python - "$workdir" <<'PYTHON'
@@ -59,8 +60,9 @@ import numpy as np
 workdir = pathlib.Path(sys.argv[1])
 files = [json.loads((file / "eval.json").read_text()) for file in sorted((workdir / "eval").iterdir())]
 policies = {"PPO": lambda found: found}
-for name in ("guard", "nft", "dpo", "capo"):
-  policies[name] = lambda found, name=name: next(
+rivals = {"guard": "PPO, normalised ratio", "nft": "NFT", "dpo": "Diffusion-DPO", "capo": "CaPO"}
+for name, title in rivals.items():
+  policies[title] = lambda found, name=name: next(
     policy for folder, policy in found["rivals"].items() if f"/{name}/" in folder
   )
 
