@@ -95,7 +95,7 @@ class Ours:
 
   def _rollout(self):
     key = worlds.rollout_key()
-    return self.stages.rollout(self.state.params, self.frozen, *self._images(), key, None)
+    return self.stages.rollout(self.state.params, self.frozen, *self._images(), key, None, None)
 
   def _update(self, prompts, trajectory, scores) -> None:
     for indices in self.stages.draw_timesteps(worlds.timestep_key()):
