@@ -42,6 +42,7 @@ from prefpaint_jax.align.settings import (
   check_batch,
   check_config,
   check_prompts,
+  check_workdir,
   compares_with_base,
   measures_novelty,
   settings_from,
@@ -246,10 +247,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
   check_batch(config, mesh)
   sharding.check_batch(config.num_samples, mesh, "num_samples")
   check_config(config)
-  if Path(config.policy).resolve() == workdir.resolve():
-    raise ValueError(
-      f"config.policy is {config.policy}, the run's own workdir; give another --workdir"
-    )
+  check_workdir(config, workdir)
   free = FREE + tuple(f"mesh.{name}" for name in config.mesh)
   is_writer = jax.process_index() == 0
   with open_workdir(config, workdir, "train", WRITES, free, is_writer=is_writer) as write_config:

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from prefpaint_jax.align.optimizer import optimizer_from
 from prefpaint_jax.align.pair_update import PairFrozen, PairSettings, pair_loss, pair_terms
 from prefpaint_jax.align.run import check_dtype
-from prefpaint_jax.align.settings import Trust
+from prefpaint_jax.align.settings import Trust, check_adapters, check_workdir
 from prefpaint_jax.data.pairs import Pairs, open_pairs, pair_loader, stack_pairs
 from prefpaint_jax.data.preferences import open_training_splits
 from prefpaint_jax.inpainter import Inpainter, open_policy
@@ -58,11 +58,7 @@ def check(config: ConfigDict) -> None:
       f"gradient_accumulation={config.gradient_accumulation}, so that every batch is used; change "
       "one of them"
     )
-  if config.lora.init and not config.lora.rank:
-    raise ValueError(
-      f"lora.init is {config.lora.init} with lora.rank=0; expected the rank of its adapters; set "
-      "--config.lora.rank"
-    )
+  check_adapters(config)
   is_trusted = Trust(**config.trust).needs_bound
   if is_trusted and not config.reward:
     raise ValueError(
@@ -175,10 +171,7 @@ def train_dpo(config: ConfigDict, workdir: Path) -> Params | None:
   check(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   sharding.check_batch(config.batch_size, mesh)
-  if Path(config.policy).resolve() == workdir.resolve():
-    raise ValueError(
-      f"config.policy is {config.policy}, the run's own workdir; give another --workdir"
-    )
+  check_workdir(config, workdir)
   is_writer = jax.process_index() == 0
   with open_workdir(config, workdir, "train_dpo", WRITES, FREE, is_writer=is_writer) as write:
     return _train_dpo(config, workdir, mesh, write)

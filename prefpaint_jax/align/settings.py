@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -177,6 +178,23 @@ class Settings:
     return guided * (self.num_steps + self.train_timesteps * update)
 
 
+def check_adapters(config: ConfigDict) -> None:
+  """Raises ValueError if a config of `train` or `train_dpo` names a file of adapters but no rank."""
+  if config.lora.init and not config.lora.rank:
+    raise ValueError(
+      f"lora.init is {config.lora.init} with lora.rank=0; expected the rank of its adapters; set "
+      "--config.lora.rank"
+    )
+
+
+def check_workdir(config: ConfigDict, workdir: Path) -> None:
+  """Raises ValueError if the policy of `train` or `train_dpo` is the run's own workdir."""
+  if Path(config.policy).resolve() == workdir.resolve():
+    raise ValueError(
+      f"config.policy is {config.policy}, the run's own workdir; give another --workdir"
+    )
+
+
 def settings_from(config: ConfigDict) -> Settings:
   """Makes the settings of an alignment config."""
   names = [field.name for field in dataclasses.fields(Settings)]
@@ -190,11 +208,7 @@ def settings_from(config: ConfigDict) -> Settings:
       f"lora.rank={config.lora.rank}; expected dtype 'bfloat16' and rank 0; "
       "set behaviour_dtype to 'float32'"
     )
-  if config.lora.init and not config.lora.rank:
-    raise ValueError(
-      f"lora.init is {config.lora.init} with lora.rank=0; expected the rank of its adapters; set "
-      "--config.lora.rank"
-    )
+  check_adapters(config)
   nested = {"trust": Trust(**config.trust), "nft": Nft(**config.nft)}
   return Settings(**values, **nested, lora=config.lora.rank > 0)
 
