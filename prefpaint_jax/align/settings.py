@@ -168,18 +168,27 @@ class Settings:
   @property
   def keeps_behaviour(self) -> bool:
     """Whether the state holds the behaviour policy beside the policy."""
-    return self.behaviour_refresh > 1 or not self.keeps_chain
+    return self.behaviour_refresh > 1 or self.reads_behaviour
+
+  @property
+  def reads_behaviour(self) -> bool:
+    """Whether the update evaluates the behaviour policy's network.
+
+    "awm" with one update after each refresh compares the policy with itself.
+    """
+    is_policy = self.updates_per_iteration == self.behaviour_refresh == 1
+    return self.algorithm == "nft" or (self.algorithm == "awm" and not is_policy)
 
   @property
   def passes_per_sample(self) -> int:
     """Forward passes of the UNet for a sample of an iteration; a backward pass counts as two."""
-    update = 3 + (self.kl_weight > 0) + (not self.keeps_chain)
+    update = 3 + (self.kl_weight > 0) + self.reads_behaviour
     guided = 2 if self.guidance_scale != 1 else 1
     return guided * (self.num_steps + self.train_timesteps * update)
 
 
 def check_adapters(config: ConfigDict) -> None:
-  """Raises ValueError if a config of `train` or `train_dpo` names a file of adapters but no rank."""
+  """Raises ValueError if a config of a run names a file of adapters and has rank 0."""
   if config.lora.init and not config.lora.rank:
     raise ValueError(
       f"lora.init is {config.lora.init} with lora.rank=0; expected the rank of its adapters; set "
@@ -188,7 +197,7 @@ def check_adapters(config: ConfigDict) -> None:
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
-  """Raises ValueError if the policy of `train` or `train_dpo` is the run's own workdir."""
+  """Raises ValueError if the policy of a run is its own workdir."""
   if Path(config.policy).resolve() == workdir.resolve():
     raise ValueError(
       f"config.policy is {config.policy}, the run's own workdir; give another --workdir"

@@ -80,7 +80,9 @@ def policy_loss(
   predict = lambda params: modules.predict(params, repeated, examples.latents, timestep)
   output, old_output = predict(merged_params(settings, base, params)), None
   if not settings.keeps_chain:
-    old_output = predict(merged_params(settings, base, behaviour))
+    old_output = jax.lax.stop_gradient(output)
+    if settings.reads_behaviour:
+      old_output = predict(merged_params(settings, base, behaviour))
   weight = log_prob_weight(settings, repeated)
   advantages, trust = (if_valid(per_sample(x)) for x in (scores.advantages, scores.trust))
   terms = Terms(step, output, old_output, weight, advantages, trust)
@@ -156,7 +158,7 @@ def update(
   if mesh is not None and mesh.size > 1:
     sum_passes = _per_device(sum_passes, mesh, state.params, batch.prompts)
   params, behaviour, base = gather(sampler, state.params, mesh), None, frozen.base
-  if not settings.keeps_chain:
+  if settings.reads_behaviour:
     behaviour = gather(sampler, state.behaviour, mesh)
   if settings.kl_weight and not settings.lora:
     base = gather(sampler, base, mesh)

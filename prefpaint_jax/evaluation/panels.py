@@ -114,7 +114,9 @@ def draw(
   panels = choose_panels(groups, smooth, only)
   averaged = any(len(group.runs) > 1 for group in groups)
   scores = [] if only else judged_scores(groups)
-  axis_of = {"iteration": "iteration", KL: "KL to the base policy, nats"} if scores else {}
+  axis_of = {"iteration": "iteration"} if scores else {}
+  if scores and any(KL in run.columns for group in groups for run in group.runs):
+    axis_of[KL] = "KL to the base policy, nats"  # a run without noise has none
   number = len(panels) + len(axis_of)
   columns = number if number < 3 else 2 if number == 4 else 3
   rows = -(-number // columns)

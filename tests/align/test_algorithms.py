@@ -1,13 +1,11 @@
 """The losses of the algorithms: the published formulas in torch, closed forms, and their scales."""
 
 import dataclasses
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from alignment_world import (
   TOY,
@@ -16,27 +14,22 @@ from alignment_world import (
   ToyModules,
   made_up_scores,
   make_settings,
-  quick_jit,
   sampler_of,
   steps_of,
   toy_prompts,
   toy_rollout,
-  world,
 )
 
-from prefpaint_jax import testing
 from prefpaint_jax.align import nft, update
-from prefpaint_jax.align import rollout as rollout_lib
 from prefpaint_jax.align.settings import Nft
-from prefpaint_jax.align.stages import make_stages
 from prefpaint_jax.align.state import Endpoint, Experience, TrainState
 from prefpaint_jax.diffusion import ddim
-from prefpaint_jax.runtime import sharding
 
 MOVED = TOY | {"a": TOY["a"] + np.float32(0.03), "b": TOY["b"] - np.float32(0.05)}
 OLD = TOY | {"a": TOY["a"] + np.float32(0.01)}
 INDICES = np.array([0, 2])
 PREDICTIONS = "epsilon", "v_prediction"
+AWM = {"clip_range": 0.02, "behaviour_refresh": 2}  # an old policy that differs from the policy
 
 
 def modules_of(prediction: str = "epsilon"):
@@ -160,8 +153,8 @@ def forward_loss(theirs: Torch, kind: str):
   [
     ("nft", {}),
     ("nft", {"nft": Nft(beta=0.1), "log_prob_region": "hole", "kl_weight": 0.3}),
-    ("awm", {"clip_range": 0.02}),
-    ("awm", {"clip_range": 0.02, "log_prob_region": "hole", "kl_weight": 0.3}),
+    ("awm", AWM),
+    ("awm", AWM | {"log_prob_region": "hole", "kl_weight": 0.3}),
   ],
 )
 def test_forward_losses_and_gradients_equal_the_published_formula_in_torch(
@@ -226,6 +219,20 @@ def test_normalised_ratio_equals_the_published_formula_in_torch(region):
     assert gradient[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
+def test_awm_with_one_update_is_its_own_old_policy_and_takes_no_pass_of_another():
+  """With the policy as the old policy both ways give one loss, and the ratio is 1."""
+  settings = make_settings(algorithm="awm", updates_per_iteration=1)
+  assert not settings.keeps_behaviour
+  alone, metrics, gradient, _ = evaluate(settings, endpoint(), params=OLD)
+  assert metrics["awm/ratio_mean"] == 1.0 and metrics["awm/clip_fraction"] == 0.0
+  compared = dataclasses.replace(settings, behaviour_refresh=2)
+  assert compared.passes_per_sample == settings.passes_per_sample + settings.train_timesteps
+  twice, _, same_gradient, _ = evaluate(compared, endpoint(), params=OLD)
+  assert alone == twice
+  for name in gradient:
+    assert gradient[name] == pytest.approx(float(same_gradient[name]), rel=1e-6), name
+
+
 # ---------------------------------------------------------------------------------- closed forms
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_gradient_of_nft_at_the_old_policy_is_the_advantage_times_the_error(beta):
@@ -268,7 +275,7 @@ ALGORITHMS = {
   "ppo": {},
   "guard": {"ratio_normalisation": True},
   "nft": {"algorithm": "nft"},
-  "awm": {"algorithm": "awm"},
+  "awm": {"algorithm": "awm", "behaviour_refresh": 2},
 }
 of_all = pytest.mark.parametrize("changes", ALGORITHMS.values(), ids=ALGORITHMS)
 
@@ -354,38 +361,6 @@ def test_samples_that_are_not_valid_change_nothing_even_as_nan(changes):
   assert np.isfinite(list(gradient_again.values())).all()
   for name in gradient:
     assert gradient_again[name] == pytest.approx(float(gradient[name]), rel=1e-5), name
-
-
-# ------------------------------------------------------------------------------- sliding window
-def test_window_slides_over_the_trained_steps_and_begins_again():
-  settings = make_settings(
-    num_steps=6, skip_steps=(1, 1), window=2, window_iterations=3, train_timesteps=2
-  )
-  modules, base, objective, _ = world()
-  mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
-  stages = make_stages(sampler_of(modules, settings), objective, optax.sgd(1.0), mesh, base)
-  assert [int(stages.window(i)) for i in range(0, 15, 3)] == [1, 2, 3, 1, 2]
-  drawn = stages.draw_timesteps(jax.random.key(0), stages.window(5))
-  assert sorted(np.concatenate(drawn)) == [2, 3]
-
-
-@pytest.mark.slow
-def test_chain_has_noise_in_its_window_only():
-  settings = make_settings(window=2, train_timesteps=2)
-  modules, params, _, frozen = world()
-  sampler = sampler_of(modules, settings)
-  rollout = quick_jit(functools.partial(rollout_lib.rollout, sampler))
-  predict = quick_jit(modules.predict)
-  prompts, record, _ = rollout(
-    params, frozen, *testing.tiny_prompts(4), jax.random.key(0), None, np.int32(1)
-  )
-  for index in range(settings.num_steps):
-    step = sampler.steps.at(index)._replace(sigma=jnp.float32(0))
-    output = predict(params, prompts, record.latents[index], step.timestep)
-    mean = ddim.predict_mean(modules.schedule, step, record.latents[index], output)
-    is_deterministic = np.allclose(mean, record.latents[index + 1], atol=1e-4)
-    assert is_deterministic == (index not in (1, 2))
-    assert np.any(record.log_probs[index] != 0) == (index in (1, 2))
 
 
 # ------------------------------------------------------------------------------------ settings

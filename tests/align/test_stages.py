@@ -77,7 +77,7 @@ class Iteration:
       sharding.specs(tree, sharding.DEFAULT_RULES, self.mesh), tree
     )
     state = stages.init(place(trained))
-    if not settings.keeps_chain:  # the old policy differs from the policy
+    if settings.reads_behaviour:  # the old policy differs from the policy
       moved_on = jax.tree.map(lambda x: 1.02 * x, state.behaviour)
       state = state._replace(behaviour=moved_on)
     images, masks = sharding.to_global(self.mesh, testing.tiny_prompts(PROMPTS))
@@ -148,6 +148,7 @@ MICRO = {
   "nft": {"algorithm": "nft", "kl_weight": 0.5, "log_prob_region": "hole"},
   "awm_adapters_and_accumulation": {
     "algorithm": "awm",
+    "behaviour_refresh": 2,
     "moved": 0.01,
     "rank": 2,
     "gradient_accumulation": 2,
