@@ -374,7 +374,7 @@ CONFIG_FILES = {  # content of a config file: expected words, after its name
   "x = 1\n": ": no function get_config; expected one that returns a ConfigDict",
   "def get_config(preset=''):\n  pass\n": ": get_config returns NoneType; expected a ConfigDict",
   "def get_config(preset=''):\n  raise KeyError('a')\n": ", line 2: KeyError: 'a'",
-  "x = '\0'\n": ", line 1: source code",
+  "x = 1\ny = '\0'\n": ", line 2: source code",
 }
 
 

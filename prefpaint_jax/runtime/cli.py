@@ -213,6 +213,9 @@ def _error_in_file(file: str, error: BaseException) -> str:
   cause = error
   while cause.__cause__ or cause.__context__:  # ml_collections raises another error
     cause = cause.__cause__ or cause.__context__
+  if "null bytes" in str(cause):  # Python gives no line, and before 3.11.4 no SyntaxError
+    line = Path(file).read_bytes().partition(b"\0")[0].count(b"\n") + 1
+    return f"{file}, line {line}: {cause}"
   if isinstance(cause, SyntaxError):
     return f"{file}, line {cause.lineno or 1}: {cause.msg}"
   is_file = lambda name: os.path.abspath(name) == os.path.abspath(file)
